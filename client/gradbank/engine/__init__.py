@@ -1,0 +1,78 @@
+"""How a declared loss is evaluated: the same declaration, by whichever engine fits.
+
+`dense` holds the whole matrix; `tiled` computes value and gradient together in bounded memory. The choice is
+made by size, and can be forced for a block of code with `using`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from gradbank.engine.anchors import Anchors, Gathered, Positives
+from gradbank.engine.below import Below, first_not_above
+from gradbank.engine.declaration import Declaration
+from gradbank.engine.dense import dense
+from gradbank.engine.listed import listed_distances
+from gradbank.engine.pairs import Indices, JoinedPairs, LabelledPairs, ListedPairs, MinedPairs, Pairs, check_indices
+from gradbank.engine.references import References
+from gradbank.engine.statistics import LogSumExp, Reduced, Statistic
+from gradbank.engine.tiled import Bounds, sweep, tiled
+
+__all__ = [
+    "Anchors",
+    "Below",
+    "Bounds",
+    "Declaration",
+    "Gathered",
+    "Indices",
+    "JoinedPairs",
+    "LabelledPairs",
+    "ListedPairs",
+    "LogSumExp",
+    "MinedPairs",
+    "Pairs",
+    "Positives",
+    "Reduced",
+    "References",
+    "Statistic",
+    "check_indices",
+    "evaluate",
+    "first_not_above",
+    "listed_distances",
+    "sweep",
+    "using",
+]
+
+_forced: ContextVar[tuple[str, Bounds | None]] = ContextVar("engine", default=("auto", None))
+
+
+@contextmanager
+def using(engine: str, bounds: Bounds | None = None) -> Iterator[None]:
+    """Forces `"dense"` or `"tiled"` (with other bounds, if given) inside a `with` block; `"auto"` is the default.
+
+    Raises:
+        ValueError: no such engine.
+    """
+    if engine not in ("auto", "dense", "tiled"):
+        raise ValueError(f"no engine is called {engine!r}; known are auto, dense, tiled")
+    token = _forced.set((engine, bounds))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def evaluate(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    """The loss of `(B, D)` embeddings against references, as a scalar that backpropagates to both.
+
+    Half precision is computed, and returned, in float32.
+    """
+    if embeddings.dtype not in (torch.float32, torch.float64):
+        embeddings = embeddings.float()
+    engine, bounds = _forced.get()
+    if engine == "dense":
+        return dense(loss, embeddings, references, pairs)
+    return tiled(loss, embeddings, references, pairs, bounds)

@@ -1,0 +1,29 @@
+"""Distances of pairs that are named one by one."""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gradbank.distances import Distance
+from gradbank.engine.references import References
+
+CHUNK = 2**16  # pairs whose two vectors are held at a time
+
+
+def listed_distances(
+    distance: Distance, embeddings: Tensor, references: References, anchors: Tensor, others: Tensor
+) -> Tensor:
+    """The distance of each `(anchors[i], others[i])`: `(P,)`, differentiable, in memory of `O(P)`.
+
+    The vectors are gathered a chunk at a time and gathered again in the backward pass.
+    """
+    dtype = embeddings.dtype if embeddings.dtype == torch.float64 else torch.float32
+    queries = distance.prepare(embeddings.to(dtype))
+    rows = distance.prepare(references.whole().to(dtype))
+
+    def of_chunk(a: Tensor, b: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+        return distance.pairs(queries[a], rows[b])
+
+    chunks = zip(anchors.split(CHUNK), others.split(CHUNK))
+    made = [checkpoint(of_chunk, a, b, queries, rows, use_reentrant=False) for a, b in chunks]
+    return torch.cat(made)  # split gives one empty chunk for no pairs

@@ -1,0 +1,48 @@
+"""The rows that anchors are compared with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class References:
+    """`(M, D)` rows, held as pieces laid end to end, so that a queue and the batch entering it need no copy.
+
+    Attributes:
+        pieces: tensors of `(M_k, D)`; a piece that requires a gradient gets one.
+        labels: `(M,)`, or None when pairs are listed instead of read off labels.
+    """
+
+    pieces: tuple[Tensor, ...]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+    def detach(self) -> "References":
+        return References(tuple(piece.detach() for piece in self.pieces), self.labels)
+
+    def tiles(self, width: int) -> Iterator[tuple[slice, int, slice]]:
+        """At most `width` rows at a time: their columns, the piece they lie in, and where in that piece."""
+        offset = 0
+        for index, piece in enumerate(self.pieces):
+            for start in range(0, len(piece), width):
+                stop = min(start + width, len(piece))
+                yield slice(offset + start, offset + stop), index, slice(start, stop)
+            offset += len(piece)
+
+    def whole(self) -> Tensor:
+        """All rows as one `(M, D)` tensor; a copy unless there is a single piece."""
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
+
+    def rows(self, columns: slice) -> Tensor:
+        """The rows of a tile, which never reaches over the end of a piece."""
+        offset = 0
+        for piece in self.pieces:
+            if columns.stop <= offset + len(piece):
+                return piece[columns.start - offset : columns.stop - offset]
+            offset += len(piece)
+        raise IndexError(f"columns {columns.start}:{columns.stop} of {len(self)} references")

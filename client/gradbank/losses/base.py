@@ -1,0 +1,209 @@
+"""What every loss shares: the call, its checks, the regularizer, and the loss of pairs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradbank.component import Component, foundation
+from gradbank.distances import Distance, LpDistance
+from gradbank.engine import (
+    Anchors,
+    Indices,
+    LabelledPairs,
+    ListedPairs,
+    Pairs,
+    References,
+    Statistic,
+    check_indices,
+    evaluate,
+)
+from gradbank.reducers import MeanReducer, Ratio, Reducer
+from gradbank.regularizers import Regularizer
+
+
+class Staged(NamedTuple):
+    """A loss that was computed, and what is left to do for the call to have happened.
+
+    `commit` puts references and integers in place and nothing else: until it is called, whatever the loss
+    remembers is as it was.
+    """
+
+    loss: Tensor
+    commit: Callable[[], None]
+
+
+@foundation
+class Loss(Component):
+    """A loss that is called as `loss_fn(embeddings, labels, ...)` and backpropagates to the embeddings.
+
+    Args:
+        embedding_regularizer: a cost of the embeddings themselves, added to the loss.
+        embedding_reg_weight: what that cost is multiplied by.
+    """
+
+    embedding_regularizer: Regularizer | None = field(default=None, kw_only=True)
+    embedding_reg_weight: float = field(default=1.0, kw_only=True)
+
+    def stage(self, *args: Any, **kwargs: Any) -> Staged:
+        """The call, without its effects; a loss that remembers something overrides this one."""
+        return Staged(self(*args, **kwargs), lambda: None)
+
+    def regularized(self, loss: Tensor, embeddings: Tensor) -> Tensor:
+        if self.embedding_regularizer is None:
+            return loss
+        return loss + self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+
+
+@foundation
+class PairLoss(Loss):
+    """A loss that compares anchors with references: the batch itself, `ref_emb`, or a queue.
+
+    A subclass declares which statistics of an anchor's negatives it needs, and writes its terms on those and
+    on the positives; the engines do the rest, in bounded memory, for any number of references.
+
+    Args:
+        distance: how far apart embeddings are.
+        reducer: how the losses of pairs, triplets or anchors become one number.
+    """
+
+    distance: Distance = field(default_factory=LpDistance, kw_only=True)
+    reducer: Reducer = field(default_factory=MeanReducer, kw_only=True)
+
+    counts_repeats: ClassVar[bool] = True
+    """Whether a pair that `indices_tuple` names twice counts twice, as in PML's pair-based losses."""
+
+    takes_references: ClassVar[bool] = True
+    """Whether the caller chooses what the batch is compared with: a queue, for example."""
+
+    def negatives(self) -> Mapping[str, Statistic]:
+        """The statistics of each anchor's negatives that `terms` uses, by name."""
+        raise NotImplementedError(f"{type(self).__name__} must define negatives")
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Ratio]:
+        """The named parts of the loss of a block of anchors, reduced."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms")
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Indices | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            embeddings: `(B, D)` floats.
+            labels: `(B,)`; may be left out where `indices_tuple` is given.
+            indices_tuple: `(a, p, n)` or `(a1, p, a2, n)`, int64, in place of all pairs that the labels make.
+            ref_emb: `(M, D)` references; without them the batch is compared with itself.
+            ref_labels: `(M,)`. Without them, or if they are the very object `labels`, reference i is anchor i,
+                and no anchor is its own positive.
+
+        Raises:
+            ValueError: a shape that does not fit, or neither labels nor indices.
+        """
+        check_batch(embeddings, labels)
+        if ref_emb is not None:
+            self.distance.check_shapes(embeddings, ref_emb)
+        if labels is None and indices_tuple is None:
+            raise ValueError(f"{type(self).__name__} needs labels, or an indices_tuple")
+        is_self = ref_labels is None or ref_labels is labels
+        references = References((embeddings if ref_emb is None else ref_emb,), labels if is_self else ref_labels)
+        labels = None if labels is None else labels.to(embeddings.device)
+        if references.labels is not None:
+            references = References(references.pieces, references.labels.to(embeddings.device))
+            if references.labels.shape != (len(references),):  # type: ignore[union-attr]
+                raise ValueError(
+                    f"ref_labels must be ({len(references)},), one per row of ref_emb, got "
+                    f"{tuple(references.labels.shape)}"  # type: ignore[union-attr]
+                )
+        if indices_tuple is not None:
+            return self.compare_listed(embeddings, references, indices_tuple)
+        assert labels is not None
+        assert references.labels is not None
+        own = torch.arange(len(embeddings), device=embeddings.device) if is_self else None
+        return self.compare(embeddings, references, LabelledPairs(labels, references.labels, own))
+
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+        """The loss of `(B, D)` embeddings over the given pairs with references."""
+        return self.regularized(evaluate(self, embeddings, references, pairs), embeddings)
+
+    def compare_listed(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:
+        """The loss over pairs, or triplets, that were named one by one."""
+        return self.compare(embeddings, references, self.listed(indices, (len(embeddings), len(references))))
+
+    def listed(
+        self,
+        indices: Indices,
+        shape: tuple[int, int],
+        columns: Tensor | None = None,
+        references: int | None = None,
+    ) -> ListedPairs:
+        """The pairs of an `indices_tuple`; a triplet is a positive pair and a negative pair.
+
+        Args:
+            shape: `(B, M)`, what the indices may name.
+            columns: `(M,)` where each of those M is among the `references`, if not in the same place.
+        """
+        a1, p, a2, n = as_pairs(indices)
+        once = not self.counts_repeats
+        if columns is None or references is None:
+            return ListedPairs((a1, p, a2, n), shape, once)
+        for kind, index in (("positive", p), ("negative", n)):
+            check_indices(kind, index, shape[1])
+        return ListedPairs((a1, columns[p], a2, columns[n]), (shape[0], references), once)
+
+
+def check_batch(embeddings: Tensor, labels: Tensor | None) -> None:
+    """Refuses a batch whose shapes do not fit.
+
+    Raises:
+        ValueError: embeddings that are not `(B, D)` floats, or labels that are not `(B,)`.
+    """
+    if embeddings.ndim != 2:
+        raise ValueError(f"embeddings must be (batch, dimension), got shape {tuple(embeddings.shape)}")
+    if not embeddings.is_floating_point():
+        raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}; call .float() first")
+    if labels is not None and labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"labels must be ({len(embeddings)},), one per embedding, got shape {tuple(labels.shape)}")
+
+
+def as_pairs(indices: Indices) -> Indices:
+    """An `indices_tuple` of either form as `(a1, p, a2, n)`.
+
+    Raises:
+        ValueError: neither three nor four tensors, or a tensor that does not hold integers.
+    """
+    if len(indices) not in (3, 4):
+        raise ValueError(f"indices_tuple must be (a, p, n) or (a1, p, a2, n), got {len(indices)} tensors")
+    for index in indices:
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"indices_tuple must hold integers, got {index.dtype}")
+    if len(indices) == 3:
+        a, p, n = indices
+        return a, p, a, n
+    return tuple(indices)
+
+
+def as_triplets(indices: Indices, shape: tuple[int, int]) -> Indices:
+    """`(a, p, n)`, checked.
+
+    Raises:
+        ValueError: lists of different lengths, or an index outside the batch or the references.
+    """
+    a, p, _, n = as_pairs(indices)
+    if len(p) != len(n):
+        raise ValueError(f"triplets (a, p, n) must be of one length, got {len(a)}, {len(p)} and {len(n)}")
+    for kind, index, size in (("anchor", a, shape[0]), ("positive", p, shape[1]), ("negative", n, shape[1])):
+        check_indices(kind, index, size)
+    return a, p, n
+
+
+def softplus(x: Tensor) -> Tensor:
+    """`log(1 + exp(x))` without torch's cut-off at 20, which is wrong in the tenth digit."""
+    return torch.logaddexp(x, torch.zeros_like(x))

@@ -1,0 +1,179 @@
+"""A connection to a server, and the losses it hosts."""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+
+from gradbank.errors import ForkedClient, InvalidRequest, ServerUnavailable
+from gradbank.losses.base import Loss
+from gradbank.memory import CrossBatchMemory
+from gradbank.remote.loss import RemoteLoss
+from gradbank.remote.producer import STATE_TIMEOUT_S, Producer
+from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats
+from gradbank.remote.transport import GrpcTransport, Transport
+from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
+from gradbank.wire import component_message, describe
+
+
+def connect(address: str, timeout: float = 30.0) -> "Client":
+    """Connects to a server.
+
+    Args:
+        address: `"host:port"`, or `"local://"` for a server inside this process (which needs `gradbank[server]`).
+        timeout: seconds that any call may take; a step that cannot be answered is tried again until then.
+
+    Raises:
+        InvalidRequest: an address of neither form.
+        ServerUnavailable: no server answers there in time.
+    """
+    if not timeout > 0:
+        raise InvalidRequest(f"timeout must be above 0 seconds, got {timeout}")
+    client = Client(_transport(address), address, timeout)
+    try:
+        client.server()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def _transport(address: str) -> Transport:
+    scheme, separator, rest = address.partition("://")
+    if separator:
+        found = entry_points(group="gradbank.transports", name=scheme)
+        if not found:
+            raise InvalidRequest(
+                f"{address!r} needs a transport that is not installed"
+                + ("; install it with: pip install 'gradbank[server]'" if scheme == "local" else "; use host:port")
+            )
+        made: Transport = next(iter(found)).load()(rest)
+        return made
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise InvalidRequest(f"an address is host:port or local://, got {address!r}")
+    return GrpcTransport(address)
+
+
+class Client:
+    """A connection to one server. Use it as a context manager, or `close` it.
+
+    It belongs to the process that made it: in a forked child (a DataLoader worker) every call raises `ForkedClient`.
+    """
+
+    def __init__(self, transport: Transport, address: str, timeout: float) -> None:
+        self.address, self.timeout = address, timeout
+        self._transport = transport
+        self._process = os.getpid()
+        self._open: list[RemoteLoss] = []
+
+    def open(self, name: str, loss: Loss, rank: int = 0) -> RemoteLoss:
+        """`loss`, hosted by the server under `name`: call it as you would call `loss`.
+
+        The first to open a name creates the session, from the loss as it is: weights and a bank that is not empty
+        are sent along. Whoever opens it later, with an equal loss, joins it as it is there.
+
+        Args:
+            name: letters, digits, '.', '_' and '-'; at most 64.
+            rank: which of the session's trainers this is. Two trainers of one rank exclude each other: the newer one
+                takes the rank over.
+
+        Raises:
+            SessionConflict: the name is taken by another loss; the message names the difference.
+            InvalidComponent: the server does not know the loss, or an argument of it.
+            LimitExceeded: the server is full, or the bank too large for it.
+        """
+        transport = self._checked()
+        if not isinstance(loss, Loss):
+            raise InvalidRequest(
+                f"client.open hosts a gradbank loss, got {type(loss).__module__}.{type(loss).__name__}"
+            )
+        named, payload = [], []
+        for key, value in _state_to_send(loss).items():
+            message, data = describe(value)
+            named.append(session_pb2.NamedTensor(name=key, tensor=message))
+            payload.append(data)
+        header = session_pb2.CreateSessionRequest(name=name, loss=component_message(loss.spec()), state=named)
+        created = transport.create_session(header, payload, self.timeout if not payload else STATE_TIMEOUT_S)
+        producer = Producer(self._checked, name, rank, secrets.token_bytes(16), time.time_ns(), self.timeout)
+        producer.attach()
+        remote = RemoteLoss(producer, loss, created.created)
+        self._open.append(remote)
+        return remote
+
+    def sessions(self) -> list[SessionInfo]:
+        """Every session of the server, by name."""
+        response = self._call("ListSessions", session_pb2.ListSessionsRequest())
+        return [SessionInfo.of(session) for session in response.sessions]
+
+    def close_session(self, name: str) -> bool:
+        """Ends a session and frees what it holds, for all its trainers; whether there was one."""
+        return bool(self._call("CloseSession", session_pb2.CloseSessionRequest(session=name)).existed)
+
+    def stats(self, name: str) -> SessionStats:
+        """What a session has been doing.
+
+        Raises:
+            SessionNotFound: there is none of that name.
+        """
+        return SessionStats.of(self._call("GetStats", stats_pb2.GetStatsRequest(session=name)).stats)
+
+    def watch(self, name: str, interval: float = 1.0) -> Iterator[SessionStats]:
+        """The same every `interval` seconds, until the session ends or the iterator is closed."""
+        request = stats_pb2.WatchStatsRequest(session=name, interval_s=interval)
+        for response in self._checked().watch(request):
+            yield SessionStats.of(response.stats)
+
+    def server(self) -> ServerInfo:
+        """What the server is and what it allows."""
+        return ServerInfo.of(self._call("GetServer", stats_pb2.GetServerRequest()))
+
+    def catalog(self) -> list[ComponentInfo]:
+        """Every component that the server can build."""
+        response = self._call("ListComponents", catalog_pb2.ListComponentsRequest())
+        return [ComponentInfo.of(info) for info in response.components]
+
+    def close(self) -> None:
+        """Tells the server what optimizers still have to tell it, and ends the connection. Sessions live on."""
+        if os.getpid() != self._process:
+            return
+        try:
+            for remote in self._open:
+                remote.flush()
+        except ServerUnavailable:
+            pass  # nobody is left to tell
+        finally:
+            for remote in self._open:
+                remote.producer.close()
+            self._open = []
+            self._transport.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: str, request: Any) -> Any:
+        return self._checked().call(method, request, self.timeout)
+
+    def _checked(self) -> Transport:
+        """The transport, if this is the process it belongs to."""
+        if os.getpid() != self._process:
+            raise ForkedClient(
+                f"the connection to {self.address} was made in process {self._process} and is used in its child "
+                f"{os.getpid()}, where gRPC would hang; call the loss in the main process, and not in a DataLoader "
+                "worker, or connect in the child"
+            )
+        return self._transport
+
+
+def _state_to_send(loss: Loss) -> dict[str, torch.Tensor]:
+    """What a fresh copy of the loss would lack: its weights, and its queue if that holds rows."""
+    if isinstance(loss, CrossBatchMemory) and not len(loss):
+        return {name: value.detach() for name, value in loss.named_parameters()}
+    return dict(loss.state_dict())

@@ -1,0 +1,169 @@
+"""A loss that a server computes: one round trip brings its value and every gradient."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gradbank.errors import InvalidRequest, SessionConflict
+from gradbank.losses.base import Loss
+from gradbank.remote.optimizer import RemoteOptimizer
+from gradbank.remote.producer import Producer
+from gradbank.v1 import step_pb2
+from gradbank.wire import TensorReader, describe, torch_dtype
+
+
+class RemoteLoss(nn.Module):
+    """A loss hosted by a server; call it as you would call the loss itself.
+
+    Attributes:
+        name: the session's.
+        created: whether opening it created the session; if not, its bank and weights are those it had.
+        timings: seconds that the server spent on the last step, by phase.
+    """
+
+    def __init__(self, producer: Producer, loss: Loss, created: bool) -> None:
+        super().__init__()
+        self.producer, self.created, self.name = producer, created, producer.session
+        self.timings: dict[str, float] = {}
+        self._signature = inspect.signature(loss.forward)
+        # a plain attribute: its parameters and buffers are not this module's, they live on the server
+        self.__dict__["hosted"] = loss
+        self._optimizer: RemoteOptimizer | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of a batch, with the arguments that the hosted loss takes.
+
+        Raises:
+            GradbankError: the step was refused or not answered in time; the session is then as it was, and calling
+                again is safe.
+        """
+        bound = self._signature.bind(*args, **kwargs).arguments
+        step, payload, embeddings, ref_emb = self._request(bound)
+        token = None
+        if self._optimizer is not None:
+            token = self._optimizer.token
+            step.weights_need_gradient = torch.is_grad_enabled()
+        output, data = self._step(step, payload)
+        reader = TensorReader(data)
+        gradients = [
+            reader.take(getattr(output, field)).to(tensor.device) if output.HasField(field) else None  # type: ignore[arg-type]
+            for field, tensor in (("embeddings_gradient", embeddings), ("ref_emb_gradient", ref_emb))
+        ]
+        reader.finish()
+        self.timings = {each.name.removesuffix("_s"): value for each, value in output.timings.ListFields()}
+        loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
+        seen = (self._optimizer, output.seq) if step.weights_need_gradient else None
+        return _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call, no-any-return]
+
+    def optimizer(self, name: str, **options: Any) -> RemoteOptimizer:
+        """An optimizer of the loss's weights on the server, by its name in `torch.optim`: `optimizer("SGD", lr=0.01)`.
+
+        Raises:
+            InvalidRequest: no such optimizer or option, or a loss without weights.
+            SessionConflict: the session has another optimizer.
+        """
+        if self._optimizer is not None and (self._optimizer.name, self._optimizer.options) != (name, options):
+            raise SessionConflict(f"this loss has the optimizer {self._optimizer.name} already")
+        made = self._optimizer or RemoteOptimizer(name, options)
+        self.producer.configure(made.spec())
+        self._optimizer = made
+        return made
+
+    def flush(self) -> None:
+        """Has the server carry out what the optimizer still has to tell it, without waiting for the next batch."""
+        if self._optimizer is not None and self._optimizer.events:
+            self._step(step_pb2.StepInput(), [])
+
+    def local(self) -> Loss:
+        """A copy of the hosted loss as it is on the server, weights and bank included, that computes here."""
+        self.flush()
+        copy = self.hosted.rebuilt()
+        copy.load_state_dict(self.producer.pull())
+        return copy
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r} at rank {self.producer.rank}: {self.hosted}"
+
+    def _step(self, step: step_pb2.StepInput, payload: list[memoryview]) -> tuple[step_pb2.StepOutput, bytes]:
+        """Has a step carried out, and with it what the optimizer has to tell."""
+        optimizer = self._optimizer
+        if optimizer is None:
+            return self.producer.step(step, payload, lambda: None)
+        told = list(optimizer.events)
+        step.weight_events.extend(told)
+
+        def carried_out() -> None:
+            del optimizer.events[: len(told)]
+
+        return self.producer.step(step, payload, carried_out)
+
+    def _request(self, bound: dict[str, Any]) -> tuple[step_pb2.StepInput, list[memoryview], Tensor, Tensor | None]:
+        """The message of a call, its payload, and the two tensors that may want a gradient."""
+        embeddings, labels, ref_emb = bound["embeddings"], bound.get("labels"), bound.get("ref_emb")
+        # the wire cannot carry that two labels are one object, which says that reference i is anchor i
+        ref_labels = None if bound.get("ref_labels") is labels else bound.get("ref_labels")
+        step, payload = step_pb2.StepInput(), []
+        named = {"embeddings": embeddings, "labels": labels, "ref_emb": ref_emb, "ref_labels": ref_labels}
+        for name, tensor in named.items():
+            if tensor is not None:
+                if not isinstance(tensor, Tensor):
+                    raise InvalidRequest(f"{name} must be a tensor, got {type(tensor).__name__}")
+                message, data = describe(tensor)
+                getattr(step, name).CopyFrom(message)
+                payload.append(data)
+        for index in bound.get("indices_tuple") or ():
+            message, data = describe(index)
+            step.indices.append(message)
+            payload.append(data)
+        mask = _mask(bound, len(embeddings))
+        if mask is not None:
+            message, data = describe(mask)
+            step.enqueue_mask.CopyFrom(message)
+            payload.append(data)
+        if torch.is_grad_enabled():
+            step.embeddings_need_gradient = embeddings.requires_grad
+            step.ref_emb_needs_gradient = ref_emb is not None and ref_emb.requires_grad
+        return step, payload, embeddings, ref_emb
+
+
+class _Answered(torch.autograd.Function):
+    """A loss whose gradients came with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        seen: tuple[RemoteOptimizer, int] | None,
+        gradients: list[Tensor | None],
+        embeddings: Tensor,
+        ref_emb: Tensor | None,
+        token: Tensor | None,
+    ) -> Tensor:
+        ctx.gradients, ctx.seen = gradients, seen
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        of_embeddings, of_ref = (None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients)
+        of_token = None
+        if ctx.seen is not None:
+            optimizer, seq = ctx.seen
+            optimizer.saw(seq, float(grad_output))
+            of_token = grad_output.to(optimizer.token)
+        return None, None, None, of_embeddings, of_ref, of_token
+
+
+def _mask(bound: dict[str, Any], batch: int) -> Tensor | None:
+    """The bool mask that `enqueue_mask` or `enqueue_idx` means."""
+    mask, positions = bound.get("enqueue_mask"), bound.get("enqueue_idx")
+    if positions is None:
+        return mask if mask is None else mask.to(torch.bool)
+    if mask is not None:
+        raise InvalidRequest("enqueue_mask and enqueue_idx say the same: pass one of them")
+    mask = torch.zeros(batch, dtype=torch.bool)
+    mask[positions.cpu()] = True
+    return mask

@@ -1,0 +1,67 @@
+"""The optimizer of weights that live on the server, in the shape that torch's trainers and schedulers know."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradbank.errors import InvalidRequest
+from gradbank.v1 import session_pb2, step_pb2
+from gradbank.wire import argument_messages
+
+
+class RemoteOptimizer(torch.optim.Optimizer):
+    """Steps a hosted loss's weights. `step` and `zero_grad` cost no round trip: they ride on the next batch.
+
+    The one parameter of its group is a scalar that stands for all weights on the server. Its gradient is what the
+    backward passes brought down to the loss, so whatever scales gradients between `backward` and `step` (an AMP
+    scaler, gradient clipping) scales the weights' too.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any]) -> None:
+        made = getattr(torch.optim, name, None)
+        if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
+            raise InvalidRequest(f"torch.optim has no optimizer called {name!r}")
+        self.token = nn.Parameter(torch.ones(()))
+        try:
+            defaults = made([self.token], **options).defaults
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{name} cannot be made: {error}") from None
+        super().__init__([self.token], defaults)
+        self.name, self.options = name, options
+        self._seen = 0.0  # the sum of what backward passes brought since the last zero_grad
+        self.events: list[step_pb2.WeightEvent] = []
+
+    def spec(self) -> session_pb2.Optimizer:
+        return session_pb2.Optimizer(name=self.name, options=argument_messages(self.options, self.name))
+
+    def saw(self, seq: int, scale: float) -> None:
+        """Notes a backward pass through the loss of step `seq`."""
+        self._seen += scale
+        self.events.append(step_pb2.WeightEvent(backward=step_pb2.Backward(seq=seq, scale=scale)))
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Has the weights stepped, before the next batch's loss is computed."""
+        if closure is not None:
+            raise InvalidRequest("a remote optimizer takes no closure: each call would be a step of the session")
+        if self.token.grad is None:
+            return None  # no backward pass since zero_grad: as in torch, nothing to do
+        scale = float(self.token.grad) / self._seen if self._seen else 1.0
+        group = self.param_groups[0]
+        options = {name: group[name] for name in self.defaults if _is_plain(group[name])}
+        asked = step_pb2.OptimizerStep(gradient_scale=scale, options=argument_messages(options, self.name))
+        self.events.append(step_pb2.WeightEvent(optimizer_step=asked))
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.token.grad = None
+        self._seen = 0.0
+        if not (self.events and self.events[-1].HasField("zero_gradient")):
+            self.events.append(step_pb2.WeightEvent(zero_gradient=True))
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool | int | float) or (
+        isinstance(value, tuple) and all(isinstance(item, int | float) for item in value)
+    )

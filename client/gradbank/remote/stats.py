@@ -1,0 +1,96 @@
+"""What a server tells of itself and its sessions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gradbank.component import Spec
+from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
+from gradbank.wire import spec_of
+
+
+@dataclass(frozen=True)
+class SessionStats:
+    """What a session has been doing.
+
+    Attributes:
+        last_loss, mean_loss: NaN before the first step; the mean runs over about 100 steps.
+        mean_seconds: of a step on the server, by phase: queue, decode, compute, encode.
+        idle_s: seconds since the last step; NaN before the first.
+    """
+
+    session: str
+    steps: int
+    replayed: int
+    rejected: int
+    optimizer_steps: int
+    last_loss: float
+    mean_loss: float
+    bank_rows: int
+    bank_capacity: int
+    bank_bytes: int
+    weight_bytes: int
+    received_bytes: int
+    sent_bytes: int
+    age_s: float
+    idle_s: float
+    mean_seconds: dict[str, float]
+
+    @staticmethod
+    def of(message: stats_pb2.SessionStats) -> "SessionStats":
+        plain: dict[str, Any] = {
+            each.name: getattr(message, each.name) for each in message.DESCRIPTOR.fields if each.name != "mean_timings"
+        }
+        timings = message.mean_timings
+        seconds = {each.name.removesuffix("_s"): getattr(timings, each.name) for each in timings.DESCRIPTOR.fields}
+        return SessionStats(**plain, mean_seconds=seconds)
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server is, and what it allows: sizes in bytes."""
+
+    version: str
+    device: str
+    boot_id: str
+    max_sessions: int
+    max_session_bytes: int
+    max_step_bytes: int
+    sessions: int
+    torch_version: str
+
+    @staticmethod
+    def of(message: stats_pb2.GetServerResponse) -> "ServerInfo":
+        return ServerInfo(**{each.name: getattr(message, each.name) for each in message.DESCRIPTOR.fields})
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """A session: its name, what it computes, the ranks that are attached and the steps carried out."""
+
+    name: str
+    loss: Spec
+    optimizer: str | None
+    ranks: tuple[int, ...]
+    steps: int
+
+    @staticmethod
+    def of(message: session_pb2.Session) -> "SessionInfo":
+        optimizer = message.optimizer.name if message.HasField("optimizer") else None
+        return SessionInfo(message.name, spec_of(message.loss), optimizer, tuple(message.ranks), message.steps)
+
+
+@dataclass(frozen=True)
+class ComponentInfo:
+    """A component that a server can build; `arguments` are `(name, type, default)`, the default None if required."""
+
+    name: str
+    kind: str
+    documentation: str
+    arguments: tuple[tuple[str, str, str | None], ...]
+
+    @staticmethod
+    def of(message: catalog_pb2.ComponentInfo) -> "ComponentInfo":
+        arguments = tuple(
+            (each.name, each.type, each.default if each.HasField("default") else None) for each in message.arguments
+        )
+        return ComponentInfo(message.name, message.kind, message.documentation, arguments)

@@ -1,0 +1,27 @@
+"""Tensors, components and errors as messages, and back: used by both sides of the wire."""
+
+from gradbank.wire.components import argument_messages, argument_values, component_message, spec_of
+from gradbank.wire.errors import ERROR_TRAILER, error_message, error_of, status_of
+from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, Assembly, chunks
+from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype
+
+__all__ = [
+    "CHUNK_BYTES",
+    "ERROR_TRAILER",
+    "MESSAGE_BYTES",
+    "Assembly",
+    "TensorReader",
+    "argument_messages",
+    "argument_values",
+    "chunks",
+    "component_message",
+    "describe",
+    "error_message",
+    "error_of",
+    "inline",
+    "nbytes",
+    "read_inline",
+    "spec_of",
+    "status_of",
+    "torch_dtype",
+]

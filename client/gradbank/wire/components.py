@@ -1,0 +1,84 @@
+"""Specs of components to and from messages."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gradbank.component import Spec
+from gradbank.errors import InvalidComponent
+from gradbank.v1 import component_pb2 as v1
+from gradbank.wire.tensors import inline, read_inline
+
+_MAX_DEPTH = 8
+
+
+def component_message(spec: Spec) -> v1.Component:
+    """The message of a spec.
+
+    Raises:
+        InvalidComponent: an argument that cannot be sent, such as a function.
+    """
+    return v1.Component(name=spec.name, arguments=argument_messages(spec.arguments, spec.name))
+
+
+def argument_messages(arguments: Mapping[str, Any], where: str) -> dict[str, v1.Argument]:
+    return {name: _argument(value, f"{where}.{name}") for name, value in arguments.items()}
+
+
+def spec_of(message: v1.Component, depth: int = 0) -> Spec:
+    """The spec in a message.
+
+    Raises:
+        InvalidComponent: an argument without a value, or components nested too deeply.
+    """
+    if depth > _MAX_DEPTH:
+        raise InvalidComponent(f"components may be nested {_MAX_DEPTH} deep, and these are deeper")
+    return Spec(message.name, argument_values(message.arguments, message.name, depth))
+
+
+def argument_values(arguments: Mapping[str, v1.Argument], where: str, depth: int = 0) -> dict[str, Any]:
+    return {name: _value(arguments[name], f"{where}.{name}", depth) for name in sorted(arguments)}
+
+
+def _argument(value: Any, where: str) -> v1.Argument:
+    if value is None:
+        return v1.Argument(none=True)
+    if isinstance(value, bool):  # before int, which it is too
+        return v1.Argument(flag=value)
+    if isinstance(value, int):
+        return v1.Argument(integer=value)
+    if isinstance(value, float):
+        return v1.Argument(number=value)
+    if isinstance(value, str):
+        return v1.Argument(text=value)
+    if isinstance(value, Tensor):
+        return v1.Argument(tensor=inline(value))
+    if isinstance(value, Spec):
+        return v1.Argument(component=component_message(value))
+    if isinstance(value, list | tuple):
+        items = [_argument(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return v1.Argument(list=v1.ArgumentList(items=items))
+    if isinstance(value, Mapping):
+        return v1.Argument(map=v1.ArgumentMap(items=argument_messages(value, where)))
+    raise InvalidComponent(f"{where} is a {type(value).__name__}, which cannot be sent to a server")
+
+
+def _value(message: v1.Argument, where: str, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise InvalidComponent(f"{where} is nested more than {_MAX_DEPTH} deep")
+    match message.WhichOneof("value"):
+        case "none":
+            return None
+        case "tensor":
+            return read_inline(message.tensor)
+        case "component":
+            return spec_of(message.component, depth + 1)
+        case "list":
+            return [_value(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(message.list.items)]
+        case "map":
+            return argument_values(message.map.items, where, depth + 1)
+        case None:
+            raise InvalidComponent(f"{where} has no value")
+        case kind:
+            return getattr(message, kind)

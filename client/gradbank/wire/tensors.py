@@ -1,0 +1,106 @@
+"""`torch.Tensor` to and from `gradbank.v1.Tensor`."""
+
+import math
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradbank.errors import InvalidRequest
+from gradbank.v1 import tensor_pb2 as v1
+
+_TORCH = {
+    v1.DTYPE_FLOAT32: torch.float32,
+    v1.DTYPE_FLOAT64: torch.float64,
+    v1.DTYPE_FLOAT16: torch.float16,
+    v1.DTYPE_BFLOAT16: torch.bfloat16,
+    v1.DTYPE_INT64: torch.int64,
+    v1.DTYPE_INT32: torch.int32,
+    v1.DTYPE_BOOL: torch.bool,
+}
+_PROTO = {dtype: number for number, dtype in _TORCH.items()}
+_MAX_DIMENSIONS = 8
+
+if sys.byteorder != "little":
+    raise ImportError("gradbank's wire format is little-endian, and so must be the machine")
+
+
+def describe(tensor: Tensor) -> tuple[v1.Tensor, memoryview]:
+    """The message of a tensor whose bytes ride in a payload, and those bytes (a view where that is possible).
+
+    Raises:
+        InvalidRequest: a dtype that does not cross the wire.
+    """
+    if tensor.dtype not in _PROTO:
+        raise InvalidRequest(
+            f"a tensor of dtype {tensor.dtype} cannot be sent; convert it to one of "
+            f"{', '.join(str(d).removeprefix('torch.') for d in _PROTO)}"
+        )
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return v1.Tensor(dtype=_PROTO[tensor.dtype], shape=tensor.shape), data
+
+
+def inline(tensor: Tensor) -> v1.Tensor:
+    """The message of a tensor that carries its own bytes."""
+    message, data = describe(tensor)
+    message.data = bytes(data)
+    return message
+
+
+def nbytes(message: v1.Tensor) -> int:
+    """How many bytes the described tensor takes.
+
+    Raises:
+        InvalidRequest: a dtype or shape that no tensor has.
+    """
+    dtype = torch_dtype(message.dtype)
+    if len(message.shape) > _MAX_DIMENSIONS or any(size < 0 for size in message.shape):
+        raise InvalidRequest(f"a tensor cannot have shape {list(message.shape)[: _MAX_DIMENSIONS + 1]}")
+    return math.prod(message.shape) * dtype.itemsize
+
+
+def torch_dtype(number: int) -> torch.dtype:
+    if number not in _TORCH:
+        raise InvalidRequest(f"a tensor's dtype must be one of {sorted(_TORCH)} (see tensor.proto), got {number}")
+    return _TORCH[v1.Dtype.ValueType(number)]
+
+
+def read_inline(message: v1.Tensor) -> Tensor:
+    """The tensor of a message that carries its own bytes."""
+    return _read(message, memoryview(message.data))
+
+
+class TensorReader:
+    """Takes tensors off the front of a payload, one after the other.
+
+    Raises:
+        InvalidRequest: a payload that is shorter, or (from `finish`) longer, than its tensors.
+    """
+
+    def __init__(self, payload: bytes | bytearray | memoryview) -> None:
+        self._payload = memoryview(payload)
+        self._start = 0
+
+    def take(self, message: v1.Tensor) -> Tensor:
+        stop = self._start + nbytes(message)
+        if stop > len(self._payload):
+            raise InvalidRequest(f"a payload of {len(self._payload)} bytes ends inside a tensor that goes to {stop}")
+        part = self._payload[self._start : stop]
+        self._start = stop
+        return _read(message, part)
+
+    def finish(self) -> None:
+        if self._start != len(self._payload):
+            raise InvalidRequest(f"a payload of {len(self._payload)} bytes has tensors of {self._start} only")
+
+
+def _read(message: v1.Tensor, data: memoryview) -> Tensor:
+    """A copy, so that the tensor is writable and aligned whatever the buffer was: results then do not depend on it."""
+    if nbytes(message) != len(data):
+        raise InvalidRequest(f"a tensor of shape {list(message.shape)} takes {nbytes(message)} bytes, got {len(data)}")
+    tensor = torch.empty(tuple(message.shape), dtype=torch_dtype(message.dtype))
+    if len(data):
+        tensor.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+    return tensor

@@ -1,0 +1,177 @@
+"""The command line: `gradbank serve | demo | health | sessions | stats | catalog`."""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from gradbank.errors import GradbankError
+from gradbank_server import __version__
+from gradbank_server.settings import ServerSettings
+
+app = App(
+    name="gradbank",
+    help="Metric-learning losses and memory banks, served over gRPC: a batch goes up, loss and gradients come back.",
+    version=__version__,
+)
+console = Console()
+
+Address = Annotated[str, Parameter(help="host:port of the server.")]
+Timeout = Annotated[float, Parameter(help="Seconds to wait for an answer.")]
+
+
+@app.command
+def serve(settings: Annotated[ServerSettings | None, Parameter(name="*")] = None) -> int:
+    """Start a server, and serve until SIGTERM or Ctrl-C.
+
+    Every flag can be given as an environment variable: --max-sessions as GRADBANK_MAX_SESSIONS.
+    """
+    from gradbank_server.logs import configure
+    from gradbank_server.service import Server
+
+    settings = settings or ServerSettings()
+    configure(settings.log_format, settings.log_level)
+    try:
+        server = Server(settings)
+        server.start()
+    except (GradbankError, OSError) as error:
+        return _failed(error)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    _announce(server)
+    ended.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+    server.stop()
+    return 0
+
+
+@app.command
+def demo(
+    *,
+    steps: Annotated[int | None, Parameter(help="Training steps; the default takes about a minute.")] = None,
+    picture: Annotated[Path, Parameter(help="Where to save the picture.")] = Path("demo.png"),
+    cache: Annotated[Path | None, Parameter(help="Where the glyph images are kept.")] = None,
+) -> int:
+    """Train a small network through a real server, and check every gradient that matters.
+
+    Exits with 1 if the network did not learn, or a remote gradient differs from the one computed here.
+    """
+    from gradbank_server.demo import run
+
+    try:
+        return run(steps=steps, picture=picture, cache=cache)
+    except (GradbankError, ImportError) as error:
+        return _failed(error)
+
+
+@app.command
+def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> int:
+    """Ask a server whether it serves: exits with 0 if it does. For container health checks."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            request = health_pb2.HealthCheckRequest()
+            status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout, wait_for_ready=True).status
+        except grpc.RpcError as error:
+            console.print(f"{address}: {error.code().name}", style="red")
+            return 1
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+    console.print(f"{address}: {name}")
+    return 0 if status == health_pb2.HealthCheckResponse.SERVING else 1
+
+
+@app.command
+def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -> int:
+    """List the sessions of a server."""
+    import gradbank
+
+    table = Table("session", "loss", "ranks", "steps", "loss now", "bank rows", "ms per step", box=None)
+    try:
+        with gradbank.connect(address, timeout) as client:
+            for session in client.sessions():
+                stats = client.stats(session.name)
+                inner = session.loss.arguments.get("loss")
+                held = session.loss.name + (f"({inner.name})" if inner is not None else "")
+                table.add_row(
+                    session.name,
+                    held,
+                    ",".join(map(str, session.ranks)),
+                    f"{stats.steps:,}",
+                    f"{stats.mean_loss:.4f}",
+                    f"{stats.bank_rows:,} of {stats.bank_capacity:,}",
+                    f"{1e3 * sum(stats.mean_seconds.values()):.2f}",
+                )
+    except GradbankError as error:
+        return _failed(error)
+    console.print(table if table.row_count else f"no sessions at {address}")
+    return 0
+
+
+@app.command
+def catalog(name: Annotated[str | None, Parameter(help="A component; all of them if left out.")] = None) -> int:
+    """List what a server can build: losses, distances, miners, reducers, regularizers."""
+    from gradbank_server.service.catalog import component_infos
+
+    infos = component_infos()
+    if name is None:
+        table = Table("kind", "name", "arguments", box=None)
+        for info in sorted(infos, key=lambda info: (info.kind, info.name)):
+            table.add_row(info.kind, info.name, ", ".join(_argument(each) for each in info.arguments))
+        console.print(table)
+        return 0
+    found = [info for info in infos if info.name == name]
+    if not found:
+        from gradbank.component import did_you_mean
+
+        return _failed(f"no component is named {name!r}{did_you_mean(name, [info.name for info in infos])}")
+    console.print(found[0].documentation, markup=False, highlight=False)
+    console.print("\nArguments: " + ", ".join(_argument(each) for each in found[0].arguments), markup=False)
+    return 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(app())
+
+
+def _argument(each: object) -> str:
+    name, default = each.name, each.default if each.HasField("default") else None  # type: ignore[attr-defined]
+    return name if default is None else f"{name}={default}"
+
+
+def _announce(server: object) -> None:
+    """What was started, and what to paste."""
+    from gradbank_server.service import Server
+
+    assert isinstance(server, Server)
+    settings = server.settings
+    metrics = "off" if server.metrics_port is None else f"http://{settings.host}:{server.metrics_port}/metrics"
+    lines = [
+        f"gradbank {__version__}",
+        f"  listening   {settings.host}:{server.port} (gRPC, no TLS, no authentication)",
+        f"  device      {server.service.device}",
+        f"  metrics     {metrics}",
+        f"  limits      {settings.max_sessions} sessions, {_size(settings.max_session_bytes)} each, "
+        f"{_size(settings.max_step_bytes)} a step",
+        f'  client      loss_fn = gradbank.connect("{server.address}").open("my-run", loss_fn)',
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    sys.stdout.flush()
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:g} GiB" if count >= 2**30 else f"{count / 2**20:g} MiB"
+
+
+def _failed(error: object) -> int:
+    Console(stderr=True).print(f"gradbank: {error}", style="red", highlight=False, markup=False)
+    return 2

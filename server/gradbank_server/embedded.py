@@ -1,0 +1,104 @@
+"""A server inside this process: the same service, without a socket."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from gradbank.errors import GradbankError, InternalError, ServerUnavailable
+from gradbank.v1 import session_pb2, stats_pb2, step_pb2
+from gradbank_server.service.server import device_named
+from gradbank_server.service.service import Service
+from gradbank_server.settings import ServerSettings
+
+T = TypeVar("T")
+
+_METHODS: dict[str, Callable[[Service, Any], Any]] = {
+    "AttachSession": Service.attach_session,
+    "CloseSession": Service.close_session,
+    "ConfigureOptimizer": Service.configure_optimizer,
+    "GetServer": Service.get_server,
+    "GetSession": Service.get_session,
+    "GetStats": Service.get_stats,
+    "ListComponents": Service.list_components,
+    "ListSessions": Service.list_sessions,
+}
+
+
+class EmbeddedTransport:
+    """What `gradbank.connect("local://")` speaks through. Its sessions end with it.
+
+    Args:
+        device: "auto", "cpu" or "cuda:N"; what follows `local://`.
+    """
+
+    def __init__(self, device: str = "") -> None:
+        settings = ServerSettings()
+        self._service = Service(settings, device_named(device or settings.device))
+        self._closed = False
+
+    def call(self, method: str, request: Message, timeout: float) -> Any:
+        return self._guarded(lambda: _METHODS[method](self._service, request))
+
+    def create_session(
+        self, header: session_pb2.CreateSessionRequest, payload: Iterable[memoryview], timeout: float
+    ) -> session_pb2.CreateSessionResponse:
+        def create() -> session_pb2.CreateSessionResponse:
+            self._service.state_bytes(header)
+            return self._service.create_session(header, b"".join(payload))
+
+        return self._guarded(create)
+
+    def pull_state(
+        self, request: session_pb2.PullStateRequest, timeout: float
+    ) -> tuple[list[session_pb2.NamedTensor], bytes]:
+        def pull() -> tuple[list[session_pb2.NamedTensor], bytes]:
+            state, payload = self._service.pull_state(request)
+            return state, b"".join(payload)
+
+        return self._guarded(pull)
+
+    def watch(self, request: stats_pb2.WatchStatsRequest) -> Iterator[stats_pb2.WatchStatsResponse]:
+        self._guarded(lambda: self._service.check_watch(request))
+        while not self._closed:
+            yield self._guarded(lambda: self._service.watch_once(request))
+            time.sleep(request.interval_s)
+
+    def steps(self) -> "EmbeddedSteps":
+        return EmbeddedSteps(self)
+
+    def step(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> tuple[step_pb2.StepOutput, bytes]:
+        def stepped() -> tuple[step_pb2.StepOutput, bytes]:
+            output, data = self._service.step(step, b"".join(payload), time.perf_counter())
+            return output, b"".join(data)
+
+        return self._guarded(stepped)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _guarded(self, call: Callable[[], T]) -> T:
+        if self._closed:
+            raise ServerUnavailable("the connection to local:// was closed, and its sessions with it")
+        try:
+            return call()
+        except GradbankError:
+            raise
+        except Exception as error:
+            raise InternalError(f"the embedded server failed; nothing was changed: {error}") from error
+
+
+class EmbeddedSteps:
+    """Steps of an embedded server: there is no stream, and so nothing that could break."""
+
+    def __init__(self, transport: EmbeddedTransport) -> None:
+        self._transport = transport
+
+    def exchange(
+        self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
+    ) -> tuple[step_pb2.StepOutput, bytes]:
+        return self._transport.step(step, payload)
+
+    def close(self) -> None:
+        """Nothing to close: the session lives on."""

@@ -1,0 +1,163 @@
+"""A server: the service behind gRPC, with health, reflection and /metrics, and an orderly end."""
+
+import threading
+from concurrent import futures
+from typing import Any
+
+import grpc
+import structlog
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from gradbank.errors import InvalidRequest
+from gradbank.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+    stats_pb2,
+    stats_pb2_grpc,
+    step_pb2,
+    step_pb2_grpc,
+)
+from gradbank.wire import MESSAGE_BYTES
+from gradbank_server.service.service import Service
+from gradbank_server.service.servicers import CatalogServicer, SessionServicer, StatsServicer, StepServicer
+from gradbank_server.settings import ServerSettings
+
+log = structlog.get_logger()
+
+_SERVICES = [
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (session_pb2, "SessionService"),
+        (step_pb2, "StepService"),
+        (stats_pb2, "StatsService"),
+        (catalog_pb2, "CatalogService"),
+    )
+]
+
+
+class Server:
+    """Listens from `start` on, until `stop`.
+
+    Args:
+        settings: where, and how much; port 0 picks a free one, which `port` then tells.
+
+    Raises:
+        InvalidRequest: a device that is not there, or an address beyond loopback without `insecure`.
+        OSError: an address that cannot be listened on.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        check_exposure(settings)
+        self.settings = settings
+        self.service = Service(settings, device_named(settings.device))
+        self._draining = threading.Event()
+        self._health = health.HealthServicer()
+        self._metrics_server: Any = None
+        self.metrics_port: int | None = None
+        self._grpc = grpc.server(
+            futures.ThreadPoolExecutor(settings.max_streams, thread_name_prefix="gradbank"),
+            maximum_concurrent_rpcs=settings.max_streams,
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.max_send_message_length", -1),
+                # what a peer can make us hold before a handler runs: this much a stream, and no more
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", 2**20),
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        self._add_services()
+        try:
+            self.port = self._grpc.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error}") from None
+
+    @property
+    def address(self) -> str:
+        """Where clients on this machine connect."""
+        host = self.settings.host
+        return f"{_bracketed('127.0.0.1' if host in ('0.0.0.0', '') else '::1' if host == '::' else host)}:{self.port}"
+
+    def start(self) -> None:
+        settings = self.settings
+        if settings.metrics_port >= 0:
+            self._metrics_server, _ = start_http_server(
+                settings.metrics_port, addr=settings.host, registry=self.service.metrics.registry
+            )
+            self.metrics_port = self._metrics_server.server_port
+        self._grpc.start()
+        for name in ("", *_SERVICES):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Refuses new steps, waits for those under way, and ends."""
+        if self._draining.is_set():
+            return
+        log.info("draining", seconds=self.settings.drain_seconds)
+        self._health.enter_graceful_shutdown()
+        self._draining.set()
+        for session in self.service.sessions.all():
+            session.wait(self.settings.drain_seconds)
+        self._grpc.stop(grace=0.5).wait()
+        if self._metrics_server is not None:
+            self._metrics_server.shutdown()
+            self._metrics_server.server_close()
+        log.info("stopped")
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _add_services(self) -> None:
+        server, service = self._grpc, self.service
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(service), server)
+        step_pb2_grpc.add_StepServiceServicer_to_server(StepServicer(service, self._draining), server)
+        stats_pb2_grpc.add_StatsServiceServicer_to_server(StatsServicer(service, self._draining), server)
+        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(service), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self.settings.reflection:
+            names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+
+
+def device_named(name: str) -> torch.device:
+    """The device that `name` means; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises:
+        InvalidRequest: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidRequest(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def check_exposure(settings: ServerSettings) -> None:
+    """Refuses to listen beyond loopback unless that was asked for: there is neither TLS nor authentication yet."""
+    if settings.insecure or settings.host in ("127.0.0.1", "::1", "localhost"):
+        return
+    raise InvalidRequest(
+        f"--host {settings.host} lets anyone who reaches this machine use the server: there is neither TLS nor "
+        "authentication yet. Put it behind a network that you trust and add --insecure, or stay on 127.0.0.1"
+    )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,223 @@
+"""The calls of every gradbank service, as functions from message to message that raise `GradbankError`s.
+
+gRPC's servicers and the embedded transport both call these, so a loss does the same behind either.
+"""
+
+import math
+import secrets
+import time
+import zlib
+
+import torch
+
+from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded
+from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2, step_pb2
+from gradbank.wire import (
+    TensorReader,
+    argument_messages,
+    argument_values,
+    component_message,
+    describe,
+    error_message,
+    nbytes,
+    spec_of,
+)
+from gradbank_server import __version__
+from gradbank_server.build import build_loss
+from gradbank_server.service.catalog import component_infos
+from gradbank_server.service.steps import answer_message, batch_of, tensors_of
+from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions
+from gradbank_server.sessions.producers import WINDOW
+from gradbank_server.settings import ServerSettings
+from gradbank_server.stats import Metrics
+from gradbank_server.storage import MemoryStorage, Storage
+
+Payload = list[memoryview]
+
+
+class Service:
+    """Sessions, spoken to in messages."""
+
+    def __init__(self, settings: ServerSettings, device: torch.device, storage: Storage | None = None) -> None:
+        self.settings, self.device = settings, device
+        self.boot_id = secrets.token_hex(8)
+        limits = Limits(settings.max_sessions, settings.max_session_bytes)
+        self.sessions = Sessions(build_loss, device, limits, storage or MemoryStorage(), time.monotonic)
+        self.metrics = Metrics(self.sessions, str(device))
+
+    # -- sessions ---------------------------------------------------------------------------------------------
+
+    def state_bytes(self, header: session_pb2.CreateSessionRequest) -> int:
+        """How long the state of a request to create a session is; refused if no session could hold it."""
+        size = sum(nbytes(named.tensor) for named in header.state)
+        limit = self.settings.max_session_bytes
+        if size > limit:
+            raise LimitExceeded(f"the session's state takes {size:,} bytes, and a session may take {limit:,}")
+        return size
+
+    def create_session(
+        self, header: session_pb2.CreateSessionRequest, payload: bytes
+    ) -> session_pb2.CreateSessionResponse:
+        reader = TensorReader(payload)
+        state = {named.name: reader.take(named.tensor) for named in header.state}
+        reader.finish()
+        session, created = self.sessions.create(header.name, spec_of(header.loss), state)
+        return session_pb2.CreateSessionResponse(session=_described(session), created=created)
+
+    def attach_session(self, request: session_pb2.AttachSessionRequest) -> session_pb2.AttachSessionResponse:
+        if len(request.nonce) != 16:
+            raise InvalidRequest(f"a nonce is 16 random bytes, got {len(request.nonce)}")
+        held = self.sessions[request.session].attach(request.rank, request.incarnation, request.nonce)
+        return session_pb2.AttachSessionResponse(
+            epoch=held.epoch,
+            last_seq=held.last_seq,
+            window=WINDOW,
+            boot_id=self.boot_id,
+            max_step_bytes=self.settings.max_step_bytes,
+        )
+
+    def configure_optimizer(
+        self, request: session_pb2.ConfigureOptimizerRequest
+    ) -> session_pb2.ConfigureOptimizerResponse:
+        asked = OptimizerSpec(request.optimizer.name, argument_values(request.optimizer.options, "optimizer"))
+        spec = self.sessions[request.session].configure(asked)
+        return session_pb2.ConfigureOptimizerResponse(optimizer=_optimizer(spec))
+
+    def pull_state(self, request: session_pb2.PullStateRequest) -> tuple[list[session_pb2.NamedTensor], Payload]:
+        named, payload = [], []
+        for name, value in self.sessions[request.session].state().items():
+            message, data = describe(value)
+            named.append(session_pb2.NamedTensor(name=name, tensor=message))
+            payload.append(data)
+        return named, payload
+
+    def get_session(self, request: session_pb2.GetSessionRequest) -> session_pb2.GetSessionResponse:
+        return session_pb2.GetSessionResponse(session=_described(self.sessions[request.session]))
+
+    def list_sessions(self, request: session_pb2.ListSessionsRequest) -> session_pb2.ListSessionsResponse:
+        return session_pb2.ListSessionsResponse(sessions=[_described(s) for s in self.sessions.all()])
+
+    def close_session(self, request: session_pb2.CloseSessionRequest) -> session_pb2.CloseSessionResponse:
+        return session_pb2.CloseSessionResponse(existed=self.sessions.close(request.session))
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def check_step(self, step: step_pb2.StepInput) -> None:
+        """Refuses a step before its payload is taken in.
+
+        Raises:
+            InvalidRequest: a size that is not that of its tensors.
+            LimitExceeded: larger than the server allows.
+        """
+        limit = self.settings.max_step_bytes
+        if step.payload_bytes > limit:
+            raise LimitExceeded(
+                f"the step's tensors take {step.payload_bytes:,} bytes, and a step may take {limit:,}; send smaller "
+                "batches, or start the server with a larger --max-step-bytes"
+            )
+        size = sum(nbytes(tensor) for tensor in tensors_of(step))
+        if size != step.payload_bytes:
+            raise InvalidRequest(f"the step's tensors take {size} bytes, but its payload has {step.payload_bytes}")
+
+    def step(self, step: step_pb2.StepInput, payload: bytes, arrived: float) -> tuple[step_pb2.StepOutput, Payload]:
+        """Carries a step out. A failure is data: an output with `error` set."""
+        name = "unknown"
+        try:
+            session = self.sessions[step.session]
+            name = session.spec.name
+            return self._stepped(session, step, payload, arrived)
+        except GradbankError as error:
+            self.metrics.stepped(name, "rejected")
+            return step_pb2.StepOutput(seq=step.seq, error=error_message(error)), []
+
+    def _stepped(
+        self, session: Session, step: step_pb2.StepInput, payload: bytes, arrived: float
+    ) -> tuple[step_pb2.StepOutput, Payload]:
+        begun = time.perf_counter()
+        self.check_step(step)
+        batch = batch_of(step, payload)
+        # what a retry must repeat; the header says where, the payload what
+        digest = zlib.crc32(payload, zlib.crc32(step.SerializeToString(deterministic=True)))
+        decoded = time.perf_counter()
+        answer, replayed = session.step(step.rank, step.epoch, step.seq, digest, batch)
+        computed = time.perf_counter()
+        output, data = answer_message(answer)
+        output.seq, output.replayed = step.seq, replayed
+        output.payload_bytes = sum(len(part) for part in data)
+        seconds = {
+            "queue": begun - arrived,
+            "decode": decoded - begun,
+            "compute": computed - decoded,
+            "encode": time.perf_counter() - computed,
+        }
+        output.timings.CopyFrom(step_pb2.Timings(**{f"{phase}_s": spent for phase, spent in seconds.items()}))
+        session.tally.timed(seconds, step.payload_bytes, output.payload_bytes)
+        self.metrics.stepped(session.spec.name, "replayed" if replayed else "ok")
+        self.metrics.timed(seconds, step.payload_bytes, output.payload_bytes)
+        return output, data
+
+    # -- statistics and catalog ---------------------------------------------------------------------------------
+
+    def get_stats(self, request: stats_pb2.GetStatsRequest) -> stats_pb2.GetStatsResponse:
+        return stats_pb2.GetStatsResponse(stats=self._stats(self.sessions[request.session]))
+
+    def check_watch(self, request: stats_pb2.WatchStatsRequest) -> None:
+        if not request.interval_s >= 0.05:
+            raise InvalidRequest(f"interval_s must be at least 0.05, got {request.interval_s}")
+        self.sessions[request.session]
+
+    def watch_once(self, request: stats_pb2.WatchStatsRequest) -> stats_pb2.WatchStatsResponse:
+        return stats_pb2.WatchStatsResponse(stats=self._stats(self.sessions[request.session]))
+
+    def get_server(self, request: stats_pb2.GetServerRequest) -> stats_pb2.GetServerResponse:
+        return stats_pb2.GetServerResponse(
+            version=__version__,
+            device=str(self.device),
+            boot_id=self.boot_id,
+            max_sessions=self.settings.max_sessions,
+            max_session_bytes=self.settings.max_session_bytes,
+            max_step_bytes=self.settings.max_step_bytes,
+            sessions=len(self.sessions),
+            torch_version=torch.__version__,
+        )
+
+    def list_components(self, request: catalog_pb2.ListComponentsRequest) -> catalog_pb2.ListComponentsResponse:
+        return catalog_pb2.ListComponentsResponse(components=component_infos())
+
+    def _stats(self, session: Session) -> stats_pb2.SessionStats:
+        tally, bank, now = session.tally, session.bank, time.monotonic()
+        return stats_pb2.SessionStats(
+            session=session.name,
+            steps=tally.steps,
+            replayed=tally.replayed,
+            rejected=tally.rejected,
+            optimizer_steps=tally.optimizer_steps,
+            last_loss=tally.last_loss,
+            mean_loss=tally.mean_loss,
+            bank_rows=0 if bank is None else len(bank),
+            bank_capacity=0 if bank is None else bank.memory_size,
+            bank_bytes=0 if bank is None else bank.nbytes,
+            weight_bytes=session.weight_bytes,
+            received_bytes=tally.received_bytes,
+            sent_bytes=tally.sent_bytes,
+            age_s=now - tally.created,
+            idle_s=math.nan if math.isnan(tally.last_step) else now - tally.last_step,
+            mean_timings=step_pb2.Timings(
+                **{f"{phase}_s": tally.mean_seconds(phase) for phase in ("queue", "decode", "compute", "encode")}
+            ),
+        )
+
+
+def _described(session: Session) -> session_pb2.Session:
+    optimizer = session.optimizer
+    return session_pb2.Session(
+        name=session.name,
+        loss=component_message(session.spec),
+        optimizer=None if optimizer is None else _optimizer(optimizer),
+        ranks=session.ranks,
+        steps=session.tally.steps,
+    )
+
+
+def _optimizer(spec: OptimizerSpec) -> session_pb2.Optimizer:
+    return session_pb2.Optimizer(name=spec.name, options=argument_messages(spec.options, spec.name))

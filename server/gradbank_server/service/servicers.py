@@ -1,0 +1,213 @@
+"""The service behind gRPC: framing, statuses, and nothing else."""
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import grpc
+import structlog
+
+from gradbank.errors import GradbankError, InternalError, InvalidRequest, ServerUnavailable
+from gradbank.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+    stats_pb2,
+    stats_pb2_grpc,
+    step_pb2,
+    step_pb2_grpc,
+)
+from gradbank.wire import ERROR_TRAILER, Assembly, chunks, error_message, error_of, status_of
+from gradbank_server.service.service import Service
+
+log = structlog.get_logger()
+
+
+class SessionServicer(session_pb2_grpc.SessionServiceServicer):
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def CreateSession(
+        self, request_iterator: Iterator[session_pb2.CreateSessionRequest], context: grpc.ServicerContext
+    ) -> session_pb2.CreateSessionResponse:
+        with _status(context):
+            header = next(request_iterator, None)
+            if header is None:
+                raise InvalidRequest("the stream ended before it named a session")
+            payload = Assembly(self._service.state_bytes(header))
+            payload.add(header.payload)
+            for part in request_iterator:
+                payload.add(part.payload)
+            response = self._service.create_session(header, payload.bytes())
+            if response.created:
+                log.info("session created", session=response.session.name, loss=response.session.loss.name)
+            return response
+
+    def AttachSession(
+        self, request: session_pb2.AttachSessionRequest, context: grpc.ServicerContext
+    ) -> session_pb2.AttachSessionResponse:
+        with _status(context):
+            response = self._service.attach_session(request)
+            log.info("trainer attached", session=request.session, rank=request.rank, epoch=response.epoch)
+            return response
+
+    def ConfigureOptimizer(
+        self, request: session_pb2.ConfigureOptimizerRequest, context: grpc.ServicerContext
+    ) -> session_pb2.ConfigureOptimizerResponse:
+        with _status(context):
+            return self._service.configure_optimizer(request)
+
+    def PullState(
+        self, request: session_pb2.PullStateRequest, context: grpc.ServicerContext
+    ) -> Iterator[session_pb2.PullStateResponse]:
+        with _status(context):
+            state, payload = self._service.pull_state(request)
+            for i, part in enumerate(chunks(payload)):
+                yield session_pb2.PullStateResponse(state=state if i == 0 else [], payload=part)
+
+    def GetSession(
+        self, request: session_pb2.GetSessionRequest, context: grpc.ServicerContext
+    ) -> session_pb2.GetSessionResponse:
+        with _status(context):
+            return self._service.get_session(request)
+
+    def ListSessions(
+        self, request: session_pb2.ListSessionsRequest, context: grpc.ServicerContext
+    ) -> session_pb2.ListSessionsResponse:
+        with _status(context):
+            return self._service.list_sessions(request)
+
+    def CloseSession(
+        self, request: session_pb2.CloseSessionRequest, context: grpc.ServicerContext
+    ) -> session_pb2.CloseSessionResponse:
+        with _status(context):
+            response = self._service.close_session(request)
+            log.info("session closed", session=request.session, existed=response.existed)
+            return response
+
+
+class StepServicer(step_pb2_grpc.StepServiceServicer):
+    def __init__(self, service: Service, draining: threading.Event) -> None:
+        self._service, self._draining = service, draining
+
+    def Steps(
+        self, request_iterator: Iterator[step_pb2.StepsRequest], context: grpc.ServicerContext
+    ) -> Iterator[step_pb2.StepsResponse]:
+        with _status(context):
+            for step, payload, refused in self._assembled(request_iterator):
+                if self._draining.is_set():
+                    raise ServerUnavailable("the server is shutting down; the step was not carried out")
+                if refused is None:
+                    output, data = self._carried_out(step, payload)
+                else:
+                    output, data = step_pb2.StepOutput(seq=step.seq, error=error_message(refused)), []
+                for i, part in enumerate(chunks(data)):
+                    yield step_pb2.StepsResponse(step=output if i == 0 else None, payload=part)
+
+    def Step(self, request: step_pb2.StepRequest, context: grpc.ServicerContext) -> step_pb2.StepResponse:
+        with _status(context):
+            output, data = self._carried_out(request.step, request.payload)
+            if output.HasField("error"):
+                raise error_of(output.error)
+            return step_pb2.StepResponse(step=output, payload=b"".join(data))
+
+    def _assembled(
+        self, requests: Iterator[step_pb2.StepsRequest]
+    ) -> Iterator[tuple[step_pb2.StepInput, bytes, GradbankError | None]]:
+        """Whole steps; one that is refused by its header is read to its end, but not kept."""
+        for request in requests:
+            if not request.HasField("step"):
+                raise InvalidRequest("a step begins with a message that has `step`, and this one has only a payload")
+            step, refused = request.step, None
+            try:
+                self._service.check_step(step)
+            except GradbankError as error:
+                refused = error
+            payload, seen = Assembly(step.payload_bytes), 0
+            part = request
+            while True:
+                seen += len(part.payload)
+                if seen > step.payload_bytes:
+                    raise InvalidRequest(f"step {step.seq} announced {step.payload_bytes} bytes, and {seen} came")
+                if refused is None:
+                    payload.add(part.payload)
+                if seen == step.payload_bytes:
+                    break
+                part = next(requests, None)  # type: ignore[assignment]
+                if part is None:
+                    return  # the trainer went away in the middle of a step: nothing happened
+                if part.HasField("step"):
+                    raise InvalidRequest(f"step {step.seq} was not complete when the next one began")
+            yield step, b"" if refused else payload.bytes(), refused
+
+    def _carried_out(self, step: step_pb2.StepInput, payload: bytes) -> tuple[step_pb2.StepOutput, list[memoryview]]:
+        try:
+            return self._service.step(step, payload, time.perf_counter())
+        except Exception as error:  # a fault of ours: the trainer is told an id, the log has the rest
+            self._service.metrics.stepped("unknown", "failed")
+            return step_pb2.StepOutput(seq=step.seq, error=error_message(_fault(error))), []
+
+
+class StatsServicer(stats_pb2_grpc.StatsServiceServicer):
+    def __init__(self, service: Service, draining: threading.Event) -> None:
+        self._service, self._draining = service, draining
+
+    def GetStats(self, request: stats_pb2.GetStatsRequest, context: grpc.ServicerContext) -> stats_pb2.GetStatsResponse:
+        with _status(context):
+            return self._service.get_stats(request)
+
+    def WatchStats(
+        self, request: stats_pb2.WatchStatsRequest, context: grpc.ServicerContext
+    ) -> Iterator[stats_pb2.WatchStatsResponse]:
+        with _status(context):
+            self._service.check_watch(request)
+            while context.is_active():
+                yield self._service.watch_once(request)
+                if self._draining.wait(request.interval_s):
+                    return
+
+    def GetServer(
+        self, request: stats_pb2.GetServerRequest, context: grpc.ServicerContext
+    ) -> stats_pb2.GetServerResponse:
+        with _status(context):
+            return self._service.get_server(request)
+
+
+class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def ListComponents(
+        self, request: catalog_pb2.ListComponentsRequest, context: grpc.ServicerContext
+    ) -> catalog_pb2.ListComponentsResponse:
+        with _status(context):
+            return self._service.list_components(request)
+
+
+@contextmanager
+def _status(context: grpc.ServicerContext) -> Iterator[None]:
+    """Ends the call with the status of the error raised inside."""
+    try:
+        yield
+    except GradbankError as error:
+        _abort(context, error)
+    except Exception as error:
+        if not context.is_active():
+            raise  # the peer went away, and gRPC ends the call
+        _abort(context, _fault(error))
+
+
+def _abort(context: grpc.ServicerContext, error: GradbankError) -> NoReturn:
+    context.set_trailing_metadata(((ERROR_TRAILER, error_message(error).SerializeToString()),))
+    context.abort(status_of(error), str(error))
+
+
+def _fault(error: Exception) -> InternalError:
+    """What a trainer is told of a fault of ours: an id, under which the log has the rest."""
+    name = uuid.uuid4().hex[:12]
+    log.error("fault", id=name, exc_info=error)
+    return InternalError(f"the server failed; nothing was changed. Its log has the details under {name}")

@@ -1,0 +1,70 @@
+"""Steps and answers: messages to and from what a session takes and gives."""
+
+from collections.abc import Iterator
+
+from gradbank.errors import InvalidRequest
+from gradbank.v1 import step_pb2, tensor_pb2
+from gradbank.wire import TensorReader, argument_values, describe
+from gradbank_server.sessions import Answer, Backward, Batch, OptimizerStep, WeightEvent, ZeroGradient
+
+
+def tensors_of(step: step_pb2.StepInput) -> Iterator[tensor_pb2.Tensor]:
+    """The tensors of a step that are set, in the order of the payload."""
+    for name in ("embeddings", "labels", "ref_emb", "ref_labels"):
+        if step.HasField(name):  # type: ignore[arg-type]
+            yield getattr(step, name)
+    yield from step.indices
+    if step.HasField("enqueue_mask"):
+        yield step.enqueue_mask
+
+
+def batch_of(step: step_pb2.StepInput, payload: bytes) -> Batch:
+    """What a session is asked to do.
+
+    Raises:
+        InvalidRequest: a payload that does not fit the tensors.
+    """
+    reader = TensorReader(payload)
+    named = {
+        name: reader.take(getattr(step, name)) if step.HasField(name) else None  # type: ignore[arg-type]
+        for name in ("embeddings", "labels", "ref_emb", "ref_labels")
+    }
+    indices = tuple(reader.take(index) for index in step.indices)
+    mask = reader.take(step.enqueue_mask) if step.HasField("enqueue_mask") else None
+    reader.finish()
+    return Batch(
+        **named,
+        indices=indices,
+        enqueue_mask=mask,
+        embeddings_need_gradient=step.embeddings_need_gradient,
+        ref_emb_needs_gradient=step.ref_emb_needs_gradient,
+        weights_need_gradient=step.weights_need_gradient,
+        weight_events=tuple(_weight_event(event) for event in step.weight_events),
+    )
+
+
+def answer_message(answer: Answer) -> tuple[step_pb2.StepOutput, list[memoryview]]:
+    """An answer, and the bytes of its tensors."""
+    loss, _ = describe(answer.loss)
+    output = step_pb2.StepOutput(loss=answer.loss.item(), loss_dtype=loss.dtype, bank_rows=answer.bank_rows)
+    payload = []
+    for field in ("embeddings_gradient", "ref_emb_gradient"):
+        gradient = getattr(answer, field)
+        if gradient is not None:
+            message, data = describe(gradient)
+            getattr(output, field).CopyFrom(message)
+            payload.append(data)
+    return output, payload
+
+
+def _weight_event(event: step_pb2.WeightEvent) -> WeightEvent:
+    match event.WhichOneof("event"):
+        case "backward":
+            return Backward(event.backward.seq, event.backward.scale)
+        case "optimizer_step":
+            options = argument_values(event.optimizer_step.options, "optimizer_step")
+            return OptimizerStep(event.optimizer_step.gradient_scale, options)
+        case "zero_gradient":
+            return ZeroGradient()
+        case None:
+            raise InvalidRequest("a weight event says nothing: set backward, optimizer_step or zero_gradient")

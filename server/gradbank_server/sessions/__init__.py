@@ -1,0 +1,30 @@
+"""The state of the server. Knows torch and the library; knows no network, no file, no clock of its own."""
+
+from gradbank_server.sessions.batch import (
+    Answer,
+    Backward,
+    Batch,
+    OptimizerSpec,
+    OptimizerStep,
+    WeightEvent,
+    ZeroGradient,
+)
+from gradbank_server.sessions.producers import Attachment
+from gradbank_server.sessions.registry import Limits, Sessions
+from gradbank_server.sessions.session import Session
+from gradbank_server.sessions.tally import Tally
+
+__all__ = [
+    "Answer",
+    "Attachment",
+    "Backward",
+    "Batch",
+    "Limits",
+    "OptimizerSpec",
+    "OptimizerStep",
+    "Session",
+    "Sessions",
+    "Tally",
+    "WeightEvent",
+    "ZeroGradient",
+]

@@ -1,0 +1,77 @@
+"""What a step is given, and what it answers."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class OptimizerSpec(NamedTuple):
+    """A class of `torch.optim` by name, and its keyword arguments."""
+
+    name: str
+    options: dict[str, Any]
+
+
+class Backward(NamedTuple):
+    """A backward pass through the loss of an earlier step: `scale` is the gradient that came down to it."""
+
+    seq: int
+    scale: float
+
+
+class OptimizerStep(NamedTuple):
+    """A step of the optimizer of a session's weights."""
+
+    gradient_scale: float
+    options: dict[str, Any]
+
+
+class ZeroGradient(NamedTuple):
+    """The accumulated gradient becomes zero."""
+
+
+WeightEvent = Backward | OptimizerStep | ZeroGradient
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a trainer sends: the arguments of the loss, and news of earlier steps.
+
+    Attributes:
+        embeddings: `(B, D)`; None if there is only news.
+        labels: `(B,)`. ref_emb: `(M, D)`. ref_labels: `(M,)`; None if reference i is anchor i.
+        indices: `(a, p, n)` or `(a1, p, a2, n)`. enqueue_mask: `(B,)` bool.
+        weight_events: what was done with the losses of earlier steps, carried out before this one's is computed.
+    """
+
+    embeddings: Tensor | None = None
+    labels: Tensor | None = None
+    ref_emb: Tensor | None = None
+    ref_labels: Tensor | None = None
+    indices: tuple[Tensor, ...] = ()
+    enqueue_mask: Tensor | None = None
+    embeddings_need_gradient: bool = False
+    ref_emb_needs_gradient: bool = False
+    weights_need_gradient: bool = False
+    weight_events: tuple[WeightEvent, ...] = ()
+
+
+class Answer(NamedTuple):
+    """What came of a step.
+
+    Attributes:
+        loss: a scalar of float32 or float64.
+        embeddings_gradient: `(B, D)`, and ref_emb_gradient: `(M, D)`, where they were asked for.
+        bank_rows: rows in the bank after the step.
+    """
+
+    loss: Tensor
+    embeddings_gradient: Tensor | None
+    ref_emb_gradient: Tensor | None
+    bank_rows: int
+
+    @staticmethod
+    def nothing(bank_rows: int) -> "Answer":
+        return Answer(torch.zeros(()), None, None, bank_rows)

@@ -1,0 +1,143 @@
+"""A session's learnable weights and their optimizer, updated without touching what is in use."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradbank.errors import InvalidRequest, StepConflict
+from gradbank_server.sessions.batch import Backward, OptimizerSpec, OptimizerStep, WeightEvent, ZeroGradient
+
+GRADIENTS_KEPT = 4  # of each rank: how many steps may be taken before the backward pass of the first is told
+
+_NAMES = ("SGD", "Adam", "AdamW", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop")
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {name: getattr(torch.optim, name) for name in _NAMES}
+
+Waiting = OrderedDict[tuple[int, int], list[Tensor]]
+
+
+class Update:
+    """The weights, optimizer and gradients as they will be if the step succeeds.
+
+    Inside a `with` block the loss computes with them; what is not committed by its end has not been.
+    """
+
+    def __init__(self, learner: "Learner") -> None:
+        self._learner = learner
+        self._before = [weight.data for weight in learner.weights]
+        self.values = list(self._before)
+        self.optimizer, self.gradient = learner.optimizer, learner.gradient
+        self.waiting: Waiting = OrderedDict(learner.waiting)
+        self.optimizer_steps = 0
+        self._committed = False
+
+    def add(self, rank: int, seq: int, scale: float) -> None:
+        """Adds a step's weight gradient, times `scale`, to the accumulated one."""
+        if (rank, seq) not in self.waiting:
+            raise StepConflict(
+                f"the weight gradient of step {seq} is not kept: call backward at most {GRADIENTS_KEPT} steps after "
+                "the loss, and once only"
+            )
+        made = [gradient * scale for gradient in self.waiting.pop((rank, seq))]
+        self.gradient = made if self.gradient is None else [g + m for g, m in zip(self.gradient, made)]
+
+    def step(self, scale: float, options: Mapping[str, Any]) -> None:
+        """Steps copies of the weights by a copy of the optimizer."""
+        if self.optimizer is None:
+            raise InvalidRequest("the session has no optimizer; give it one with loss_fn.optimizer(...)")
+        self.optimizer_steps += 1
+        if self.gradient is None:
+            return  # as in torch: weights without a gradient stay
+        copies = [nn.Parameter(value.clone()) for value in self.values]
+        beside = type(self.optimizer)(copies)  # type: ignore[call-arg]
+        held, group = self.optimizer.param_groups[0], beside.param_groups[0]
+        for name in options:
+            if name not in held or name == "params":
+                raise InvalidRequest(f"{type(self.optimizer).__name__} has no option {name!r}")
+        group.update({name: value for name, value in held.items() if name != "params"}, **options)
+        for weight, copy, gradient in zip(held["params"], copies, self.gradient):
+            state = self.optimizer.state.get(weight, {})
+            beside.state[copy] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            copy.grad = gradient * scale
+        beside.step()
+        for copy in copies:
+            copy.grad = None
+        self.values, self.optimizer = [copy.data for copy in copies], beside
+
+    def keep(self, rank: int, seq: int, gradients: list[Tensor]) -> None:
+        """Keeps a step's weight gradients until its backward pass is told."""
+        self.waiting[rank, seq] = gradients
+        for old in [key for key in self.waiting if key[0] == rank][:-GRADIENTS_KEPT]:
+            del self.waiting[old]
+
+    def commit(self) -> None:
+        learner = self._learner
+        learner.optimizer, learner.gradient, learner.waiting = self.optimizer, self.gradient, self.waiting
+        self._committed = True
+
+    def __enter__(self) -> "Update":
+        self._put(self.values)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._committed:
+            self._put(self._before)
+
+    def _put(self, values: list[Tensor]) -> None:
+        for weight, value in zip(self._learner.weights, values):
+            weight.data = value  # a reference, not a copy: nothing here can fail half-way
+
+
+class Learner:
+    """The parameters of a loss, the optimizer that steps them, and gradients on their way to it.
+
+    Attributes:
+        gradient: what backward passes added up to since the last `zero_grad`; None is zero.
+        waiting: weight gradients of steps whose backward pass is not told yet, by (rank, seq).
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.names = [name for name, _ in loss.named_parameters()]
+        self.weights = [weight for _, weight in loss.named_parameters()]
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.spec: OptimizerSpec | None = None
+        self.gradient: list[Tensor] | None = None
+        self.waiting: Waiting = OrderedDict()
+
+    def configured(self, spec: OptimizerSpec) -> torch.optim.Optimizer:
+        """An optimizer of the weights.
+
+        Raises:
+            InvalidRequest: no such optimizer or option, or a loss without weights.
+        """
+        if not self.weights:
+            raise InvalidRequest("this loss has no learnable weights, so there is nothing to optimize")
+        if spec.name not in _OPTIMIZERS:
+            raise InvalidRequest(f"no optimizer is called {spec.name!r}; known are {', '.join(sorted(_OPTIMIZERS))}")
+        try:
+            return _OPTIMIZERS[spec.name](self.weights, **spec.options)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{spec.name} cannot be made: {error}") from None
+
+    def configure(self, spec: OptimizerSpec) -> None:
+        self.optimizer, self.spec = self.configured(spec), OptimizerSpec(spec.name, dict(spec.options))
+
+    def stage(self, rank: int, events: tuple[WeightEvent, ...]) -> Update:
+        """What a rank's events make of the weights, in order; nothing that is in use is written.
+
+        Raises:
+            InvalidRequest: a step without an optimizer, or an option that it does not have.
+            StepConflict: the gradient of a backward pass is no longer kept.
+        """
+        update = Update(self)
+        for event in events:
+            match event:
+                case Backward(seq, scale):
+                    update.add(rank, seq, scale)
+                case OptimizerStep(scale, options):
+                    update.step(scale, options)
+                case ZeroGradient():
+                    update.gradient = None
+        return update

@@ -1,0 +1,76 @@
+"""Who may step, which step comes next, and the answers that are kept for a step sent again."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+from gradbank.errors import Fenced, StepConflict
+from gradbank_server.sessions.batch import Answer
+from gradbank_server.storage import ProducerRecord
+
+WINDOW = 4  # steps that may be under way at once
+ANSWERS_KEPT = WINDOW + 1  # fewer than the window, and a retry could find its answer gone
+
+
+class Attachment(NamedTuple):
+    """What a trainer must know to step."""
+
+    epoch: int
+    last_seq: int
+
+
+class Producer:
+    """One rank of a session. Its steps are numbered from 1, without gaps, and each is carried out once."""
+
+    def __init__(self, rank: int, record: ProducerRecord | None = None) -> None:
+        self.rank = rank
+        self.record = record or ProducerRecord(epoch=0, incarnation=-1, nonce=b"")
+        self.last_seq = 0
+        self._answers: OrderedDict[int, tuple[int, Answer]] = OrderedDict()
+
+    def attached(self, incarnation: int, nonce: bytes) -> ProducerRecord:
+        """The record that holds once this trainer is attached; the same one, if it already is.
+
+        Raises:
+            Fenced: a trainer that started later holds the rank.
+        """
+        held = self.record
+        if nonce == held.nonce:
+            return held
+        if incarnation <= held.incarnation:
+            raise Fenced(
+                f"rank {self.rank} is held by a trainer that started later; give each trainer a rank of its own, "
+                "or stop one of them"
+            )
+        return ProducerRecord(held.epoch + 1, incarnation, nonce)
+
+    def recall(self, epoch: int, seq: int, digest: int) -> Answer | None:
+        """The answer of a step that was carried out already; None if this one is next.
+
+        Raises:
+            Fenced: the epoch is no longer the rank's.
+            StepConflict: a gap, an answer that is no longer kept, or another batch under the same number.
+        """
+        if epoch != self.record.epoch:
+            raise Fenced(
+                f"another trainer took over rank {self.rank} (epoch {self.record.epoch}, this one has {epoch}); "
+                "give each trainer a rank of its own, or open the session again to take it back"
+            )
+        if seq == self.last_seq + 1:
+            return None
+        if seq in self._answers:
+            known, answer = self._answers[seq]
+            if known != digest:
+                raise StepConflict(f"step {seq} was carried out with another batch; its number cannot be used again")
+            return answer
+        if seq <= self.last_seq:
+            raise StepConflict(
+                f"step {seq} was carried out, but only the last {ANSWERS_KEPT} answers are kept "
+                f"(the last step is {self.last_seq})"
+            )
+        raise StepConflict(f"step {seq} leaves a gap: the next step of rank {self.rank} is {self.last_seq + 1}")
+
+    def remember(self, seq: int, digest: int, answer: Answer) -> None:
+        self._answers[seq] = (digest, answer)
+        self.last_seq = seq
+        while len(self._answers) > ANSWERS_KEPT:
+            self._answers.popitem(last=False)

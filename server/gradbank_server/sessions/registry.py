@@ -1,0 +1,174 @@
+"""The open sessions, by name, and what each of them may hold."""
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradbank.component import Spec
+from gradbank.errors import InvalidRequest, LimitExceeded, SessionConflict, SessionNotFound
+from gradbank.losses.base import Loss
+from gradbank_server.sessions.session import Clock, Session
+from gradbank_server.storage import Storage
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What sessions may hold.
+
+    Attributes:
+        sessions: how many there may be.
+        session_bytes: how many bytes the bank and the weights of one may take.
+    """
+
+    sessions: int = 64
+    session_bytes: int = 8 * 2**30
+
+
+class Sessions:
+    """The sessions of a server.
+
+    Args:
+        build: makes a loss from its spec, with every argument checked.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Spec], Loss],
+        device: torch.device,
+        limits: Limits,
+        storage: Storage,
+        clock: Clock,
+    ) -> None:
+        self._build, self._device, self._limits = build, device, limits
+        self._storage, self._clock = storage, clock
+        self._open: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    def create(self, name: str, spec: Spec, state: dict[str, Tensor]) -> tuple[Session, bool]:
+        """The session of that name, and whether this call created it.
+
+        Raises:
+            InvalidRequest: a name that cannot be, or a state that does not fit.
+            InvalidComponent: a spec that cannot be built.
+            SessionConflict: the name is taken by a session with another spec.
+            LimitExceeded: too many sessions, or too large a bank or weights.
+        """
+        if not _NAME.fullmatch(name):
+            raise InvalidRequest(
+                f"a session's name has letters, digits, '.', '_' and '-', at most 64, the first a letter or digit; "
+                f"got {name[:80]!r}"
+            )
+        check_size(spec, self._limits.session_bytes)
+        with self._lock:
+            known = self._open.get(name)
+            if known is None and len(self._open) >= self._limits.sessions:
+                raise LimitExceeded(
+                    f"all {self._limits.sessions} sessions are taken; close one, or start the server with a larger "
+                    "--max-sessions"
+                )
+            loss = self._build(spec)
+            asked = loss.spec()
+            if known is not None:
+                if asked != known.spec:
+                    raise SessionConflict(f"session {name!r} exists and differs: {difference(known.spec, asked)}")
+                return known, False
+            _load(loss, state)
+            session = Session(name, loss.to(self._device), asked, self._device, self._storage, self._clock)
+            self._open[name] = session
+            return session, True
+
+    def __getitem__(self, name: str) -> Session:
+        """The session of that name.
+
+        Raises:
+            SessionNotFound: there is none.
+        """
+        with self._lock:
+            session = self._open.get(name)
+        if session is None:
+            raise SessionNotFound(
+                f"no session is called {name[:80]!r}: it was not created here, was closed, or the server was restarted"
+            )
+        return session
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def all(self) -> list[Session]:
+        """Every session, by name."""
+        with self._lock:
+            return [self._open[name] for name in sorted(self._open)]
+
+    def close(self, name: str) -> bool:
+        """Ends a session; whether there was one."""
+        with self._lock:
+            session = self._open.pop(name, None)
+        if session is None:
+            return False
+        session.close()
+        self._storage.drop(name)
+        return True
+
+
+def check_size(spec: Spec, limit: int) -> None:
+    """Refuses a bank or class weights larger than `limit` before a byte of them is allocated.
+
+    Raises:
+        LimitExceeded: the message names the size, the limit and the largest that fits.
+    """
+    arguments = spec.arguments
+    dimension = arguments.get("embedding_size")
+    for rows in ("memory_size", "num_classes"):
+        count = arguments.get(rows, 0)
+        if isinstance(dimension, int) and isinstance(count, int) and count * dimension * 4 > limit:
+            raise LimitExceeded(
+                f"{spec.name} with {rows}={count} and embedding_size={dimension} takes {count * dimension * 4:,} bytes "
+                f"in float32, and a session may take {limit:,}: the largest {rows} that fits is "
+                f"{limit // (4 * dimension):,}"
+            )
+    for value in arguments.values():
+        if isinstance(value, Spec):
+            check_size(value, limit)
+
+
+def difference(known: Spec, asked: Spec, where: str = "") -> str:
+    """The first place in which two specs differ, in words."""
+    if known.name != asked.name:
+        return f"{where or 'the loss'} is a {known.name} there, and a {asked.name} here"
+    for name in sorted(known.arguments | asked.arguments):
+        a, b = known.arguments.get(name), asked.arguments.get(name)
+        path = f"{where}.{name}" if where else name
+        if a != b:
+            return (
+                difference(a, b, path)
+                if isinstance(a, Spec) and isinstance(b, Spec)
+                else f"{path} is {_said(a)} there, and {_said(b)} here"
+            )
+    return "they are equal"
+
+
+def _said(value: Any) -> str:
+    return value.name if isinstance(value, Spec) else repr(value)
+
+
+def _load(loss: Loss, state: dict[str, Tensor]) -> None:
+    """Starts a loss from the given state; what is left out starts as the loss made it."""
+    if not state:
+        return
+    known = {name: value.shape for name, value in loss.state_dict().items()}
+    for name, value in state.items():
+        if name not in known:
+            raise InvalidRequest(f"the state has {name!r}, which {type(loss).__name__} does not")
+        if value.shape != known[name]:
+            raise InvalidRequest(f"{name} must have shape {tuple(known[name])}, got {tuple(value.shape)}")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InvalidRequest(f"{name} has entries that are not finite")
+    loss.load_state_dict(state, strict=False)

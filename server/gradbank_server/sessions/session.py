@@ -1,0 +1,229 @@
+"""A loss and all that it remembers: its steps run one at a time, each as a whole or not at all."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradbank.component import Spec
+from gradbank.errors import (
+    GradbankError,
+    InvalidRequest,
+    LimitExceeded,
+    NonFiniteError,
+    SessionConflict,
+    SessionNotFound,
+)
+from gradbank.losses.base import Loss
+from gradbank.memory import CrossBatchMemory, check_finite
+from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec
+from gradbank_server.sessions.learner import Learner, Update
+from gradbank_server.sessions.producers import Attachment, Producer
+from gradbank_server.sessions.tally import Tally
+from gradbank_server.storage import Storage
+
+Clock = Callable[[], float]
+
+
+class Session:
+    """A named loss on a device.
+
+    A step is atomic. Whatever can fail (the arithmetic, the checks, a step of the optimizer) happens beside what is
+    in use: the batch waits beside the bank, new weights are made beside the old. Then it is committed, which puts
+    references and integers in place.
+
+    Args:
+        loss: on `device` already; the session owns it from now on.
+        spec: what it was built from.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, name: str, loss: Loss, spec: Spec, device: torch.device, storage: Storage, clock: Clock) -> None:
+        self.name, self.loss, self.spec = name, loss, spec
+        self._device, self._storage, self._clock = device, storage, clock
+        self._learner = Learner(loss)
+        self._producers = {r: Producer(r, record) for r, record in storage.producers(name).items()}
+        self._turn = threading.RLock()
+        self._closed = False
+        self.tally = Tally(created=clock())
+
+    def attach(self, rank: int, incarnation: int, nonce: bytes) -> Attachment:
+        """Makes a trainer the producer of a rank.
+
+        Raises:
+            Fenced: a trainer that started later holds the rank.
+        """
+        with self._turn:
+            self._check_open()
+            producer = self._producers.get(rank) or Producer(rank)
+            record = producer.attached(incarnation, nonce)
+            if record != producer.record:
+                self._storage.put_producer(self.name, rank, record)  # safe before the trainer is told
+                producer.record = record
+            self._producers[rank] = producer
+            return Attachment(record.epoch, producer.last_seq)
+
+    def step(self, rank: int, epoch: int, seq: int, digest: int, batch: Batch) -> tuple[Answer, bool]:
+        """Carries a step out, or answers it again: `(answer, whether it was stored)`.
+
+        Args:
+            rank, epoch: from `attach`.
+            seq: one more than the rank's last.
+            digest: of what was sent; a step sent again has the same.
+
+        Raises:
+            GradbankError: of the class that fits; the session is as it was.
+        """
+        with self._turn:
+            self._check_open()
+            try:
+                producer = self._producers.get(rank)
+                if producer is None:
+                    raise InvalidRequest(f"rank {rank} is not attached to session {self.name!r}: attach it first")
+                stored = producer.recall(epoch, seq, digest)
+                if stored is not None:
+                    self.tally.replayed += 1
+                    return stored, True
+                with self._learner.stage(rank, batch.weight_events) as update:
+                    answer = self._answered(batch, update, rank, seq)
+                    producer.remember(seq, digest, answer)
+            except (GradbankError, ValueError, torch.OutOfMemoryError) as error:
+                self.tally.rejected += 1
+                raise _refusal(error) from None
+            self.tally.optimizer_steps += update.optimizer_steps
+            self.tally.stepped(None if batch.embeddings is None else answer.loss.item(), self._clock())
+            return answer, False
+
+    def configure(self, spec: OptimizerSpec) -> OptimizerSpec:
+        """Gives the weights an optimizer; asking again for the same is answered with the one there is.
+
+        Raises:
+            InvalidRequest: no such optimizer or option, or no weights.
+            SessionConflict: it has another one.
+        """
+        with self._turn:
+            self._check_open()
+            known = self._learner.spec
+            if known is None:
+                self._learner.configure(spec)
+            elif known != spec:
+                raise SessionConflict(
+                    f"session {self.name!r} has the optimizer {known.name}({known.options}), not "
+                    f"{spec.name}({spec.options})"
+                )
+            return spec
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the weights and of the bank with its cursor, as in torch's state_dict."""
+        with self._turn:
+            self._check_open()
+            return {name: value.detach().cpu().clone() for name, value in self.loss.state_dict().items()}
+
+    def close(self) -> None:
+        with self._turn:
+            self._closed = True
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until no step is under way; whether that came to pass in time."""
+        idle = self._turn.acquire(timeout=seconds)
+        if idle:
+            self._turn.release()
+        return idle
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted(self._producers)
+
+    @property
+    def optimizer(self) -> OptimizerSpec | None:
+        return self._learner.spec
+
+    @property
+    def bank(self) -> CrossBatchMemory | None:
+        return self.loss if isinstance(self.loss, CrossBatchMemory) else None
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self._learner.weights)
+
+    def _answered(self, batch: Batch, update: Update, rank: int, seq: int) -> Answer:
+        """Computes a step with the updated weights, and commits it."""
+        bank = self.bank
+        if batch.embeddings is None:
+            update.commit()
+            return Answer.nothing(0 if bank is None else len(bank))
+        check_finite(batch.embeddings)
+        embeddings = self._leaf(batch.embeddings, batch.embeddings_need_gradient)
+        arguments = {"labels": self._here(batch.labels)}
+        wanted: list[Tensor] = [embeddings] if batch.embeddings_need_gradient else []
+        if batch.indices:
+            arguments["indices_tuple"] = tuple(index.to(self._device, torch.int64) for index in batch.indices)  # type: ignore[assignment]
+        if batch.enqueue_mask is not None:
+            if bank is None:
+                raise InvalidRequest(f"enqueue_mask needs a CrossBatchMemory, and this is {self.spec.name}")
+            arguments["enqueue_mask"] = self._here(batch.enqueue_mask)
+        if batch.ref_emb is not None:
+            if bank is not None:
+                raise InvalidRequest("a CrossBatchMemory compares with its queue: it takes no ref_emb")
+            check_finite(batch.ref_emb, "ref_emb")
+            ref_emb = self._leaf(batch.ref_emb, batch.ref_emb_needs_gradient)
+            arguments |= {"ref_emb": ref_emb, "ref_labels": self._here(batch.ref_labels)}
+            wanted += [ref_emb] if batch.ref_emb_needs_gradient else []
+        weights = self._learner.weights if batch.weights_need_gradient else []
+        with torch.set_grad_enabled(bool(wanted or weights)):
+            staged = self.loss.stage(embeddings, **arguments)
+        made = _gradients(staged.loss, [*wanted, *weights])
+        gradients = iter(made[: len(wanted)])
+        answer = Answer(
+            staged.loss.detach().cpu(),
+            next(gradients).cpu() if batch.embeddings_need_gradient else None,
+            next(gradients).cpu() if batch.ref_emb is not None and batch.ref_emb_needs_gradient else None,
+            0,
+        )
+        _check_result(answer, made[len(wanted) :])
+        if weights:
+            update.keep(rank, seq, made[len(wanted) :])
+        staged.commit()
+        update.commit()
+        return answer._replace(bank_rows=0 if bank is None else len(bank))
+
+    def _here(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self._device)
+
+    def _leaf(self, tensor: Tensor, needs_gradient: bool) -> Tensor:
+        return tensor.to(self._device).detach().requires_grad_(needs_gradient)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionNotFound(f"session {self.name!r} was closed")
+
+
+def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+    if not wanted:
+        return []
+    if not loss.requires_grad:  # nothing of the batch reached the loss
+        return [torch.zeros_like(tensor) for tensor in wanted]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found)]
+
+
+def _check_result(answer: Answer, weight_gradients: list[Tensor]) -> None:
+    hint = "nothing was changed. The embeddings are finite: look at the loss's temperature, scale or margin"
+    if not bool(answer.loss.isfinite()):
+        raise NonFiniteError(f"the loss is {answer.loss.item()}; {hint}")
+    for name, gradient in (("embeddings", answer.embeddings_gradient), ("ref_emb", answer.ref_emb_gradient)):
+        if gradient is not None:
+            check_finite(gradient, f"the gradient of {name}")
+    for gradient in weight_gradients:
+        if not bool(gradient.isfinite().all()):
+            raise NonFiniteError(f"the gradient of the loss's weights is not finite; {hint}")
+
+
+def _refusal(error: Exception) -> GradbankError:
+    """The error that a trainer is told."""
+    if isinstance(error, GradbankError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return LimitExceeded("the step does not fit the device's memory; nothing was changed. Send smaller batches")
+    return InvalidRequest(str(error))

@@ -1,0 +1,46 @@
+"""What a session has done, counted."""
+
+import math
+from dataclasses import dataclass, field
+
+_MEMORY = 0.99  # of the running mean of the loss: about the last 100 steps
+
+
+@dataclass
+class Tally:
+    """Counts and means since the session was created.
+
+    Attributes:
+        created: when, on the clock that the session was given; last_step: when it last stepped.
+        seconds: time spent, by phase.
+    """
+
+    created: float
+    steps: int = 0
+    replayed: int = 0
+    rejected: int = 0
+    optimizer_steps: int = 0
+    last_loss: float = math.nan
+    mean_loss: float = math.nan
+    last_step: float = math.nan
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    timed_steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def stepped(self, loss: float | None, now: float) -> None:
+        self.steps += 1
+        self.last_step = now
+        if loss is not None:
+            self.last_loss = loss
+            self.mean_loss = loss if math.isnan(self.mean_loss) else loss + _MEMORY * (self.mean_loss - loss)
+
+    def timed(self, seconds: dict[str, float], received: int, sent: int) -> None:
+        self.timed_steps += 1
+        self.received_bytes += received
+        self.sent_bytes += sent
+        for phase, spent in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+    def mean_seconds(self, phase: str) -> float:
+        return self.seconds.get(phase, 0.0) / max(self.timed_steps, 1)

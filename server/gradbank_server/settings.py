@@ -1,0 +1,40 @@
+"""What can be set when a server starts: flags, GRADBANK_* in the environment, or these defaults."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class ServerSettings(BaseSettings):
+    """The settings of a server; each is a flag of `gradbank serve` and a variable GRADBANK_<NAME>."""
+
+    model_config = SettingsConfigDict(env_prefix="GRADBANK_", extra="forbid")
+
+    host: Annotated[str, Field(description="Address to listen on; anything but loopback needs --insecure.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 picks a free one.")] = 50051
+    metrics_port: Annotated[
+        int, Field(ge=-1, le=65535, description="Port of Prometheus /metrics; 0 picks a free one, -1 is none.")
+    ] = 9464
+    device: Annotated[str, Field(description="Where losses are computed: auto, cpu, cuda or cuda:N.")] = "auto"
+    insecure: Annotated[
+        bool, Field(description="Listen beyond loopback although there is neither TLS nor authentication yet.")
+    ] = False
+    max_sessions: Annotated[int, Field(ge=1, description="How many sessions there may be.")] = 64
+    max_session_bytes: Annotated[
+        int, Field(ge=1, description="How many bytes the bank and weights of a session may take.")
+    ] = 8 * 2**30
+    max_step_bytes: Annotated[int, Field(ge=1, description="How many bytes the tensors of a step may take.")] = (
+        256 * 2**20
+    )
+    max_streams: Annotated[int, Field(ge=1, description="How many calls may be under way at once.")] = 128
+    drain_seconds: Annotated[
+        float, Field(ge=0, description="How long SIGTERM waits for the steps that are under way.")
+    ] = 20.0
+    reflection: Annotated[bool, Field(description="Offer gRPC reflection, for tools like grpcurl.")] = True
+    log_format: Annotated[
+        Literal["auto", "console", "json"], Field(description="auto is console on a terminal, JSON lines otherwise.")
+    ] = "auto"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="The least to log.")] = "info"

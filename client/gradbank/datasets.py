@@ -102,7 +102,8 @@ def _cache_folder() -> Path:
 
 
 def _read(file: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-    with np.load(file, allow_pickle=False) as arrays:
+    # Opened here: of a damaged file numpy leaves its own handle open.
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         images, codepoints = arrays["images"], arrays["codepoints"]
     if images.dtype != np.uint8 or images.shape != (len(codepoints), FACES, SIDE, SIDE):
         raise ValueError(f"{file} holds images of shape {images.shape} and type {images.dtype}")
@@ -124,14 +125,16 @@ def _write(file: Path, images: npt.NDArray[np.uint8], codepoints: npt.NDArray[np
 def _draw() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
     """Images (classes, 12, 28, 28) and code points (classes,) of the letters, numbers and symbols."""
     try:
-        from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
+        from fontTools.ttLib import TTFont
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
         raise _missing(error.name or "pillow") from error
 
     faces = _faces()
-    common = set.intersection(*(set(TTFont(face, lazy=True).getBestCmap()) for face in faces))
-    codepoints = [c for c in sorted(common) if unicodedata.category(chr(c))[0] in "LNS"]
+
+    def covered(face: Path) -> set[int]:
+        with TTFont(face, lazy=True) as font:
+            return set(font.getBestCmap())
 
     def draw(font: ImageFont.FreeTypeFont, text: str) -> npt.NDArray[np.uint8]:
         image = Image.new("L", (SIDE, SIDE))
@@ -140,6 +143,8 @@ def _draw() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
         canvas.text(((SIDE - right - left) / 2, (SIDE - bottom - top) / 2), text, fill=255, font=font)
         return np.asarray(image)
 
+    common = set.intersection(*map(covered, faces))
+    codepoints = [c for c in sorted(common) if unicodedata.category(chr(c))[0] in "LNS"]
     # Pillow's other layout engine depends on a library that may be missing, and may place a glyph elsewhere.
     fonts = [ImageFont.truetype(face, POINT_SIZE, layout_engine=ImageFont.Layout.BASIC) for face in faces]
     # Latin A, Greek Alpha and Cyrillic A look the same: characters alike in the first face are one class.

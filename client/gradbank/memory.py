@@ -257,11 +257,10 @@ class CrossBatchMemory(Loss):
             {k: v for k, v in state_dict.items() if k[len(prefix) :] not in names},
             prefix, metadata, strict, missing, *rest,
         )  # fmt: skip
-        absent = [prefix + name for name, value in given.items() if value is None]
-        missing.extend(absent)
-        if absent:
+        rows, labels, cursor, filled = given.values()
+        missing.extend(prefix + name for name, value in given.items() if value is None)
+        if rows is None or labels is None or cursor is None or filled is None:
             return
-        rows, labels = given["embedding_memory"], given["label_memory"]
         if rows.shape != (self.memory_size, self.embedding_size):
             rest[-1].append(
                 f"size mismatch for {prefix}embedding_memory: expected "
@@ -270,7 +269,7 @@ class CrossBatchMemory(Loss):
             return
         self.entering = None
         self.slots, self.slot_labels = rows.detach().clone(), labels.detach().clone()
-        self.queue_idx, self.has_been_filled = int(given["queue_idx"]), bool(given["has_been_filled"])
+        self.queue_idx, self.has_been_filled = int(cursor), bool(filled)
 
 
 def check_finite(embeddings: Tensor, what: str = "embeddings") -> None:

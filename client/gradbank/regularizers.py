@@ -21,7 +21,8 @@ class Regularizer(Component):
 
     def forward(self, rows: Tensor) -> Tensor:
         ratio: Ratio = self.reducer(self.costs(rows))
-        return ratio.value().to(rows.dtype)
+        value: Tensor = ratio.value().to(rows.dtype)
+        return value
 
 
 @component
@@ -33,4 +34,5 @@ class LpRegularizer(Regularizer):
 
     def costs(self, rows: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(rows, ord=self.p, dim=1)
-        return norms if self.power == 1 else norms**self.power
+        raised: Tensor = norms if self.power == 1 else norms**self.power
+        return raised

@@ -4,7 +4,7 @@ import functools
 import operator
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import InstanceOf, TypeAdapter, ValidationError
 
@@ -72,7 +72,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 def _instances(hint: Any) -> Any:
     """`hint` with each component class meaning its instances: pydantic would take a dataclass apart instead."""
     if isinstance(hint, type) and issubclass(hint, Component):
-        return InstanceOf[hint]  # type: ignore[type-arg,valid-type]
+        return Annotated[hint, InstanceOf()]  # type: ignore[type-arg]
     arguments = tuple(_instances(each) for each in typing.get_args(hint))
     match typing.get_origin(hint):
         case types.UnionType | typing.Union:

@@ -66,7 +66,7 @@ def demo(
     from gradbank_server.demo import run
 
     try:
-        return run(steps=steps, picture=picture, cache=cache)
+        return run(steps, picture, cache)
     except (GradbankError, ImportError) as error:
         return _failed(error)
 

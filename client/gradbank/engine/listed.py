@@ -24,6 +24,6 @@ def listed_distances(
     def of_chunk(a: Tensor, b: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
         return distance.pairs(queries[a], rows[b])
 
-    chunks = zip(anchors.split(CHUNK), others.split(CHUNK))
+    chunks = zip(torch.split(anchors, CHUNK), torch.split(others, CHUNK))
     made = [checkpoint(of_chunk, a, b, queries, rows, use_reentrant=False) for a, b in chunks]
     return torch.cat(made)  # split gives one empty chunk for no pairs

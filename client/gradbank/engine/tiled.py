@@ -45,7 +45,8 @@ class Bounds:
             yield slice(start, min(start + step, anchors))
 
     def width(self, rows: slice) -> int:
-        return max(1, self.tile // max(rows.stop - rows.start, 1))
+        height: int = rows.stop - rows.start
+        return max(1, self.tile // max(height, 1))
 
 
 def tiled(
@@ -69,7 +70,7 @@ class _Evaluated(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients = iter(ctx.saved_tensors)
         return None, *(next(gradients) * grad_output if need else None for need in ctx.needs_input_grad[1:])

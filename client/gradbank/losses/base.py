@@ -54,7 +54,8 @@ class Loss(Component):
     def regularized(self, loss: Tensor, embeddings: Tensor) -> Tensor:
         if self.embedding_regularizer is None:
             return loss
-        return loss + self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+        cost: Tensor = self.embedding_regularizer(embeddings)
+        return loss + cost * self.embedding_reg_weight
 
 
 @foundation

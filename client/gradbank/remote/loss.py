@@ -11,6 +11,7 @@ from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import Producer
+from gradbank.remote.stats import seconds_of
 from gradbank.v1 import step_pb2
 from gradbank.wire import TensorReader, describe, torch_dtype
 
@@ -29,8 +30,8 @@ class RemoteLoss(nn.Module):
         self.producer, self.created, self.name = producer, created, producer.session
         self.timings: dict[str, float] = {}
         self._signature = inspect.signature(loss.forward)
-        # a plain attribute: its parameters and buffers are not this module's, they live on the server
-        self.__dict__["hosted"] = loss
+        # in a tuple, so that its parameters and buffers are not this module's: they live on the server
+        self._hosted = (loss,)
         self._optimizer: RemoteOptimizer | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -48,12 +49,11 @@ class RemoteLoss(nn.Module):
             step.weights_need_gradient = torch.is_grad_enabled()
         output, data = self._step(step, payload)
         reader = TensorReader(data)
-        gradients = [
-            reader.take(getattr(output, field)).to(tensor.device) if output.HasField(field) else None  # type: ignore[arg-type]
-            for field, tensor in (("embeddings_gradient", embeddings), ("ref_emb_gradient", ref_emb))
-        ]
+        of_embeddings = reader.take(output.embeddings_gradient) if output.HasField("embeddings_gradient") else None
+        of_ref = reader.take(output.ref_emb_gradient) if output.HasField("ref_emb_gradient") else None
         reader.finish()
-        self.timings = {each.name.removesuffix("_s"): value for each, value in output.timings.ListFields()}
+        gradients = [None if g is None else g.to(embeddings.device) for g in (of_embeddings, of_ref)]
+        self.timings = seconds_of(output.timings)
         loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
         seen = (self._optimizer, output.seq) if step.weights_need_gradient else None
         return _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call, no-any-return]
@@ -71,6 +71,11 @@ class RemoteLoss(nn.Module):
         self.producer.configure(made.spec())
         self._optimizer = made
         return made
+
+    @property
+    def hosted(self) -> Loss:
+        """What the server was asked to host, as it was here when it was opened."""
+        return self._hosted[0]
 
     def flush(self) -> None:
         """Has the server carry out what the optimizer still has to tell it, without waiting for the next batch."""
@@ -143,10 +148,10 @@ class _Answered(torch.autograd.Function):
         token: Tensor | None,
     ) -> Tensor:
         ctx.gradients, ctx.seen = gradients, seen
-        return loss
+        return loss.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         of_embeddings, of_ref = (None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients)
         of_token = None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradbank.component import Spec
-from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
+from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2, step_pb2
 from gradbank.wire import spec_of
 
 
@@ -40,9 +40,12 @@ class SessionStats:
         plain: dict[str, Any] = {
             each.name: getattr(message, each.name) for each in message.DESCRIPTOR.fields if each.name != "mean_timings"
         }
-        timings = message.mean_timings
-        seconds = {each.name.removesuffix("_s"): getattr(timings, each.name) for each in timings.DESCRIPTOR.fields}
-        return SessionStats(**plain, mean_seconds=seconds)
+        return SessionStats(**plain, mean_seconds=seconds_of(message.mean_timings))
+
+
+def seconds_of(timings: step_pb2.Timings) -> dict[str, float]:
+    """Seconds by phase: queue, decode, compute, encode."""
+    return {each.name.removesuffix("_s"): getattr(timings, each.name) for each in timings.DESCRIPTOR.fields}
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
 """What the demo trains and how: the tuned numbers, the encoder, the batches, the measure. No loss, no loop.
 
-The loss of a step is that of Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020:
+The loss of a step has two terms, as in Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020:
 
-    contrastive(batch)                                  during the warm-up
-    contrastive(batch) + contrastive(batch, bank)       after it
+    contrastive(batch) + contrastive(batch, bank)
 
-The first term stays because the bank alone is worse than no bank here: gradients reach only the batch's side of a
-pair, so the encoder can win by moving everything away from where the remembered rows were. In the first
-term both sides move, which holds that drift back.
+With the first term the bank serves from the first step. On its own the bank gains less and needs a warm-up of
+about 100 steps: its gradients reach one side of a pair only, and the encoder drifts faster from what it remembers.
 """
 
 from collections.abc import Iterator
@@ -24,9 +22,10 @@ __all__ = ["Encoder", "Recipe", "batches", "recall_at_1"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of the training, tuned on the glyphs with `glyphs().split(seed=0)`.
+    """The numbers of the training, tuned on `glyphs().split(seed=0)` with three seeds.
 
-    The loss is `ContrastiveLoss(pos_margin=1, neg_margin=0.5, distance=CosineSimilarity())`: pairs of one
+    Recall at 1 on the unseen classes: 12 to 14 % untrained, 69 to 70 % trained without the bank, 72 to 75 % with
+    it. The loss is `ContrastiveLoss(pos_margin, neg_margin, distance=CosineSimilarity())`: pairs of one
     class are pulled together without end, others are pushed apart only while their cosine is above 0.5.
     """
 
@@ -36,7 +35,6 @@ class Recipe:
     learning_rate: float = 6e-3  # at the peak of one cycle
     embedding_size: int = 64
     memory_size: int = 4096  # 64 steps of batches, a third of the training images
-    warm_up: int = 100  # steps without the bank: at first the rows in it are out of date at once
     pos_margin: float = 1.0
     neg_margin: float = 0.5
     seed: int = 0
@@ -48,8 +46,8 @@ class Recipe:
     def optimizer(self, encoder: nn.Module) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.OneCycleLR]:
         """Adam and its schedule; both take one step for every batch.
 
-        The schedule allows a rate that would be too high to end with, and its slow end is where the bank
-        helps most: the less the encoder moves, the truer the remembered rows.
+        The cycle allows a rate that is too high to end with (held constant, it ends 3 points lower), and
+        towards its slow end the encoder hardly moves, so that what the bank remembers is still true.
         """
         adam = torch.optim.Adam(encoder.parameters(), self.learning_rate)
         cycle = torch.optim.lr_scheduler.OneCycleLR(adam, self.learning_rate, self.steps, pct_start=0.1)

@@ -11,7 +11,7 @@ from gradbank_server.sessions import Answer, Backward, Batch, OptimizerStep, Wei
 def tensors_of(step: step_pb2.StepInput) -> Iterator[tensor_pb2.Tensor]:
     """The tensors of a step that are set, in the order of the payload."""
     for name in ("embeddings", "labels", "ref_emb", "ref_labels"):
-        if step.HasField(name):  # type: ignore[arg-type]
+        if step.HasField(name):
             yield getattr(step, name)
     yield from step.indices
     if step.HasField("enqueue_mask"):
@@ -26,7 +26,7 @@ def batch_of(step: step_pb2.StepInput, payload: bytes) -> Batch:
     """
     reader = TensorReader(payload)
     named = {
-        name: reader.take(getattr(step, name)) if step.HasField(name) else None  # type: ignore[arg-type]
+        name: reader.take(getattr(step, name)) if step.HasField(name) else None
         for name in ("embeddings", "labels", "ref_emb", "ref_labels")
     }
     indices = tuple(reader.take(index) for index in step.indices)

@@ -1,0 +1,144 @@
+"""A network that fails on request, and a server in a process of its own that can be stopped and killed."""
+
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import gradbank
+from gradbank_server.service import Server
+
+UP, DOWN = "up", "down"  # from the client to the server, and back
+
+
+class Connection:
+    """The two ends of a connection, and the directions whose bytes are read and dropped."""
+
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+        self.ends, self.lost = (client, server), set[str]()
+
+
+class Proxy:
+    """Passes bytes between clients and a server, until it is told to lose some."""
+
+    def __init__(self, port: int) -> None:
+        self._target = ("127.0.0.1", port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open: list[Connection] = []
+        self._left: dict[str, int | None] = {UP: None, DOWN: None}
+        self.cuts = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut_after(self, direction: str, count: int) -> None:
+        """Breaks the connection once `count` more bytes have passed in a direction."""
+        self._left[direction] = count
+
+    def cut(self) -> None:
+        """Breaks all connections; the next will be well."""
+        self.cuts += 1
+        self._left = {UP: None, DOWN: None}
+        held, self._open = self._open, []
+        for connection in held:
+            for each in connection.ends:
+                _end(each)
+
+    def lose(self, direction: str) -> None:
+        """From now on, loses what the connections there are send in a direction."""
+        self._left = {UP: None, DOWN: None}
+        for connection in self._open:
+            connection.lost.add(direction)
+
+    def lose_answers_until(self, carried_out: Callable[[], bool]) -> None:
+        """Lets requests through and loses what comes back; once the condition holds, breaks the connection."""
+        self.lose(DOWN)
+
+        def cut_then() -> None:
+            wait_until(carried_out)
+            self.cut()
+
+        threading.Thread(target=cut_then, daemon=True).start()
+
+    def close(self) -> None:
+        _end(self._listener)
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+                server = socket.create_connection(self._target)
+            except OSError:
+                return
+            made = Connection(client, server)
+            self._open.append(made)
+            for direction, source, sink in ((UP, client, server), (DOWN, server, client)):
+                threading.Thread(target=self._pump, args=(made, direction, source, sink), daemon=True).start()
+
+    def _pump(self, connection: Connection, direction: str, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                left = self._left[direction]
+                if left is not None:
+                    data = data[:left]
+                    self._left[direction] = left - len(data)
+                if direction not in connection.lost:
+                    sink.sendall(data)
+                if self._left[direction] == 0:
+                    self.cut()
+        except OSError:
+            pass
+        _end(source)
+        _end(sink)
+
+
+def _end(each: socket.socket) -> None:
+    try:
+        each.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    each.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    made = Proxy(server.port)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def near(server: Server) -> Iterator[gradbank.Client]:
+    """A client of this test's own, without the proxy in between."""
+    with gradbank.connect(server.address, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture(params=["grpc", "local"])
+def either(request: pytest.FixtureRequest, server: Server) -> Iterator[gradbank.Client]:
+    """A client of either transport."""
+    with gradbank.connect(server.address if request.param == "grpc" else "local://", timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def process() -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server in another process, and its address."""
+    command = [sys.executable, "-m", "gradbank_server", "serve", "--port", "0", "--metrics-port", "-1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        assert running.stdout is not None
+        lines = iter(running.stdout.readline, "")
+        yield running, next(found[1] for line in lines if (found := re.search(r"listening +(\S+)", line)))
+        running.kill()

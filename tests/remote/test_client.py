@@ -1,0 +1,281 @@
+"""A client ends every call in time, and says what is wrong; trainers of a session do not get in each other's way."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import gradbank
+from gradbank import losses
+from gradbank.errors import (
+    DeadlineExceeded,
+    Fenced,
+    ForkedClient,
+    GradbankError,
+    InvalidComponent,
+    InvalidRequest,
+    ServerUnavailable,
+    SessionConflict,
+    SessionNotFound,
+)
+
+TIMEOUT = 1.5
+
+
+def memory(rows: int = 100, temperature: float = 0.07) -> losses.CrossBatchMemory:
+    return losses.CrossBatchMemory(losses.NTXentLoss(temperature), 16, rows)
+
+
+def batch(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 16, generator=made), torch.randint(0, 4, (rows,), generator=made)
+
+
+def seconds(call: Callable[[], object], *errors: type[BaseException]) -> float:
+    """How long a call took to fail."""
+    begun = time.monotonic()
+    with pytest.raises(errors):
+        call()
+    return time.monotonic() - begun
+
+
+# -- deadlines --------------------------------------------------------------------------------------------------------
+
+
+def test_no_call_to_a_server_that_hangs_outlives_its_deadline(process: tuple[subprocess.Popen, str]) -> None:
+    running, address = process
+    with gradbank.connect(address, timeout=20) as client:
+        there, arc = client.open("run", memory()), losses.ArcFaceLoss(4, 16)
+        expected = there(*batch())
+        client.timeout = there.producer.timeout = TIMEOUT
+        calls = {
+            "step": lambda: there(*batch(1)),
+            "stats": lambda: client.stats("run"),
+            "sessions": client.sessions,
+            "server": client.server,
+            "catalog": client.catalog,
+            "close": lambda: client.close_session("run"),
+            "open": lambda: client.open("other", memory()),
+            "open with weights": lambda: client.open("third", arc),
+            "optimizer": lambda: there.optimizer("SGD", lr=0.1),
+            "pull": there.local,
+            "watch": lambda: next(client.watch("run")),
+        }
+        os.kill(running.pid, signal.SIGSTOP)
+        try:
+            took = {name: seconds(_in_time(call), DeadlineExceeded, ServerUnavailable) for name, call in calls.items()}
+        finally:
+            os.kill(running.pid, signal.SIGCONT)
+        assert {name: each for name, each in took.items() if each > TIMEOUT + 1} == {}
+        client.timeout = there.producer.timeout = 20
+        assert torch.equal(there(*batch(1)), _local(2)), "the step that timed out is asked for again"
+        assert expected.item() == pytest.approx(_local(1).item())
+
+
+def _local(steps: int) -> torch.Tensor:
+    here = memory()
+    return [here(*batch(seed)) for seed in range(steps)][-1]
+
+
+def _in_time(call: Callable[[], object]) -> Callable[[], object]:
+    """The call; if it does not end by itself, it is ended, late."""
+
+    def guarded() -> object:
+        def ring(*_: object) -> None:
+            raise DeadlineExceeded("it hung")
+
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, TIMEOUT + 1.5)
+        try:
+            return call()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    return guarded
+
+
+def test_no_call_to_a_server_that_is_gone_outlives_its_deadline(process: tuple[subprocess.Popen, str]) -> None:
+    running, address = process
+    with gradbank.connect(address, timeout=20) as client:
+        there = client.open("run", memory())
+        there(*batch())
+        client.timeout = there.producer.timeout = TIMEOUT
+        running.kill()
+        running.wait()
+        assert TIMEOUT - 0.1 < seconds(lambda: there(*batch(1)), ServerUnavailable) < TIMEOUT + 1  # it kept trying
+        for call in (lambda: client.stats("run"), client.sessions, lambda: next(client.watch("run")), there.local):
+            assert seconds(call, ServerUnavailable) < TIMEOUT + 1
+    assert time.monotonic() > 0  # leaving the block does not hang or raise either
+
+
+def test_connecting_to_nothing_fails_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert seconds(lambda: gradbank.connect(f"127.0.0.1:{port}", 1), DeadlineExceeded, ServerUnavailable) < 2.5
+    assert seconds(lambda: gradbank.connect(f"127.0.0.1:{port}", 2), ServerUnavailable) < 3
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("", "an address is host:port or local://, got ''"),
+        ("localhost", "an address is host:port or local://, got 'localhost'"),
+        ("localhost:", "an address is host:port"),
+        (":50051", "an address is host:port"),
+        ("localhost:http", "an address is host:port"),
+        ("http://localhost:50051", "needs a transport that is not installed; use host:port"),
+        ("local://tpu", "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        ("local://cuda:99", r"CUDA devices"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused(address: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        gradbank.connect(address)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_timeout_that_cannot_be_is_refused(timeout: float) -> None:
+    with pytest.raises(InvalidRequest, match="timeout must be above 0 seconds"):
+        gradbank.connect("local://", timeout)
+
+
+def test_a_closed_client_says_so(either: gradbank.Client, name: str) -> None:
+    there = either.open(name, memory())
+    there(*batch())
+    either.close()
+    for call in (lambda: there(*batch(1)), either.sessions, lambda: next(either.watch(name)), there.local):
+        there.producer.timeout = 1
+        with pytest.raises(ServerUnavailable, match="was closed"):
+            call()
+    either.close()
+
+
+def test_closing_a_client_whose_session_is_gone_is_no_error(either: gradbank.Client, name: str) -> None:
+    there = either.open(name, losses.ArcFaceLoss(4, 16))
+    optimizer = there.optimizer("SGD", lr=0.1)
+    there(*batch()).backward()
+    optimizer.step()
+    either.close_session(name)
+    either.close()
+    with pytest.raises(ServerUnavailable):
+        either.sessions()
+
+
+# -- forks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_is_told_and_the_parent_goes_on(near: gradbank.Client, name: str) -> None:
+    there, here = near.open(name, memory()), memory()
+    assert torch.equal(there(*batch()), here(*batch()))
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of any fork beside threads
+        child = os.fork()
+    if child == 0:
+        for call in (lambda: there(*batch(1)), near.sessions, lambda: near.open("x", memory()), there.local):
+            try:
+                call()
+            except ForkedClient as error:
+                os.write(writer, f"{error}\n".encode())
+        near.close()
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        lines = told.read().splitlines()
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(lines) == 4
+    assert all(f"was made in process {os.getpid()} and is used in its child {child}" in line for line in lines)
+    assert torch.equal(there(*batch(1)), here(*batch(1)))
+
+
+class Careless(Dataset):
+    """Calls the loss where it must not be called: in a worker."""
+
+    def __init__(self, loss_fn: gradbank.RemoteLoss) -> None:
+        self.loss_fn = loss_fn
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> float:
+        return self.loss_fn(*batch(index)).item()
+
+
+def test_a_loss_in_a_worker_of_a_data_loader_fails_at_once(near: gradbank.Client, name: str) -> None:
+    there = near.open(name, memory())
+    there(*batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        loader = DataLoader(Careless(there), num_workers=1, multiprocessing_context="fork")
+        with pytest.raises(ForkedClient, match="not in a DataLoader worker"):
+            next(iter(loader))
+    assert near.stats(name).steps == 1
+    there(*batch(1))
+
+
+# -- trainers of one session ------------------------------------------------------------------------------------------
+
+
+def test_the_older_of_two_trainers_of_a_rank_is_fenced(either: gradbank.Client, name: str) -> None:
+    older = either.open(name, memory())
+    older(*batch())
+    newer = either.open(name, memory())
+    assert (older.created, newer.created) == (True, False)
+    newer(*batch(1))
+    with pytest.raises(Fenced, match="another trainer took over rank 0"):
+        older(*batch(2))
+    newer(*batch(2))
+    assert either.stats(name).steps == 3
+
+
+def test_two_ranks_share_one_bank(either: gradbank.Client, name: str) -> None:
+    ranks, here = [either.open(name, memory(), rank) for rank in (0, 1)], memory()
+    for seed in range(6):
+        assert torch.equal(ranks[seed % 2](*batch(seed)), here(*batch(seed)))
+    assert [(s.ranks, s.steps) for s in either.sessions() if s.name == name] == [((0, 1), 6)]
+
+
+def test_a_second_trainer_with_another_loss_is_told_the_difference(either: gradbank.Client, name: str) -> None:
+    first = either.open(name, memory())
+    with pytest.raises(SessionConflict, match=r"loss.temperature is 0.07 there, and 0.1 here"):
+        either.open(name, memory(temperature=0.1))
+    first(*batch())
+    assert either.stats(name).bank_rows == 8
+
+
+def test_watch_tells_until_the_session_ends(either: gradbank.Client, name: str) -> None:
+    there = either.open(name, memory())
+    watched = either.watch(name, interval=0.05)
+    assert next(watched).steps == 0
+    there(*batch())
+    assert next(each for each in watched if each.steps).bank_rows == 8
+    either.close_session(name)
+    assert all(each.steps == 1 for each in watched)  # and so it ends
+    assert list(zip(range(2), either.watch(either.open(name, memory()).name, interval=0.05)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda client: client.stats("nobody"), SessionNotFound, "no session is called 'nobody'"),
+        (lambda client: next(client.watch("nobody")), SessionNotFound, "no session is called 'nobody'"),
+        (lambda client: next(client.watch("nobody", 0.01)), InvalidRequest, "interval_s must be at least 0.05"),
+        (lambda client: client.open("a/b", memory()), InvalidRequest, "a session's name has letters"),
+        (lambda client: client.open("x", torch.nn.MSELoss()), InvalidRequest, "got torch.nn.modules.loss.MSELoss"),
+        (lambda client: client.open("x", memory(2**70)), InvalidComponent, "memory_size"),
+        (lambda client: client.open("x", memory(), rank=-1), InvalidRequest, "rank"),
+    ],
+)
+def test_errors_are_the_same_behind_either_transport(
+    either: gradbank.Client, call: Callable[[gradbank.Client], object], error: type[GradbankError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(either)

@@ -16,7 +16,7 @@ _numbers = itertools.count()
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the tests run side by side
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(60))  # above every level
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))  # no lines between the dots
 
 
 @pytest.fixture(scope="session")

@@ -44,9 +44,8 @@ class Component(nn.Module):
         """
         if _REGISTRY.get(type(self).__name__) is not type(self):
             raise TypeError(f"{type(self).__name__} is not a registered component: decorate it with @component")
-        fields = {each.name: each for each in dataclasses.fields(self) if each.init}  # type: ignore[arg-type]
-        sent = {name for name, each in fields.items() if each.metadata.get("wire", True)}
-        return Spec(type(self).__name__, {k: _sent(v) for k, v in self.arguments().items() if k in sent})
+        sent = [each.name for each in argument_fields(type(self)) if is_sent(each)]
+        return Spec(type(self).__name__, {name: _sent(getattr(self, name)) for name in sent})
 
     def extra_repr(self) -> str:
         shown = {k: v for k, v in self.arguments().items() if not isinstance(v, nn.Module) and v is not None}
@@ -101,8 +100,19 @@ def _sent(value: Any) -> Any:
     return value
 
 
+def argument_fields(cls: type[Component]) -> list["dataclasses.Field[Any]"]:
+    """The fields that the constructor takes, positional ones first."""
+    taken = [each for each in dataclasses.fields(cls) if each.init]  # type: ignore[arg-type]
+    return sorted(taken, key=lambda each: bool(each.kw_only))
+
+
+def is_sent(each: "dataclasses.Field[Any]") -> bool:
+    """Whether the argument crosses the wire: all but those declared with `metadata={"wire": False}`."""
+    return bool(each.metadata.get("wire", True))
+
+
 def argument_names(cls: type[Component]) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    return [each.name for each in argument_fields(cls)]
 
 
 def components() -> dict[str, type[Component]]:

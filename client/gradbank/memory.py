@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from gradbank.component import component
-from gradbank.engine import Indices, JoinedPairs, LabelledPairs, MinedPairs, Pairs, References
+from gradbank.engine import (
+    Indices,
+    JoinedPairs,
+    LabelledPairs,
+    ListedPairs,
+    MinedPairs,
+    Pairs,
+    References,
+    as_pairs,
+    check_indices,
+)
 from gradbank.errors import NonFiniteError
 from gradbank.losses.base import Loss, PairLoss, Staged, check_batch
 from gradbank.miners.base import Miner
@@ -87,12 +97,16 @@ class CrossBatchMemory(Loss):
     def embedding_memory(self) -> Tensor:
         """`(M, D)`: the queue by slot, zeros where it holds no row yet."""
         self._settle()
+        if not len(self.slots):
+            self._allocate(self.slots)
         return self.slots
 
     @property
     def label_memory(self) -> Tensor:
         """`(M,)`: the labels by slot."""
         self._settle()
+        if not len(self.slots):
+            self._allocate(self.slots)
         return self.slot_labels
 
     @property
@@ -175,8 +189,13 @@ class CrossBatchMemory(Loss):
             mined = self.miner.mine(embeddings, references, LabelledPairs(labels, references.labels))
             pairs = MinedPairs(pairs, mined.keep)
         if indices is not None and own is not None:
-            listed = self.loss.listed(indices, (len(embeddings), len(embeddings)), own, len(references))
-            pairs = JoinedPairs(pairs, listed, once=not self.loss.counts_repeats)
+            a1, p, a2, n = as_pairs(indices, embeddings.device)
+            for kind, index in (("positive", p), ("negative", n)):
+                check_indices(kind, index, len(embeddings))
+            once = not self.loss.counts_repeats
+            shape = (len(embeddings), len(references))
+            # the batch's rows are where they entered the queue
+            pairs = JoinedPairs(pairs, ListedPairs((a1, own[p], a2, own[n]), shape, once), once)
         return pairs
 
     def _mask(
@@ -217,7 +236,7 @@ class CrossBatchMemory(Loss):
                 self.slot_labels[last:filled].to(new.device),
             ]
         )
-        return References(tuple(piece for piece in pieces if len(piece)), labels)
+        return References(tuple(piece for piece in pieces if len(piece)) or (new,), labels)
 
     def _enter(self, entering: Entering) -> None:
         """Makes `entering` part of the queue: references and integers only, so it cannot fail half-way."""
@@ -228,18 +247,22 @@ class CrossBatchMemory(Loss):
 
     def _settle(self) -> None:
         """Writes the rows that wait into their slots. They already count, so doing it twice changes nothing."""
-        if self.entering is not None and self.slots.dtype != self.entering.rows.dtype and not len(self.slots):
-            dtype = torch.float64 if self.entering.rows.dtype == torch.float64 else torch.float32
-            self.slots = self.slots.to(dtype)
+        entering = self.entering
+        if entering is None:
+            return
         if not len(self.slots):
-            device = self.slots.device if self.entering is None else self.entering.rows.device
-            self.slots = self.slots.new_zeros(self.memory_size, self.embedding_size, device=device)
-            self.slot_labels = self.slot_labels.new_zeros(self.memory_size, device=device)
-        if self.entering is not None:
-            slots = self._slots_of(self.entering).to(self.slots.device)
-            self.slots[slots] = self.entering.rows.to(self.slots)
-            self.slot_labels[slots] = self.entering.labels.to(self.slot_labels)
-            self.entering = None
+            self._allocate(entering.rows)
+        slots = self._slots_of(entering).to(self.slots.device)
+        self.slots[slots] = entering.rows.to(self.slots)
+        self.slot_labels[slots] = entering.labels.to(self.slot_labels)
+        self.entering = None
+
+    def _allocate(self, like: Tensor) -> None:
+        """An empty queue where `like` is: of its dtype, which is then fixed, or of float32 if that is narrower."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        slots = torch.zeros(self.memory_size, self.embedding_size, dtype=dtype, device=like.device)
+        self.slot_labels = torch.zeros(self.memory_size, dtype=torch.int64, device=like.device)
+        self.slots = slots
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

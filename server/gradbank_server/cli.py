@@ -1,8 +1,12 @@
-"""The command line: `gradbank serve | demo | health | sessions | stats | catalog`."""
+"""The command line: `gradbank serve | demo | health | sessions | catalog`.
+
+Commands import what they need when they run: `gradbank health`, which containers ask every few seconds, needs no torch.
+"""
 
 import signal
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -10,14 +14,12 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from gradbank.errors import GradbankError
-from gradbank_server import __version__
 from gradbank_server.settings import ServerSettings
 
 app = App(
     name="gradbank",
     help="Metric-learning losses and memory banks, served over gRPC: a batch goes up, loss and gradients come back.",
-    version=__version__,
+    version=lambda: version("gradbank"),
 )
 console = Console()
 
@@ -26,11 +28,12 @@ Timeout = Annotated[float, Parameter(help="Seconds to wait for an answer.")]
 
 
 @app.command
-def serve(settings: Annotated[ServerSettings | None, Parameter(name="*")] = None) -> int:
+def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = None) -> int:
     """Start a server, and serve until SIGTERM or Ctrl-C.
 
     Every flag can be given as an environment variable: --max-sessions as GRADBANK_MAX_SESSIONS.
     """
+    from gradbank.errors import GradbankError
     from gradbank_server.logs import configure
     from gradbank_server.service import Server
 
@@ -63,6 +66,7 @@ def demo(
 
     Exits with 1 if the network did not learn, or a remote gradient differs from the one computed here.
     """
+    from gradbank.errors import GradbankError
     from gradbank_server.demo import run
 
     try:
@@ -93,6 +97,7 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
 def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -> int:
     """List the sessions of a server."""
     import gradbank
+    from gradbank.errors import GradbankError
 
     table = Table("session", "loss", "ranks", "steps", "loss now", "bank rows", "ms per step", box=None)
     try:
@@ -133,8 +138,8 @@ def catalog(name: Annotated[str | None, Parameter(help="A component; all of them
         from gradbank.component import did_you_mean
 
         return _failed(f"no component is named {name!r}{did_you_mean(name, [info.name for info in infos])}")
-    console.print(found[0].documentation, markup=False, highlight=False)
-    console.print("\nArguments: " + ", ".join(_argument(each) for each in found[0].arguments), markup=False)
+    arguments = ", ".join(_argument(each) for each in found[0].arguments)
+    console.print(f"{name}({arguments})\n\n{found[0].documentation}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -156,7 +161,7 @@ def _announce(server: object) -> None:
     settings = server.settings
     metrics = "off" if server.metrics_port is None else f"http://{settings.host}:{server.metrics_port}/metrics"
     lines = [
-        f"gradbank {__version__}",
+        f"gradbank {version('gradbank')}",
         f"  listening   {settings.host}:{server.port} (gRPC, no TLS, no authentication)",
         f"  device      {server.service.device}",
         f"  metrics     {metrics}",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gradbank
 from gradbank import losses, miners
+from gradbank_server.service import Server
 
 PAIR_LOSSES = ("ContrastiveLoss", "MultiSimilarityLoss", "NTXentLoss", "SupConLoss", "TripletMarginLoss")
 USES = ("plain", "miner", "bank", "bank and miner")
@@ -97,10 +98,8 @@ def batches() -> Callable[..., list[Batch]]:
 
 
 @pytest.fixture(params=["socket", "local://"])
-def host(request: pytest.FixtureRequest) -> Iterator[gradbank.Client]:
-    """A client of a server behind a real socket, and one of a server in this process."""
-    if request.param == "socket":
-        yield request.getfixturevalue("client")
-    else:
-        with gradbank.connect("local://", timeout=20) as connected:
-            yield connected
+def host(request: pytest.FixtureRequest, server: Server) -> Iterator[gradbank.Client]:
+    """A client of a server behind a real socket, and one of a server in this process; it ends with the test."""
+    address = server.address if request.param == "socket" else request.param
+    with gradbank.connect(address, timeout=20) as connected:
+        yield connected

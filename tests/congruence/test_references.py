@@ -55,7 +55,7 @@ def test_references_get_their_gradient(loss: str, host: gradbank.Client, name: s
     assert here.ref_gradient is not None
     assert here.ref_gradient.any()
     assert same(there, here)
-    exact = dict(labels=labels, ref_labels=ref_labels)
+    exact = {"labels": labels, "ref_labels": ref_labels}
     assert agree(
         answer(getattr(losses, loss)(), embeddings.double(), ref_emb.double(), **exact),
         answer(getattr(pml_losses, loss)(), embeddings.double(), ref_emb.double(), **exact),
@@ -68,7 +68,7 @@ def test_same_label_object_says_that_a_reference_is_its_anchor(
 ) -> None:
     (embeddings, labels), (ref_emb, _) = drawn(10, dtype=torch.float64), drawn(10, seed=1, dtype=torch.float64)
     ref_labels = {"the labels themselves": labels, "no labels": None, "equal labels": labels.clone()}[told]
-    rest = dict(labels=labels, ref_labels=ref_labels)
+    rest = {"labels": labels, "ref_labels": ref_labels}
     here = answer(getattr(losses, loss)(), embeddings, ref_emb, **rest)
     assert agree(here, answer(getattr(pml_losses, loss)(), embeddings, ref_emb, **rest))
     assert same(answer(host.open(name, getattr(losses, loss)()), embeddings, ref_emb, **rest), here)
@@ -76,15 +76,13 @@ def test_same_label_object_says_that_a_reference_is_its_anchor(
 
 @pytest.mark.parametrize("form", ["triplets", "pairs"])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_listed_indices_need_no_labels(
-    loss: str, form: str, labelled: bool, host: gradbank.Client, name: str
-) -> None:
+def test_listed_indices_need_no_labels(loss: str, form: str, labelled: bool, host: gradbank.Client, name: str) -> None:
     embeddings, labels = drawn(14, dtype=torch.float64)
     listed = miners.MultiSimilarityMiner()(embeddings, labels)
     if form == "triplets":
         joined = (listed[0][:, None] == listed[2]).nonzero()
         listed = (listed[0][joined[:, 0]], listed[1][joined[:, 0]], listed[3][joined[:, 1]])
-    rest = dict(labels=labels if labelled else None, indices_tuple=listed)
+    rest = {"labels": labels if labelled else None, "indices_tuple": listed}
     here = answer(getattr(losses, loss)(), embeddings, **rest)
     assert here.gradient.any()
     assert agree(here, answer(getattr(pml_losses, loss)(), embeddings, **rest))
@@ -96,7 +94,8 @@ def test_rows_of_the_mask_only_enter_the_queue(loss: str, mined: bool, host: gra
     """As in MoCo: the keys of the second half enter, the queries of the first are compared."""
 
     def queue(library: Any, mining: Any) -> Any:
-        return library.CrossBatchMemory(getattr(library, loss)(), 8, 30, mining.MultiSimilarityMiner() if mined else None)
+        miner = mining.MultiSimilarityMiner() if mined else None
+        return library.CrossBatchMemory(getattr(library, loss)(), 8, 30, miner)
 
     here, theirs = queue(losses, miners), queue(pml_losses, pml_miners)
     remote, positions = host.open(name, here), queue(losses, miners)

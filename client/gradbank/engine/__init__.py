@@ -15,8 +15,10 @@ from gradbank.engine.anchors import Anchors, Gathered, Positives
 from gradbank.engine.below import Below, first_not_above
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.dense import dense
+from gradbank.engine.eager import by_autograd, eager
+from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices
 from gradbank.engine.listed import listed_distances
-from gradbank.engine.pairs import Indices, JoinedPairs, LabelledPairs, ListedPairs, MinedPairs, Pairs, check_indices
+from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, MinedPairs, Pairs
 from gradbank.engine.references import References
 from gradbank.engine.statistics import LogSumExp, Reduced, Statistic
 from gradbank.engine.tiled import Bounds, sweep, tiled
@@ -38,6 +40,8 @@ __all__ = [
     "Reduced",
     "References",
     "Statistic",
+    "as_pairs",
+    "as_triplets",
     "check_indices",
     "evaluate",
     "first_not_above",
@@ -75,9 +79,15 @@ def evaluate(loss: Declaration, embeddings: Tensor, references: References, pair
     engine, bounds = _forced.get()
     if engine == "auto":
         engine = "dense" if _fits_a_tile(loss, len(embeddings), len(references)) else "tiled"
-    if engine == "dense":
-        return dense(loss, embeddings, references, pairs)
-    return tiled(loss, embeddings, references, pairs, bounds)
+
+    def with_inputs(inputs: tuple[Tensor, ...]) -> tuple[Tensor, References]:
+        return inputs[0], References(inputs[1:], references.labels)
+
+    def in_tiles(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor]]:
+        return tiled(loss, *with_inputs(inputs), pairs, needed, bounds)
+
+    whole = by_autograd(lambda inputs: dense(loss, *with_inputs(inputs), pairs))
+    return eager(whole if engine == "dense" else in_tiles, (embeddings, *references.pieces))
 
 
 def _fits_a_tile(loss: Declaration, anchors: int, references: int) -> bool:

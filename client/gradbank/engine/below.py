@@ -59,7 +59,8 @@ class _RunningBelow(Running):
         table = thresholds.new_full((anchors, int(per_row.max()) if len(row) else 0), torch.inf)
         table[row, column] = thresholds.reshape(-1)
         self.table, order = table.sort(dim=1)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(1, order, places)
         self.row, self.rank, self.shape = row, rank[row, column], thresholds.shape
         buckets = (anchors, table.shape[1] + 1)
         self.sums = table.new_zeros(buckets, dtype=torch.float64)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Indices = tuple[Tensor, ...]  # (a, p, n) triplets, or (a1, p, a2, n) pairs
+from gradbank.engine.indices import Indices, check_indices
 
 
 class TilePairs(NamedTuple):
@@ -108,8 +108,8 @@ class JoinedPairs(Pairs):
         negatives = one.negatives.float() + two.negatives.float()
         if self.once:
             return TilePairs(torch.unique(positives), None, negatives > 0)
-        counts = [torch.ones(len(t.positives)) if t.counts is None else t.counts for t in (one, two)]
-        return TilePairs(positives, torch.cat([c.to(negatives) for c in counts]), negatives)
+        counts = [negatives.new_ones(len(t.positives)) if t.counts is None else t.counts for t in (one, two)]
+        return TilePairs(positives, torch.cat(counts), negatives)
 
     def most_positives(self) -> Tensor:
         return self.first.most_positives() + self.second.most_positives()
@@ -129,14 +129,6 @@ class MinedPairs(Pairs):
 
     def most_positives(self) -> Tensor:
         return self.base.most_positives()
-
-
-def check_indices(kind: str, index: Tensor, size: int) -> None:
-    """Refuses an index that is not in `0 .. size - 1`."""
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
-        raise ValueError(
-            f"indices_tuple names {kind}s {int(index.min())} to {int(index.max())}, but must stay within 0..{size - 1}"
-        )
 
 
 def _sorted_pairs(

@@ -39,10 +39,13 @@ class References:
         return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
 
     def rows(self, columns: slice) -> Tensor:
-        """The rows of a tile, which never reaches over the end of a piece."""
-        offset = 0
+        """The rows of some columns: a view where they lie in one piece."""
+        parts, offset = [], 0
         for piece in self.pieces:
-            if columns.stop <= offset + len(piece):
-                return piece[columns.start - offset : columns.stop - offset]
+            part = piece[max(columns.start - offset, 0) : max(columns.stop - offset, 0)]
             offset += len(piece)
-        raise IndexError(f"columns {columns.start}:{columns.stop} of {len(self)} references")
+            if len(part):
+                parts.append(part)
+        if not parts:
+            return self.pieces[0][:0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gradbank.distances import Distance
 from gradbank.engine.anchors import Anchors, Positives
@@ -50,30 +49,19 @@ class Bounds:
 
 
 def tiled(
-    loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs, bounds: Bounds | None = None
-) -> Tensor:
-    """The loss of `(B, D)` embeddings, in memory that does not grow with `B * M`."""
-    if not torch.is_grad_enabled():  # then autograd would still say that a gradient is needed
-        embeddings, references = embeddings.detach(), references.detach()
-    evaluation = _Evaluation(loss, references.labels, pairs, bounds or Bounds())
-    return _Evaluated.apply(evaluation, embeddings, *references.pieces)  # type: ignore[no-untyped-call, no-any-return]
+    loss: Declaration,
+    embeddings: Tensor,
+    references: References,
+    pairs: Pairs,
+    needed: tuple[bool, ...],
+    bounds: Bounds | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of `(B, D)` embeddings and its gradients, in memory that does not grow with `B * M`.
 
-
-class _Evaluated(torch.autograd.Function):
-    """A loss whose gradients are already known."""
-
-    @staticmethod
-    def forward(ctx: Any, evaluation: "_Evaluation", embeddings: Tensor, *pieces: Tensor) -> Tensor:
-        needed = ctx.needs_input_grad[1:]
-        value, gradients = evaluation(embeddings, pieces, needed)
-        ctx.save_for_backward(*gradients)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = iter(ctx.saved_tensors)
-        return None, *(next(gradients) * grad_output if need else None for need in ctx.needs_input_grad[1:])
+    Args:
+        needed: whether a gradient is wanted of the embeddings, and of each piece of the references.
+    """
+    return _Evaluation(loss, references.labels, pairs, bounds or Bounds())(embeddings, references.pieces, needed)
 
 
 class _Sums(NamedTuple):

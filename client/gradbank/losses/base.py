@@ -17,7 +17,7 @@ from gradbank.engine import (
     Pairs,
     References,
     Statistic,
-    check_indices,
+    as_pairs,
     evaluate,
 )
 from gradbank.reducers import MeanReducer, Ratio, Reducer
@@ -136,28 +136,9 @@ class PairLoss(Loss):
 
     def compare_listed(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:
         """The loss over pairs, or triplets, that were named one by one."""
-        return self.compare(embeddings, references, self.listed(indices, (len(embeddings), len(references))))
-
-    def listed(
-        self,
-        indices: Indices,
-        shape: tuple[int, int],
-        columns: Tensor | None = None,
-        references: int | None = None,
-    ) -> ListedPairs:
-        """The pairs of an `indices_tuple`; a triplet is a positive pair and a negative pair.
-
-        Args:
-            shape: `(B, M)`, what the indices may name.
-            columns: `(M,)` where each of those M is among the `references`, if not in the same place.
-        """
-        a1, p, a2, n = as_pairs(indices)
+        listed = as_pairs(indices, embeddings.device)
         once = not self.counts_repeats
-        if columns is None or references is None:
-            return ListedPairs((a1, p, a2, n), shape, once)
-        for kind, index in (("positive", p), ("negative", n)):
-            check_indices(kind, index, shape[1])
-        return ListedPairs((a1, columns[p], a2, columns[n]), (shape[0], references), once)
+        return self.compare(embeddings, references, ListedPairs(listed, (len(embeddings), len(references)), once))
 
 
 def check_batch(embeddings: Tensor, labels: Tensor | None) -> None:
@@ -172,37 +153,6 @@ def check_batch(embeddings: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}; call .float() first")
     if labels is not None and labels.shape != embeddings.shape[:1]:
         raise ValueError(f"labels must be ({len(embeddings)},), one per embedding, got shape {tuple(labels.shape)}")
-
-
-def as_pairs(indices: Indices) -> Indices:
-    """An `indices_tuple` of either form as `(a1, p, a2, n)`.
-
-    Raises:
-        ValueError: neither three nor four tensors, or a tensor that does not hold integers.
-    """
-    if len(indices) not in (3, 4):
-        raise ValueError(f"indices_tuple must be (a, p, n) or (a1, p, a2, n), got {len(indices)} tensors")
-    for index in indices:
-        if index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(f"indices_tuple must hold integers, got {index.dtype}")
-    if len(indices) == 3:
-        a, p, n = indices
-        return a, p, a, n
-    return tuple(indices)
-
-
-def as_triplets(indices: Indices, shape: tuple[int, int]) -> Indices:
-    """`(a, p, n)`, checked.
-
-    Raises:
-        ValueError: lists of different lengths, or an index outside the batch or the references.
-    """
-    a, p, _, n = as_pairs(indices)
-    if len(p) != len(n):
-        raise ValueError(f"triplets (a, p, n) must be of one length, got {len(a)}, {len(p)} and {len(n)}")
-    for kind, index, size in (("anchor", a, shape[0]), ("positive", p, shape[1]), ("negative", n, shape[1])):
-        check_indices(kind, index, size)
-    return a, p, n
 
 
 def softplus(x: Tensor) -> Tensor:

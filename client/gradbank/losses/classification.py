@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from gradbank.component import component, foundation
 from gradbank.distances import CosineSimilarity, Distance
-from gradbank.engine import Anchors, Indices, LabelledPairs, LogSumExp, References, Statistic
-from gradbank.losses.base import PairLoss, as_pairs, check_batch, softplus
+from gradbank.engine import (
+    Anchors,
+    Indices,
+    LabelledPairs,
+    LogSumExp,
+    References,
+    Statistic,
+    as_pairs,
+    check_indices,
+)
+from gradbank.losses.base import PairLoss, check_batch, softplus
 from gradbank.reducers import Ratio
 from gradbank.regularizers import Regularizer
 
@@ -154,8 +163,9 @@ class ArcFaceLoss(ClassificationLoss):
 
 def named_weight(indices: Indices, embeddings: Tensor) -> Tensor | None:
     """How often `indices` names each of the `B` embeddings, over the most that any is named; None if none is."""
-    four = as_pairs(indices)
-    named = torch.cat(four if len(indices) == 4 else indices)
+    four = as_pairs(indices, embeddings.device)
+    named = torch.cat(four if len(indices) == 4 else (four[0], four[1], four[3]))
+    check_indices("embedding", named, len(embeddings))
     if not len(named):
         return None
     times = torch.bincount(named, minlength=len(embeddings)).to(embeddings.dtype)

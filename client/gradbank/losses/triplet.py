@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, relu
 
 from gradbank.component import component
-from gradbank.engine import Anchors, Below, Indices, References, Statistic, first_not_above, listed_distances
-from gradbank.losses.base import PairLoss, as_triplets
+from gradbank.engine import (
+    Anchors,
+    Below,
+    Indices,
+    References,
+    Statistic,
+    as_triplets,
+    first_not_above,
+    listed_distances,
+)
+from gradbank.losses.base import PairLoss
 from gradbank.reducers import AvgNonZeroReducer, Ratio, Reducer
 
 
@@ -84,7 +93,7 @@ class TripletMarginLoss(PairLoss):
         """Triplets `(a, p, n)` as they are listed; pairs `(a1, p, a2, n)` are joined on equal anchors."""
         if len(indices) == 4:
             return super().compare_listed(embeddings, references, indices)
-        a, p, n = as_triplets(indices, (len(embeddings), len(references)))
+        a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
         near = listed_distances(self.distance, embeddings, references, a, p)
         far = listed_distances(self.distance, embeddings, references, a, n)
         losses = relu(self._violation(self._distance(near), self._distance(far)))

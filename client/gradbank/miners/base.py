@@ -65,7 +65,7 @@ def list_pairs(pairs: Pairs, anchors: int, references: References) -> tuple[Tens
             a2, n = negatives.nonzero(as_tuple=True)
             for out, index, start in zip(found, (flat // width, flat % width, a2, n), (rows.start, columns.start) * 2):
                 out.append(index + start)
-    none = torch.zeros(0, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64, device=references.pieces[0].device)
     a1, p, a2, n = (torch.cat(part) if part else none for part in found)
     by_pair = (a1 * max(len(references), 1) + p).argsort()
     by_negative = (a2 * max(len(references), 1) + n).argsort()

@@ -56,7 +56,7 @@ def _grid(axes: Any, encoder: Encoder, unseen: Glyphs) -> None:
     for row, query in enumerate(queries.tolist()):
         shown = [query, *nearest[row].tolist()]
         for axis, index in zip(axes[row], shown):
-            axis.imshow(pictures[index, 0], cmap="gray_r")
+            axis.imshow(pictures[index, 0].numpy(), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
             same = bool(unseen.labels[index] == unseen.labels[query])
             colour = "black" if index == query else _GOOD if same else _BAD

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 
-from gradbank.component import Component, components
+from gradbank.component import Component, argument_fields, components, is_sent
 from gradbank.distances import Distance
 from gradbank.losses.base import Loss
 from gradbank.miners.base import Miner
@@ -27,7 +27,7 @@ def component_infos() -> list[catalog_pb2.ComponentInfo]:
 
 def _info(cls: type[Component]) -> catalog_pb2.ComponentInfo:
     kind = next(name for name, base in _KINDS.items() if issubclass(cls, base))
-    arguments = [_argument(each) for each in dataclasses.fields(cls) if each.init]  # type: ignore[arg-type]
+    arguments = [_argument(each) for each in argument_fields(cls) if is_sent(each)]
     return catalog_pb2.ComponentInfo(
         name=cls.__name__, kind=kind, documentation=inspect.getdoc(cls) or "", arguments=arguments
     )

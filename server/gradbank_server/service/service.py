@@ -10,6 +10,7 @@ import zlib
 
 import torch
 
+from gradbank import __version__
 from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2, step_pb2
 from gradbank.wire import (
@@ -22,7 +23,6 @@ from gradbank.wire import (
     nbytes,
     spec_of,
 )
-from gradbank_server import __version__
 from gradbank_server.build import build_loss
 from gradbank_server.service.catalog import component_infos
 from gradbank_server.service.steps import answer_message, batch_of, tensors_of

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gradbank_server import __version__
+from gradbank import __version__
 from gradbank_server.sessions import Sessions
 
 # gRFC A66's bounds, from 10 us on: the usual ones begin at 5 ms, where most steps have ended

@@ -1,0 +1,47 @@
+"""Pairs and triplets that are named one by one, as miners and users hand them over."""
+
+import torch
+from torch import Tensor
+
+Indices = tuple[Tensor, ...]  # (a, p, n) triplets, or (a1, p, a2, n) pairs: int64, one-dimensional
+
+
+def as_pairs(indices: Indices, device: torch.device) -> Indices:
+    """An `indices_tuple` of either form as `(a1, p, a2, n)` on `device`: a triplet is a pair of each kind.
+
+    Raises:
+        ValueError: neither three nor four tensors, or a tensor that does not hold integers.
+    """
+    if len(indices) not in (3, 4):
+        raise ValueError(f"indices_tuple must be (a, p, n) or (a1, p, a2, n), got {len(indices)} tensors")
+    for index in indices:
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"indices_tuple must hold integers, got {index.dtype}")
+    here = tuple(index.to(device, torch.int64) for index in indices)
+    return (here[0], here[1], here[0], here[2]) if len(here) == 3 else here
+
+
+def as_triplets(indices: Indices, shape: tuple[int, int], device: torch.device) -> Indices:
+    """`(a, p, n)` on `device`, checked.
+
+    Raises:
+        ValueError: lists of different lengths, or an index outside the batch or the references.
+    """
+    a, p, _, n = as_pairs(indices, device)
+    if not len(a) == len(p) == len(n):
+        raise ValueError(f"triplets (a, p, n) must be of one length, got {len(a)}, {len(p)} and {len(n)}")
+    for kind, index, size in (("anchor", a, shape[0]), ("positive", p, shape[1]), ("negative", n, shape[1])):
+        check_indices(kind, index, size)
+    return a, p, n
+
+
+def check_indices(kind: str, index: Tensor, size: int) -> None:
+    """Refuses an index that is not in `0 .. size - 1`.
+
+    Raises:
+        ValueError: the message names the kind and the range.
+    """
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+        raise ValueError(
+            f"indices_tuple names {kind}s {int(index.min())} to {int(index.max())}, but must stay within 0..{size - 1}"
+        )

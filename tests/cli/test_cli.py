@@ -1,0 +1,173 @@
+"""The command line: what it lists, what it says when it cannot, and how a server is set up."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradbank
+from gradbank import losses
+from gradbank.component import components
+from gradbank_server import cli
+from gradbank_server.service import Server
+from gradbank_server.settings import ServerSettings
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal on which no line breaks."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(cli.console, "_width", 400)
+    for name in list(os.environ):
+        if name.startswith("GRADBANK_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
+    """Runs a command in this process: its exit code, what it printed, and what it complained of."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.app(words)
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def test_help_documents_every_command(run) -> None:  # noqa: ANN001
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("serve", "demo", "health", "sessions", "catalog"):
+        assert re.search(rf"│ {command} +[A-Z]\w+ ", out), command
+        assert run(command, "--help")[0] == 0
+    documented = re.findall(r"\w+(?= \||`)", cli.__doc__ or "")
+    assert set(documented) <= set(re.findall(r"│ (\w+)", out)), "the module's own docstring names these"
+
+
+def test_help_of_serve_documents_every_setting(run) -> None:  # noqa: ANN001
+    _, out, _ = run("serve", "--help")
+    assert "--max-sessions as GRADBANK_MAX_SESSIONS" in out
+    for name, field in ServerSettings.model_fields.items():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"│ --{name.replace('_', '-')} ")]
+        assert field.description
+        assert field.description in line
+        assert f"[default: {field.default}]" in line
+
+
+def test_the_readme_of_settings_agrees(run) -> None:  # noqa: ANN001
+    deploy = (Path(__file__).parents[2] / "docs/deploy.md").read_text()
+    known = {f"--{name.replace('_', '-')}" for name in ServerSettings.model_fields}
+    variables = {f"GRADBANK_{name.upper()}" for name in ServerSettings.model_fields}
+    assert set(re.findall(r"GRADBANK_[A-Z][A-Z_]+", deploy)) <= variables
+    serving = re.findall(r"gradbank serve(.*)", deploy)
+    assert set(re.findall(r"--[a-z-]+", " ".join(serving))) <= known
+
+
+def test_version_is_that_of_the_library(run) -> None:  # noqa: ANN001
+    assert run("--version")[:2] == (0, f"{gradbank.__version__}\n")
+
+
+def test_the_catalog_lists_every_component_with_its_arguments(run) -> None:  # noqa: ANN001
+    code, out, _ = run("catalog")
+    assert code == 0
+    for name in components():
+        assert re.search(rf"\b{name}\b", out)
+    (line,) = [line for line in out.splitlines() if re.match(r" ?loss +NTXentLoss ", line)]
+    assert "temperature=0.07" in line
+
+
+def test_the_catalog_documents_a_component(run) -> None:  # noqa: ANN001
+    code, out, _ = run("catalog", "CrossBatchMemory")
+    assert code == 0
+    assert "memory_size=1024" in out
+    assert "Cross-Batch Memory for Embedding Learning" in out
+    assert re.search(r"\bembedding_size\b(?!=)", out), "an argument that must be given has no default"
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"), [("NTXentLos", "NTXentLoss"), ("CrossBatchMemroy", "CrossBatchMemory"), ("ArcFace", "ArcFaceLoss")]
+)
+def test_a_misspelt_component_is_answered_with_the_closest(run, asked: str, meant: str) -> None:  # noqa: ANN001
+    code, out, err = run("catalog", asked)
+    assert (code, out) == (2, "")
+    assert err.strip() == f"gradbank: no component is named {asked!r}; did you mean {meant!r}?"
+
+
+def test_sessions_lists_what_is_open(run) -> None:  # noqa: ANN001
+    with Server(ServerSettings(port=0, metrics_port=-1)) as server:
+        assert run("sessions", "--address", server.address)[:2] == (0, f"no sessions at {server.address}\n")
+        with gradbank.connect(server.address, timeout=10) as client:
+            there = client.open("run-1", losses.CrossBatchMemory(losses.NTXentLoss(), 16, 64))
+            client.open("arc", losses.ArcFaceLoss(4, 16), rank=3)
+            loss = there(torch.randn(8, 16), torch.arange(8) % 3)
+            code, out, _ = run("sessions", "--address", server.address)
+    assert code == 0
+    arc, memory = out.splitlines()[1:]
+    assert re.match(rf" ?run-1 +CrossBatchMemory\(NTXentLoss\) +0 +1 +{loss.item():.4f} +8 of 64 +\d+\.\d\d", memory)
+    assert re.match(r" ?arc +ArcFaceLoss +3 +0 +", arc)
+
+
+def test_a_server_that_is_not_there_is_an_error_of_one_line(run) -> None:  # noqa: ANN001
+    code, out, err = run("sessions", "--address", "127.0.0.1:1", "--timeout", "2")
+    assert (code, out) == (2, "")
+    assert err.startswith("gradbank: the server cannot be reached")
+    code, out, err = run("sessions", "--address", "nowhere")
+    assert (code, err) == (2, "gradbank: an address is host:port or local://, got 'nowhere'\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["serve", "--port", "99999"],
+        ["serve", "--port", "http"],
+        ["serve", "--max-sessions", "0"],
+        ["serve", "--log-level", "loud"],
+        ["serve", "--prot", "1"],
+        ["nonsense"],
+        ["health", "--timeout", "soon"],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_flag_is_refused_by_name(run, words: list[str]) -> None:  # noqa: ANN001
+    code, out, err = run(*words)
+    assert code == 2
+    assert words[-2 if len(words) > 1 else 0].removeprefix("--").replace("-", "_") in (out + err).replace("-", "_")
+
+
+@pytest.mark.parametrize(("variable", "value"), [("GRADBANK_PORT", "http"), ("GRADBANK_MAX_SESSIONS", "0")])
+def test_a_bad_variable_is_refused_by_name(run, monkeypatch, variable: str, value: str) -> None:  # noqa: ANN001
+    monkeypatch.setenv(variable, value)
+    code, out, err = run("serve")
+    assert code == 2
+    assert variable.removeprefix("GRADBANK_").lower() in (out + err).lower()
+
+
+def test_a_variable_sets_what_no_flag_does() -> None:
+    variables = {"GRADBANK_MAX_SESSIONS": "7", "GRADBANK_MAX_STEP_BYTES": str(2**20), "GRADBANK_METRICS_PORT": "-1"}
+    command = [sys.executable, "-m", "gradbank_server", "serve", "--port", "0", "--max-sessions", "9"]
+    environment = os.environ | variables
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
+        assert process.stdout is not None
+        said = _until_client(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert "9 sessions" in said, "the flag wins"
+    assert "1 MiB a step" in said
+    assert re.search(r"metrics +off", said)
+
+
+def _until_client(process: subprocess.Popen) -> str:
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "client" in line:
+            break
+    return said

@@ -1,0 +1,184 @@
+"""The queue's state: what survives saving, copying and refusing, and in which precision."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import pytorch_metric_learning.losses as pml_losses
+import torch
+from torch import Tensor
+
+from gradbank import losses, miners
+from gradbank.errors import NonFiniteError
+
+DIMENSION = 4
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "more rows than slots": ({"embeddings": torch.ones(11, 4), "labels": torch.ones(11)}, "11 rows do not fit"),
+    "another dimension": ({"embeddings": torch.ones(4, 5)}, "dimension 5, .* embedding_size=4"),
+    "integers": ({"embeddings": torch.ones(4, 4, dtype=torch.int64)}, "must be floating point"),
+    "a vector": ({"embeddings": torch.ones(4)}, r"must be \(batch, dimension\)"),
+    "too few labels": ({"labels": torch.ones(3)}, r"labels must be \(4,\)"),
+    "a mask that is too short": ({"enqueue_mask": torch.ones(3, dtype=torch.bool)}, r"must be \(4,\) booleans"),
+    "a mask of floats": ({"enqueue_mask": torch.ones(4)}, "booleans, got .* torch.float32"),
+    "a position outside": ({"enqueue_idx": torch.tensor([4])}, "enqueue_idx"),
+    "a negative position": ({"enqueue_idx": torch.tensor([-1])}, "enqueue_idx"),
+    "mask and positions": (
+        {"enqueue_mask": torch.ones(4, dtype=torch.bool), "enqueue_idx": torch.tensor([0])},
+        "pass one of them",
+    ),
+    "mask and indices": (
+        {"enqueue_mask": torch.ones(4, dtype=torch.bool), "indices_tuple": (torch.tensor([0]),) * 3},
+        "mutually exclusive",
+    ),
+    "an index outside": ({"indices_tuple": tuple(torch.tensor([i]) for i in (0, 1, 4))}, "must stay within 0..3"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_call_changes_nothing(what: str, queue_of: Any, batch: Any, state: Any) -> None:
+    wrong, message = REFUSED[what]
+    queue = queue_of(10, steps=2)
+    before = state(queue)
+    embeddings, labels = batch(4, 9)
+    with pytest.raises(ValueError, match=message):
+        queue(**({"embeddings": embeddings, "labels": labels} | wrong))
+    assert state(queue) == before
+    assert torch.equal(queue(embeddings, labels), queue_of(10, steps=2)(embeddings, labels))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_first_row_that_is_not_finite_is_named(bad: float, queue_of: Any, batch: Any, state: Any) -> None:
+    queue = queue_of(10, steps=2)
+    before = state(queue)
+    embeddings, labels = batch(6, 9)
+    embeddings[2, 1] = embeddings[5, 0] = bad
+    with pytest.raises(NonFiniteError, match=r"row 2 is not finite \(2 of 6 rows"):
+        queue(embeddings, labels)
+    with pytest.raises(NonFiniteError, match="row 2"):
+        queue.add_to_memory(embeddings, labels)
+    assert state(queue) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [(torch.ones(11, 4), "11 rows do not fit a memory of 10"), (torch.ones(3, 5), "embedding_size=4")],
+)
+def test_rows_added_without_a_loss_must_fit_too(rows: Tensor, message: str, queue_of: Any, state: Any) -> None:
+    queue = queue_of(10, steps=2)
+    before = state(queue)
+    with pytest.raises(ValueError, match=message):
+        queue.add_to_memory(rows, torch.zeros(len(rows), dtype=torch.int64))
+    assert state(queue) == before
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 7])
+def test_saved_queue_goes_on_as_if_it_had_not_been(steps: int, queue_of: Any, batch: Any, state: Any) -> None:
+    """PML saves neither cursor nor fill."""
+    queue, restored = queue_of(10, steps, miner=miners.MultiSimilarityMiner()), queue_of(10, 1)
+    restored.miner = miners.MultiSimilarityMiner()
+    file = io.BytesIO()
+    torch.save(queue.state_dict(), file)
+    file.seek(0)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert state(restored) == state(queue)
+    for step in range(4):
+        assert torch.equal(restored(*batch(4, 20 + step)), queue(*batch(4, 20 + step)))
+
+
+def test_saved_state_is_a_copy(queue_of: Any, batch: Any, state: Any) -> None:
+    queue = queue_of(10, steps=2)
+    saved = queue.state_dict()
+    other = queue_of(10)
+    other.load_state_dict(saved)
+    before = state(other)
+    queue(*batch(8, 5))
+    queue(*batch(1, 6))
+    assert state(other) == before
+
+
+def test_state_of_another_size_is_refused(queue_of: Any, state: Any) -> None:
+    queue = queue_of(10, steps=2)
+    before = state(queue)
+    with pytest.raises(RuntimeError, match=r"expected \(10, 4\), got \(12, 4\)"):
+        queue.load_state_dict(queue_of(12, steps=1).state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*queue_idx"):
+        queue.load_state_dict({name: value for name, value in queue.state_dict().items() if name != "queue_idx"})
+    assert state(queue) == before
+
+
+def test_reset_queue_is_empty_as_at_first(queue_of: Any, batch: Any, state: Any) -> None:
+    queue = queue_of(10, steps=4)
+    queue.reset_queue()
+    assert state(queue) == state(queue_of(10))
+    assert torch.equal(queue(*batch(4, 5)), queue_of(10)(*batch(4, 5)))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_deep_copy_lives_apart(steps: int, queue_of: Any, batch: Any, state: Any) -> None:
+    queue = queue_of(10, steps)
+    other = copy.deepcopy(queue)
+    assert state(other) == state(queue)
+    assert torch.equal(other(*batch(4, 5)), queue(*batch(4, 5)))
+    other(*batch(4, 6))
+    untouched = queue_of(10, steps)
+    untouched(*batch(4, 5))
+    assert state(queue) == state(untouched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_batches_enter_a_float32_queue(dtype: torch.dtype, queue_of: Any, batch: Any) -> None:
+    """PML turns the whole queue to the dtype of whichever batch came last."""
+    queue = queue_of(10, steps=3)
+    before = queue.embedding_memory.clone()
+    embeddings, labels = batch(4, 5, dtype)
+    value = queue(embeddings.requires_grad_(), labels)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert embeddings.grad is not None
+    assert embeddings.grad.dtype == dtype
+    assert queue.embedding_memory.dtype == torch.float32
+    kept = torch.ones(10, dtype=torch.bool)
+    kept[[2, 3, 4, 5]] = False
+    assert torch.equal(queue.embedding_memory[kept], before[kept])
+    assert torch.equal(queue.embedding_memory[~kept], embeddings.detach().float())
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_float64_batches_are_kept_to_the_last_digit(looked_at: bool, queue_of: Any, batch: Any) -> None:
+    queue = queue_of(10)
+    if looked_at:
+        assert not queue.embedding_memory.any()
+        assert not queue.state_dict()["embedding_memory"].any()
+    theirs = pml_losses.CrossBatchMemory(pml_losses.NTXentLoss(), DIMENSION, 10)
+    for step in range(6):
+        embeddings, labels = batch(4, step, torch.float64)
+        value = queue(embeddings, labels)
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, theirs(embeddings, labels), rtol=1e-12, atol=0)
+    assert torch.equal(queue.embedding_memory, theirs.embedding_memory)
+
+
+def test_queue_does_not_follow_the_tensor_that_was_passed(queue_of: Any, batch: Any) -> None:
+    queue = queue_of(10)
+    embeddings, labels = batch(4, 0)
+    queue(embeddings, labels)
+    embeddings.zero_()
+    labels.zero_()
+    assert torch.equal(queue.embedding_memory[:4], batch(4, 0)[0])
+    assert torch.equal(queue.label_memory[:4], batch(4, 0)[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((losses.ArcFaceLoss(3, 4), 4, 10), "compares embeddings with references, got ArcFaceLoss"),
+        ((losses.NTXentLoss(), 0, 10), "embedding_size must be at least 1"),
+        ((losses.NTXentLoss(), 4, 0), "memory_size must be at least 1"),
+        ((losses.CrossBatchMemory(losses.NTXentLoss(), 4), 4, 10), "got CrossBatchMemory"),
+    ],
+)
+def test_queue_that_makes_no_sense_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        losses.CrossBatchMemory(*arguments)

@@ -1,0 +1,171 @@
+"""A loss on a server behaves under autograd as the same loss does here."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import gradbank
+from gradbank import losses
+from gradbank.errors import InvalidRequest
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def memory() -> losses.CrossBatchMemory:
+    return losses.CrossBatchMemory(losses.NTXentLoss(), 16, 64)
+
+
+def batch(seed: int = 0, rows: int = 8, dtype: torch.dtype = torch.float32) -> Batch:
+    made = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(rows, 16, generator=made).to(dtype)
+    return embeddings.requires_grad_(), torch.randint(0, 4, (rows,), generator=made)
+
+
+@pytest.fixture
+def pair(either: gradbank.Client, name: str) -> Callable[..., tuple[gradbank.RemoteLoss, losses.Loss]]:
+    """A loss on a server, and an equal one here."""
+    return lambda here: (either.open(name, here), here)
+
+
+Pair = Callable[..., tuple[gradbank.RemoteLoss, losses.Loss]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_every_floating_dtype_gives_what_it_gives_here(pair: Pair, dtype: torch.dtype) -> None:
+    there, here = pair(memory())
+    for seed in range(3):
+        (mine, labels), (theirs, _) = batch(seed, dtype=dtype), batch(seed, dtype=dtype)
+        expected, made = here(mine, labels), there(theirs, labels)
+        expected.backward()
+        made.backward()
+        assert made.dtype == expected.dtype
+        assert torch.equal(made, expected)
+        assert theirs.grad.dtype == dtype
+        assert torch.equal(theirs.grad, mine.grad)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda e: e.T.contiguous().T,
+        lambda e: e.repeat(1, 2)[:, ::2],
+        lambda e: e.flip(0),
+        lambda e: e[:1].expand(8, 16),
+        lambda e: e[:0],
+    ],
+    ids=["transposed", "strided", "flipped", "expanded", "empty"],
+)
+def test_any_layout_will_do(pair: Pair, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    there, here = pair(losses.NTXentLoss())
+    (mine, labels), (theirs, _) = batch(), batch()
+    for loss_fn, leaf in ((here, mine), (there, theirs)):
+        seen = view(leaf)
+        loss_fn(seen, labels[: len(seen)]).backward()
+    torch.testing.assert_close(theirs.grad, mine.grad)  # here, torch multiplies by layout, and rounds by it
+
+
+def test_labels_of_32_bits_will_do(pair: Pair) -> None:
+    there, here = pair(memory())
+    embeddings, labels = batch()
+    assert torch.equal(there(embeddings, labels.int()), here(embeddings, labels.int()))
+
+
+def test_without_grad_no_gradient_travels(pair: Pair, either: gradbank.Client, name: str) -> None:
+    there, _ = pair(memory())
+    with torch.no_grad():
+        loss = there(*batch())
+    assert not loss.requires_grad
+    assert not there(batch()[0].detach(), batch()[1]).requires_grad
+    assert either.stats(name).sent_bytes == 0
+    assert either.stats(name).bank_rows == 16
+
+
+def test_gradients_accumulate_and_flow_through_the_network(pair: Pair) -> None:
+    there, here = pair(memory())
+    grads = []
+    for loss_fn in (there, here):
+        torch.manual_seed(1)
+        network = torch.nn.Linear(16, 16)
+        for seed in range(3):
+            embeddings, labels = batch(seed)
+            (loss_fn(network(embeddings), labels) / 3).backward()
+        grads.append(network.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_loss_may_be_part_of_another(pair: Pair) -> None:
+    there, here = pair(losses.NTXentLoss())
+    grads = []
+    for loss_fn in (there, here):
+        embeddings, labels = batch()
+        (2 * loss_fn(embeddings, labels) + embeddings.square().sum()).backward()
+        grads.append(embeddings.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_scaled_loss_has_scaled_gradients(pair: Pair, dtype: torch.dtype) -> None:
+    """Whatever an AMP scaler starts with must not overflow what would not overflow here."""
+    there, here = pair(losses.NTXentLoss(temperature=1.0))
+    grads = []
+    for loss_fn in (there, here):
+        embeddings, labels = batch(dtype=dtype)
+        (loss_fn(embeddings, labels) * 65536.0).backward()
+        grads.append(embeddings.grad)
+    assert bool(grads[1].isfinite().all())
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-2)
+
+
+def test_gradients_of_gradients_are_refused(pair: Pair) -> None:
+    there, _ = pair(losses.NTXentLoss())
+    embeddings, labels = batch()
+    loss = there(embeddings, labels)
+    with pytest.raises(RuntimeError, match=r"(?i)gradients? of gradients?|once_differentiable"):
+        (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+        (loss + gradient.square().sum()).backward()  # a penalty that would do nothing, and not say so
+
+
+def test_references_get_their_gradient(pair: Pair) -> None:
+    there, here = pair(losses.NTXentLoss())
+    grads = []
+    for loss_fn in (there, here):
+        (embeddings, labels), (references, ref_labels) = batch(), batch(1, 12)
+        loss_fn(embeddings, labels, ref_emb=references, ref_labels=ref_labels).backward()
+        grads += [embeddings.grad, references.grad]
+    assert torch.equal(grads[0], grads[2])
+    assert torch.equal(grads[1], grads[3])
+
+
+def test_rows_may_only_enter_or_only_be_compared(pair: Pair) -> None:
+    there, here = pair(memory())
+    mask = torch.arange(8) % 2 == 0
+    for arguments in ({"enqueue_mask": mask}, {"enqueue_idx": torch.tensor([0, 3])}, {}):
+        (mine, labels), (theirs, _) = batch(), batch()
+        expected, made = here(mine, labels, **arguments), there(theirs, labels, **arguments)
+        (expected.backward(), made.backward())
+        assert torch.equal(made, expected)
+        assert torch.equal(theirs.grad, mine.grad)
+    with pytest.raises(InvalidRequest, match="pass one of them"):
+        there(*batch(), enqueue_mask=mask, enqueue_idx=torch.tensor([0]))
+
+
+def test_opening_takes_weights_and_a_filled_bank_along(either: gradbank.Client, name: str) -> None:
+    here, arc = memory(), losses.ArcFaceLoss(4, 16)
+    here(*batch())
+    there, there_arc = either.open(name, here), either.open(name + "-arc", arc)
+    assert torch.equal(there(*batch(1)), here(*batch(1)))
+    assert torch.equal(there_arc(*batch(1)), arc(*batch(1)))
+    copy = there.local()
+    assert torch.equal(copy(*batch(2)), here(*batch(2)))
+    assert either.stats(name).steps == 1
+
+
+def test_a_loss_on_a_server_is_a_module_without_weights(pair: Pair) -> None:
+    there, _ = pair(losses.ArcFaceLoss(4, 16))
+    assert list(there.parameters()) == []
+    assert there.state_dict() == {}
+    assert "ArcFaceLoss" in repr(there)
+    assert set(there.timings) == set()
+    there(*batch())
+    assert set(there.timings) == {"queue", "decode", "compute", "encode"}

@@ -1,0 +1,253 @@
+"""What whoever runs a server relies on: health, reflection, metrics, logs, the start and the end."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import gradbank
+from gradbank import losses
+from gradbank.errors import InvalidRequest, ServerUnavailable
+from gradbank_server.service import Server
+from gradbank_server.settings import ServerSettings
+
+SERVICES = [f"gradbank.v1.{name}Service" for name in ("Session", "Step", "Stats", "Catalog")]
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def batch(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 16, generator=made), torch.randint(0, 4, (rows,), generator=made)
+
+
+def memory() -> losses.CrossBatchMemory:
+    return losses.CrossBatchMemory(losses.NTXentLoss(), 16, 64)
+
+
+@pytest.fixture
+def own() -> Iterator[Server]:
+    """A server whose counters no other test moves."""
+    with Server(ServerSettings(port=0, metrics_port=0, drain_seconds=5)) as running:
+        yield running
+
+
+def metrics(server: Server) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5) as response:
+        lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+# -- health, reflection, metrics --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("service", ["", *SERVICES])
+def test_every_service_is_healthy(server: Server, service: str) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        assert health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status == SERVING
+
+
+def test_reflection_lists_the_services(server: Server) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    with grpc.insecure_channel(server.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        answer = next(stub.ServerReflectionInfo(iter([request]), timeout=5))
+    listed = {each.name for each in answer.list_services_response.service}
+    assert listed == {*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+
+
+def test_reflection_can_be_left_out() -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    with Server(ServerSettings(port=0, metrics_port=-1, reflection=False)) as server:
+        assert server.metrics_port is None
+        with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+            next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=5))
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_metrics_count_what_happens(own: Server) -> None:
+    with gradbank.connect(own.address, timeout=10) as client:
+        there, arc = client.open("run", memory()), client.open("arc", losses.ArcFaceLoss(4, 16))
+        for seed in range(3):
+            there(*batch(seed))
+        arc(*batch())
+        with pytest.raises(InvalidRequest):
+            there(batch()[0] * float("nan"), batch()[1])
+        found = metrics(own)
+        rows, weights = client.stats("run"), client.stats("arc")
+    assert found['gradbank_steps_total{loss="CrossBatchMemory",outcome="ok"}'] == 3
+    assert found['gradbank_steps_total{loss="CrossBatchMemory",outcome="rejected"}'] == 1
+    assert found['gradbank_steps_total{loss="ArcFaceLoss",outcome="ok"}'] == 1
+    assert found['gradbank_step_seconds_count{phase="compute"}'] == 4
+    assert found["gradbank_received_bytes_total"] == rows.received_bytes + weights.received_bytes == 4 * 8 * (64 + 8)
+    assert found["gradbank_sessions"] == 2
+    assert found["gradbank_bank_rows"] == rows.bank_rows == 24
+    assert found["gradbank_bank_bytes"] == rows.bank_bytes
+    assert found["gradbank_weight_bytes"] == weights.weight_bytes == 4 * 16 * 4
+    (build,) = (name for name in found if name.startswith("gradbank_build_info"))
+    assert f'version="{gradbank.__version__}"' in build
+    assert "run" not in " ".join(found), "no session is a label: there is no end to them"
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(own: Server) -> None:
+    dashboard = Path(__file__).parents[2] / "docker/grafana/dashboards/gradbank.json"
+    asked = set(re.findall(r"\bgradbank_[a-z_]+", dashboard.read_text()))
+    with gradbank.connect(own.address, timeout=10) as client:
+        client.open("run", memory())(*batch())
+    known = {name.partition("{")[0] for name in metrics(own)}
+    assert asked
+    assert asked - known == set()
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_drains_finishes_the_step_under_way_and_refuses_the_next(own: Server) -> None:
+    with gradbank.connect(own.address, timeout=10) as client, grpc.insecure_channel(own.address) as channel:
+        there = client.open("run", memory())
+        there(*batch())
+        session, health = own.service.sessions["run"], health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING
+        session._turn.acquire()  # a step is under way
+        stopping = threading.Thread(target=own.stop)
+        stopping.start()
+        while health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING:
+            time.sleep(0.01)
+        assert health.Check(health_pb2.HealthCheckRequest(service=SERVICES[1]), timeout=5).status == NOT_SERVING
+        there.producer.timeout = 0.5
+        with pytest.raises(ServerUnavailable, match="shutting down; the step was not carried out"):
+            there(*batch(1))
+        assert stopping.is_alive()
+        session._turn.release()
+        stopping.join(5)
+        assert not stopping.is_alive()
+        assert session.tally.steps == 1
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """`gradbank serve`, its first lines read."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "gradbank_server", "serve", "--port", "0", "--metrics-port", "0", *flags]
+        self.running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.running.stdout is not None
+        self.said = ""
+        for line in self.running.stdout:
+            self.said += line
+            if "client" in line:
+                break
+        self.address = re.search(r"listening +(\S+)", self.said)[1]  # type: ignore[index]
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, float, str]:
+        """The exit code, the seconds it took, and what was logged."""
+        begun = time.monotonic()
+        self.running.send_signal(number)
+        errors = self.running.communicate(timeout=30)[1]
+        return self.running.returncode, time.monotonic() - begun, errors
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def start(*flags: str) -> Process:
+        started.append(Process(*flags))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.running.kill()
+        each.running.communicate()
+
+
+def test_serve_says_where_and_how_and_ends_in_order(serve: Callable[..., Process]) -> None:
+    process = serve("--max-sessions", "7", "--max-session-bytes", str(2**30), "--device", "cpu")
+    assert f"gradbank {gradbank.__version__}" in process.said
+    assert re.search(r"device +cpu", process.said)
+    assert re.search(r"limits +7 sessions, 1 GiB each, 256 MiB a step", process.said)
+    page = re.search(r"metrics +(http://127.0.0.1:\d+/metrics)", process.said)
+    with urllib.request.urlopen(page[1], timeout=5) as response:  # type: ignore[index]
+        assert b"gradbank_sessions 0.0" in response.read()
+    line = re.search(r"client +(.+)", process.said)[1]  # type: ignore[index]
+    space = {"gradbank": gradbank, "loss_fn": memory()}
+    exec(line, space)  # it can be pasted
+    there, here = space["loss_fn"], memory()
+    assert isinstance(there, gradbank.RemoteLoss)
+    assert torch.equal(there(*batch()), here(*batch()))  # and leaves a stream open
+    code, seconds, errors = process.end()
+    assert code == 0
+    assert seconds < 8
+    logged = [json.loads(each) for each in errors.splitlines()]
+    assert [each["event"] for each in logged] == [
+        "session created", "trainer attached", "draining", "stopped",
+    ]  # fmt: skip
+    assert all(each["level"] == "info" and each["timestamp"].endswith("Z") for each in logged)
+    assert (logged[0]["session"], logged[0]["loss"]) == ("my-run", "CrossBatchMemory")
+    there.producer.timeout = 0.5
+    with pytest.raises(ServerUnavailable):
+        there(*batch(1))
+    there.producer.close()
+
+
+def test_ctrl_c_ends_in_order_too(serve: Callable[..., Process]) -> None:
+    code, seconds, errors = serve("--log-level", "warning").end(signal.SIGINT)
+    assert (code, errors) == (0, "")
+    assert seconds < 8
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gradbank_server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--host", "0.0.0.0"], "neither TLS nor authentication yet. Put it behind .* add --insecure"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "cuda:99"], "this machine has . CUDA devices"),
+    ],
+)
+def test_what_cannot_start_says_why(flags: list[str], message: str) -> None:
+    ended = run("serve", "--port", "0", "--metrics-port", "-1", *flags)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert re.search(message, " ".join(ended.stderr.split()))
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_port_in_use_is_named(flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        flags = {"--port": "0", "--metrics-port": "-1", flag: port}
+        ended = run("serve", *(word for pair in flags.items() for word in pair))
+    assert ended.returncode == 2
+    assert port in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_health_is_an_exit_code(server: Server) -> None:
+    well = run("health", "--address", server.address)
+    assert (well.returncode, well.stdout.strip()) == (0, f"{server.address}: SERVING")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    ill = run("health", "--address", address, "--timeout", "0.5")
+    assert ill.returncode == 1
+    assert address in ill.stdout + ill.stderr

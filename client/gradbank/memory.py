@@ -155,6 +155,8 @@ class CrossBatchMemory(Loss):
                 f"embedding_size={self.embedding_size}"
             )
         check_finite(embeddings)
+        if labels.is_floating_point():
+            raise ValueError(f"labels that enter a memory must be integers, got {labels.dtype}")
         labels = labels.to(embeddings.device)
         mask = self._mask(embeddings, indices_tuple, enqueue_mask, enqueue_idx)
         self._settle()
@@ -289,6 +291,9 @@ class CrossBatchMemory(Loss):
                 f"size mismatch for {prefix}embedding_memory: expected "
                 f"{(self.memory_size, self.embedding_size)}, got {tuple(rows.shape)}"
             )
+            return
+        if not 0 <= int(cursor) < self.memory_size or labels.shape != rows.shape[:1]:
+            rest[-1].append(f"{prefix}queue_idx and label_memory do not fit {self.memory_size} slots")
             return
         self.entering = None
         self.slots, self.slot_labels = rows.detach().clone(), labels.detach().clone()

@@ -29,7 +29,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
+def run(capsys: pytest.CaptureFixture[str]):
     """Runs a command in this process: its exit code, what it printed, and what it complained of."""
 
     def call(*words: str) -> tuple[int, str, str]:
@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
     return call
 
 
-def test_help_documents_every_command(run) -> None:  # noqa: ANN001
+def test_help_documents_every_command(run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     for command in ("serve", "demo", "health", "sessions", "catalog"):
@@ -51,7 +51,7 @@ def test_help_documents_every_command(run) -> None:  # noqa: ANN001
     assert set(documented) <= set(re.findall(r"│ (\w+)", out)), "the module's own docstring names these"
 
 
-def test_help_of_serve_documents_every_setting(run) -> None:  # noqa: ANN001
+def test_help_of_serve_documents_every_setting(run) -> None:
     _, out, _ = run("serve", "--help")
     assert "--max-sessions as GRADBANK_MAX_SESSIONS" in out
     for name, field in ServerSettings.model_fields.items():
@@ -61,7 +61,7 @@ def test_help_of_serve_documents_every_setting(run) -> None:  # noqa: ANN001
         assert f"[default: {field.default}]" in line
 
 
-def test_the_readme_of_settings_agrees(run) -> None:  # noqa: ANN001
+def test_the_readme_of_settings_agrees(run) -> None:
     deploy = (Path(__file__).parents[2] / "docs/deploy.md").read_text()
     known = {f"--{name.replace('_', '-')}" for name in ServerSettings.model_fields}
     variables = {f"GRADBANK_{name.upper()}" for name in ServerSettings.model_fields}
@@ -70,11 +70,11 @@ def test_the_readme_of_settings_agrees(run) -> None:  # noqa: ANN001
     assert set(re.findall(r"--[a-z-]+", " ".join(serving))) <= known
 
 
-def test_version_is_that_of_the_library(run) -> None:  # noqa: ANN001
+def test_version_is_that_of_the_library(run) -> None:
     assert run("--version")[:2] == (0, f"{gradbank.__version__}\n")
 
 
-def test_the_catalog_lists_every_component_with_its_arguments(run) -> None:  # noqa: ANN001
+def test_the_catalog_lists_every_component_with_its_arguments(run) -> None:
     code, out, _ = run("catalog")
     assert code == 0
     for name in components():
@@ -83,7 +83,7 @@ def test_the_catalog_lists_every_component_with_its_arguments(run) -> None:  # n
     assert "temperature=0.07" in line
 
 
-def test_the_catalog_documents_a_component(run) -> None:  # noqa: ANN001
+def test_the_catalog_documents_a_component(run) -> None:
     code, out, _ = run("catalog", "CrossBatchMemory")
     assert code == 0
     assert "memory_size=1024" in out
@@ -92,15 +92,16 @@ def test_the_catalog_documents_a_component(run) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize(
-    ("asked", "meant"), [("NTXentLos", "NTXentLoss"), ("CrossBatchMemroy", "CrossBatchMemory"), ("ArcFace", "ArcFaceLoss")]
+    ("asked", "meant"),
+    [("NTXentLos", "NTXentLoss"), ("CrossBatchMemroy", "CrossBatchMemory"), ("ArcFace", "ArcFaceLoss")],
 )
-def test_a_misspelt_component_is_answered_with_the_closest(run, asked: str, meant: str) -> None:  # noqa: ANN001
+def test_a_misspelt_component_is_answered_with_the_closest(run, asked: str, meant: str) -> None:
     code, out, err = run("catalog", asked)
     assert (code, out) == (2, "")
     assert err.strip() == f"gradbank: no component is named {asked!r}; did you mean {meant!r}?"
 
 
-def test_sessions_lists_what_is_open(run) -> None:  # noqa: ANN001
+def test_sessions_lists_what_is_open(run) -> None:
     with Server(ServerSettings(port=0, metrics_port=-1)) as server:
         assert run("sessions", "--address", server.address)[:2] == (0, f"no sessions at {server.address}\n")
         with gradbank.connect(server.address, timeout=10) as client:
@@ -114,7 +115,7 @@ def test_sessions_lists_what_is_open(run) -> None:  # noqa: ANN001
     assert re.match(r" ?arc +ArcFaceLoss +3 +0 +", arc)
 
 
-def test_a_server_that_is_not_there_is_an_error_of_one_line(run) -> None:  # noqa: ANN001
+def test_a_server_that_is_not_there_is_an_error_of_one_line(run) -> None:
     code, out, err = run("sessions", "--address", "127.0.0.1:1", "--timeout", "2")
     assert (code, out) == (2, "")
     assert err.startswith("gradbank: the server cannot be reached")
@@ -135,14 +136,14 @@ def test_a_server_that_is_not_there_is_an_error_of_one_line(run) -> None:  # noq
     ],
     ids=" ".join,
 )
-def test_a_bad_flag_is_refused_by_name(run, words: list[str]) -> None:  # noqa: ANN001
+def test_a_bad_flag_is_refused_by_name(run, words: list[str]) -> None:
     code, out, err = run(*words)
     assert code == 2
     assert words[-2 if len(words) > 1 else 0].removeprefix("--").replace("-", "_") in (out + err).replace("-", "_")
 
 
 @pytest.mark.parametrize(("variable", "value"), [("GRADBANK_PORT", "http"), ("GRADBANK_MAX_SESSIONS", "0")])
-def test_a_bad_variable_is_refused_by_name(run, monkeypatch, variable: str, value: str) -> None:  # noqa: ANN001
+def test_a_bad_variable_is_refused_by_name(run, monkeypatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
     code, out, err = run("serve")
     assert code == 2
@@ -153,7 +154,9 @@ def test_a_variable_sets_what_no_flag_does() -> None:
     variables = {"GRADBANK_MAX_SESSIONS": "7", "GRADBANK_MAX_STEP_BYTES": str(2**20), "GRADBANK_METRICS_PORT": "-1"}
     command = [sys.executable, "-m", "gradbank_server", "serve", "--port", "0", "--max-sessions", "9"]
     environment = os.environ | variables
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         said = _until_client(process)
         process.send_signal(signal.SIGTERM)

@@ -46,9 +46,7 @@ def extra_mib(loss: str, **sizes: int) -> float:
     "loss",
     [
         "losses.NTXentLoss()",
-        "losses.SupConLoss()",
         "losses.ContrastiveLoss()",
-        "losses.MultiSimilarityLoss()",
         "losses.TripletMarginLoss()",
     ],
 )

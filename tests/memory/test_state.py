@@ -15,11 +15,12 @@ from gradbank.errors import NonFiniteError
 DIMENSION = 4
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "more rows than slots": ({"embeddings": torch.ones(11, 4), "labels": torch.ones(11)}, "11 rows do not fit"),
+    "more rows than slots": ({"embeddings": torch.ones(11, 4), "labels": torch.arange(11)}, "11 rows do not fit"),
     "another dimension": ({"embeddings": torch.ones(4, 5)}, "dimension 5, .* embedding_size=4"),
     "integers": ({"embeddings": torch.ones(4, 4, dtype=torch.int64)}, "must be floating point"),
     "a vector": ({"embeddings": torch.ones(4)}, r"must be \(batch, dimension\)"),
-    "too few labels": ({"labels": torch.ones(3)}, r"labels must be \(4,\)"),
+    "too few labels": ({"labels": torch.arange(3)}, r"labels must be \(4,\)"),
+    "labels of floats": ({"labels": torch.ones(4)}, "integers, got torch.float32"),
     "a mask that is too short": ({"enqueue_mask": torch.ones(3, dtype=torch.bool)}, r"must be \(4,\) booleans"),
     "a mask of floats": ({"enqueue_mask": torch.ones(4)}, "booleans, got .* torch.float32"),
     "a position outside": ({"enqueue_idx": torch.tensor([4])}, "enqueue_idx"),

@@ -218,5 +218,5 @@ def test_more_calls_than_a_server_takes_are_refused_by_name() -> None:
         open_losses = [client.open(name, memory()) for name in "abc"]
         for there in open_losses[:2]:
             there(*batch())
-        with pytest.raises(LimitExceeded, match="max-streams|calls"):
+        with pytest.raises(LimitExceeded, match=r"max-streams|calls"):
             open_losses[2](*batch())

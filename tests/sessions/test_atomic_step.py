@@ -78,9 +78,9 @@ class World:
             weight_events=news if self.learns else (),
         )
 
-    def step(self, seq: int, news: tuple = (), mode: AbstractContextManager = nullcontext()) -> Answer:
+    def step(self, seq: int, news: tuple = (), mode: AbstractContextManager | None = None) -> Answer:
         batch = self.batch(seq, news)
-        with mode:
+        with mode or nullcontext():
             answer, replayed = self.session.step(RANK, EPOCH, seq, seq, batch)
         assert not replayed
         return answer

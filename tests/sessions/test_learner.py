@@ -141,7 +141,7 @@ def test_the_gradients_of_the_last_four_steps_of_each_rank_are_kept(hosted: Host
     with pytest.raises(StepConflict, match="the weight gradient of step 1 is not kept: call backward at most 4 steps"):
         first.step(learning(batch(6), Backward(1, 1.0)))
     first.step(learning(batch(6), Backward(2, 1.0)))
-    with pytest.raises(StepConflict, match="step 2 is not kept.* once only"):
+    with pytest.raises(StepConflict, match=r"step 2 is not kept.* once only"):
         first.step(learning(batch(7), Backward(2, 1.0)))
 
 

@@ -246,7 +246,10 @@ def test_what_is_too_large_is_refused_before_it_is_allocated(sessions: Sessions,
     ("spec", "message"),
     [
         (Spec("NTXentLos", {}), "no component is named 'NTXentLos'; did you mean 'NTXentLoss'"),
-        (Spec("NTXentLoss", {"temprature": 1.0}), "NTXentLoss has no argument 'temprature'; did you mean 'temperature'"),
+        (
+            Spec("NTXentLoss", {"temprature": 1.0}),
+            "NTXentLoss has no argument 'temprature'; did you mean 'temperature'",
+        ),
         (Spec("NTXentLoss", {"temperature": "hot"}), "NTXentLoss.temperature: .* got 'hot'"),
         (Spec("CosineSimilarity", {}), "a session holds a loss, and CosineSimilarity is not one"),
         (Spec("CrossBatchMemory", {"embedding_size": 8}), "cannot be built: .*'loss'"),

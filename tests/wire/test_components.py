@@ -117,7 +117,7 @@ def test_components_nested_too_deep_are_refused_not_recursed_into() -> None:
 
 def test_an_argument_without_a_value_is_named() -> None:
     message = component_pb2.Component(name="X", arguments={"empty": component_pb2.Argument()})
-    with pytest.raises(InvalidComponent, match="X.empty has no value"):
+    with pytest.raises(InvalidComponent, match=r"X\.empty has no value"):
         spec_of(message)
 
 

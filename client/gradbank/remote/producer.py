@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from gradbank.errors import GradbankError, ServerUnavailable
+from gradbank.errors import GradbankError, LimitExceeded, ServerUnavailable
 from gradbank.remote.transport import Steps, Transport
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import TensorReader, error_of
@@ -75,6 +75,11 @@ class Producer:
         with self._lock:
             transport = self._transport()
             step.payload_bytes = sum(len(part) for part in parts)
+            if step.payload_bytes > self.max_step_bytes:  # the server would say so too, once it has been sent
+                raise LimitExceeded(
+                    f"the step's tensors take {step.payload_bytes:,} bytes, and the server takes "
+                    f"{self.max_step_bytes:,} a step; send smaller batches, or start it with a larger --max-step-bytes"
+                )
             asked = zlib.crc32(step.SerializeToString(deterministic=True))
             for part in parts:
                 asked = zlib.crc32(part, asked)

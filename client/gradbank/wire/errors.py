@@ -4,7 +4,14 @@ from collections.abc import Iterable
 
 import grpc
 
-from gradbank.errors import DeadlineExceeded, GradbankError, InternalError, ServerUnavailable, error_classes
+from gradbank.errors import (
+    DeadlineExceeded,
+    GradbankError,
+    InternalError,
+    LimitExceeded,
+    ServerUnavailable,
+    error_classes,
+)
 from gradbank.v1 import error_pb2 as v1
 
 ERROR_TRAILER = "gradbank-error-bin"
@@ -31,4 +38,8 @@ def error_of(failure: v1.Error | grpc.RpcError) -> GradbankError:
         return DeadlineExceeded(f"the server did not answer in time ({details})")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return ServerUnavailable(f"the server cannot be reached: {details}")
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return LimitExceeded(
+            f"the server refused the call: too many are under way, or a message is too large ({details})"
+        )
     return InternalError(f"the call failed with {code.name}: {details}")

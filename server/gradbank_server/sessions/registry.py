@@ -171,4 +171,7 @@ def _load(loss: Loss, state: dict[str, Tensor]) -> None:
             raise InvalidRequest(f"{name} must have shape {tuple(known[name])}, got {tuple(value.shape)}")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise InvalidRequest(f"{name} has entries that are not finite")
-    loss.load_state_dict(state, strict=False)
+    try:
+        loss.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InvalidRequest(f"the state does not fit {type(loss).__name__}: {error}") from None

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradbank.checks import check_batch, check_finite
 from gradbank.component import component
 from gradbank.engine import (
     Indices,
@@ -17,8 +18,7 @@ from gradbank.engine import (
     as_pairs,
     check_indices,
 )
-from gradbank.errors import NonFiniteError
-from gradbank.losses.base import Loss, PairLoss, Staged, check_batch
+from gradbank.losses.base import Loss, PairLoss, Staged
 from gradbank.miners.base import Miner
 
 
@@ -298,18 +298,3 @@ class CrossBatchMemory(Loss):
         self.entering = None
         self.slots, self.slot_labels = rows.detach().clone(), labels.detach().clone()
         self.queue_idx, self.has_been_filled = int(cursor), bool(filled)
-
-
-def check_finite(embeddings: Tensor, what: str = "embeddings") -> None:
-    """Refuses NaN and infinity.
-
-    Raises:
-        NonFiniteError: the message names the first row that has one, and how many have.
-    """
-    bad = ~embeddings.detach().isfinite().all(dim=1)
-    if bool(bad.any()):
-        rows = bad.nonzero().squeeze(1)
-        raise NonFiniteError(
-            f"{what}: row {int(rows[0])} is not finite ({len(rows)} of {len(embeddings)} rows hold NaN or infinity); "
-            "nothing was changed. Look for an overflow in half precision, or a learning rate that is too high"
-        )

@@ -18,9 +18,20 @@ class Ratio(NamedTuple):
     numerator: Tensor  # () float64, differentiable
     denominator: Tensor  # () float64, a constant
 
+    def divisor(self) -> Tensor:
+        """The denominator, or 1 where nothing was left to reduce."""
+        return torch.where(self.denominator > 0, self.denominator, 1.0)
+
     def value(self) -> Tensor:
         """What the part is worth: 0 (which backpropagates zeros) where nothing was left to reduce."""
-        return self.numerator / torch.where(self.denominator > 0, self.denominator, 1.0)
+        return self.numerator / self.divisor()
+
+    def plus(self, other: "Ratio") -> "Ratio":
+        """The ratio of both parts together."""
+        return Ratio(self.numerator + other.numerator, self.denominator + other.denominator)
+
+    def detached(self) -> "Ratio":
+        return Ratio(self.numerator.detach(), self.denominator.detach())
 
 
 @foundation

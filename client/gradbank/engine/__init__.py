@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Gathered, Positives
 from gradbank.engine.below import Below, first_not_above
+from gradbank.engine.block import sweep
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.dense import dense
 from gradbank.engine.eager import by_autograd, eager
@@ -21,7 +22,7 @@ from gradbank.engine.listed import listed_distances
 from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, MinedPairs, Pairs
 from gradbank.engine.references import References
 from gradbank.engine.statistics import LogSumExp, Reduced, Statistic
-from gradbank.engine.tiled import Bounds, sweep, tiled
+from gradbank.engine.tiled import Bounds, tiled
 
 __all__ = [
     "Anchors",

@@ -2,23 +2,20 @@
 
 The first sweep over the references gathers, for a block of anchors, the distances of its positives and the
 statistics of its negatives. The loss is then written on those few numbers and differentiated by autograd; the
-second sweep computes each tile again and spreads the gradient over it. Value and gradient are computed
-together, so nothing but the gradient itself outlives the call: a bank may change before `backward`.
+second sweep computes each tile again and spreads the gradient over it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradbank.distances import Distance
-from gradbank.engine.anchors import Anchors, Positives
+from gradbank.engine.block import Block
 from gradbank.engine.declaration import Declaration
-from gradbank.engine.pairs import Pairs, TilePairs
+from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
-from gradbank.engine.statistics import Running
+from gradbank.reducers import Ratio
 
 
 @dataclass(frozen=True)
@@ -61,175 +58,41 @@ def tiled(
     Args:
         needed: whether a gradient is wanted of the embeddings, and of each piece of the references.
     """
-    return _Evaluation(loss, references.labels, pairs, bounds or Bounds())(embeddings, references.pieces, needed)
+    inputs, bounds = (embeddings, *references.pieces), bounds or Bounds()
+    embeddings, references = embeddings.detach(), references.detach()
+    blocks = list(bounds.blocks(pairs, len(embeddings), len(references)))
+    parts: dict[str, Ratio] = {}
+    gradients: dict[str, list[Tensor | None]] = {}
+    for rows in blocks:
+        block = Block(loss, embeddings[rows], references, pairs, rows, bounds.width(rows))
+        terms = block.terms()
+        for name, ratio in terms.items():
+            parts[name] = ratio.detached() if name not in parts else parts[name].plus(ratio.detached())
+        if any(needed):
+            for name, goal in _goals(terms, whole=len(blocks) == 1).items():
+                if name not in gradients:
+                    gradients[name] = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed)]
+                block.backpropagate(goal, gradients[name])
+    value = sum((ratio.value() for ratio in parts.values()), embeddings.new_zeros((), dtype=torch.float64))
+    # what was differentiated by numerator still has to be divided
+    shares = {name: 1.0 / parts[name].divisor() if len(blocks) > 1 else 1.0 for name in gradients}
+    return value.to(embeddings.dtype), [
+        _added([(made[i], shares[name]) for name, made in gradients.items()], x)
+        for i, (x, need) in enumerate(zip(inputs, needed))
+        if need
+    ]
 
 
-class _Sums(NamedTuple):
-    """A gradient that is waiting for its denominator: of the embeddings, and of each piece of references."""
-
-    embeddings: Tensor
-    pieces: list[Tensor | None]
-
-
-class _Evaluation:
-    def __init__(self, loss: Declaration, labels: Tensor | None, pairs: Pairs, bounds: Bounds) -> None:
-        self.loss, self.labels, self.pairs, self.bounds = loss, labels, pairs, bounds
-
-    def __call__(
-        self, embeddings: Tensor, pieces: tuple[Tensor, ...], needed: tuple[bool, ...]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and its gradient with respect to each input that needs one."""
-        references = References(tuple(p.detach() for p in pieces), self.labels)
-        blocks = list(self.bounds.blocks(self.pairs, len(embeddings), len(references)))
-        totals: dict[str, list[Tensor]] = {}
-        sums: dict[str, _Sums] = {}
-        for rows in blocks:
-            block = _Block(self.loss, embeddings.detach()[rows], references, self.pairs, rows, self.bounds)
-            terms = block.terms()
-            for name, (numerator, denominator) in terms.items():
-                total = totals.setdefault(name, [torch.zeros_like(denominator), torch.zeros_like(denominator)])
-                total[0] += numerator.detach()
-                total[1] += denominator
-            if not any(needed):
-                continue
-            if len(blocks) == 1:  # every denominator is known: one gradient will do for all terms
-                with torch.enable_grad():
-                    goals = {"loss": torch.stack([ratio.value() for ratio in terms.values()]).sum()}
-            else:
-                goals = {name: ratio.numerator for name, ratio in terms.items()}
-            for name, goal in goals.items():
-                if name not in sums:
-                    sums[name] = _Sums(
-                        torch.zeros_like(embeddings),
-                        [torch.zeros_like(p) if need else None for p, need in zip(pieces, needed[1:])],
-                    )
-                block.backpropagate(goal, sums[name].embeddings[rows], sums[name].pieces)
-        known = {name: torch.where(den > 0, den, 1.0) for name, (_, den) in totals.items()}
-        zero = embeddings.new_zeros((), dtype=torch.float64)
-        value = sum((totals[name][0] / known[name] for name in totals), zero).to(embeddings.dtype)
-        shares = [(1.0 / known[n]).to(embeddings.dtype) if n in known and len(blocks) > 1 else None for n in sums]
-        return value, _weighted(list(sums.values()), shares, embeddings, pieces, needed)
+def _goals(terms: Mapping[str, Ratio], whole: bool) -> dict[str, Tensor]:
+    """What to differentiate: the loss if the block is all there is, else the numerators, whose denominators are not
+    known before the last block."""
+    if not whole:
+        return {name: ratio.numerator for name, ratio in terms.items()}
+    with torch.enable_grad():
+        return {"loss": torch.stack([ratio.value() for ratio in terms.values()]).sum()}
 
 
-def _weighted(
-    sums: list[_Sums],
-    shares: list[Tensor | None],
-    embeddings: Tensor,
-    pieces: tuple[Tensor, ...],
-    needed: tuple[bool, ...],
-) -> list[Tensor]:
-    """The sums, each divided by its denominator and added up: a tensor for each input that needs one."""
-    gradients = []
-    for i, (source, need) in enumerate(zip((embeddings, *pieces), needed)):
-        if not need:
-            continue
-        parts = [(s.embeddings if i == 0 else s.pieces[i - 1], share) for s, share in zip(sums, shares)]
-        scaled = [part if share is None else part.mul_(share) for part, share in parts if part is not None]
-        total = scaled[0] if scaled else torch.zeros_like(source)
-        for part in scaled[1:]:
-            total += part
-        gradients.append(total)
-    return gradients
-
-
-class _Block:
-    """A block of anchors: its first sweep, the loss written on what that found, and its second sweep."""
-
-    def __init__(
-        self,
-        loss: Declaration,
-        embeddings: Tensor,
-        references: References,
-        pairs: Pairs,
-        rows: slice,
-        bounds: Bounds,
-    ) -> None:
-        self.loss, self.references, self.pairs, self.rows = loss, references, pairs, rows
-        self.width = bounds.width(rows)
-        with torch.enable_grad():
-            self.embeddings = embeddings.clone().requires_grad_()
-            self.queries = loss.distance.prepare(self.embeddings)
-        self.wanted = loss.negatives()
-        self.running: dict[str, Running] = {}
-        self.listed: list[Tensor] = []  # the positions of each tile's positives, kept for the second sweep
-
-    def terms(self) -> Any:
-        """The loss's terms, differentiable in the positives' distances and the statistics' values."""
-        like, size = self.queries.detach(), len(self.embeddings)
-        early = None
-        if any(statistic.needs_positives for statistic in self.wanted.values()):
-            early = self._positives((s, tile) for _, s, tile in self._sweep())
-            self.listed.clear()
-        self.running = {name: wanted.begin(size, like, early) for name, wanted in self.wanted.items()}
-
-        def first_sweep() -> Iterator[tuple[Tensor, TilePairs]]:
-            for _, s, tile in self._sweep():
-                for running in self.running.values():
-                    running.add(s, tile.negatives)
-                yield s, tile
-
-        positives = self._positives(first_sweep())
-        found = {name: running.finish() for name, running in self.running.items()}
-        weight = self.pairs.anchor_weight
-        with torch.enable_grad():
-            self.leaves = [positives.s.requires_grad_(), *(f.value.requires_grad_() for f in found.values())]
-            anchors = Anchors(size, positives, found, None if weight is None else weight[self.rows])
-            return self.loss.terms(anchors)
-
-    def backpropagate(self, goal: Tensor, into: Tensor, pieces: list[Tensor | None]) -> None:
-        """Adds the gradient of `goal` to `into`, a `(b, D)` view, and to each of `pieces` that is a tensor."""
-        if not goal.requires_grad:
-            return
-        gradients = torch.autograd.grad(goal, self.leaves, allow_unused=True, retain_graph=True)
-        of_positives, *of_statistics = gradients
-        spread = {n: g for n, g in zip(self.running, of_statistics) if g is not None}
-        done = torch.zeros_like(self.queries)
-        queries = self.queries.detach().requires_grad_()
-        start = 0
-        for flat, (columns, piece, part) in zip(self.listed, self.references.tiles(self.width)):
-            stop = start + len(flat)
-            target = pieces[piece]
-            with torch.enable_grad():
-                rows = self.references.pieces[piece][part].to(queries.dtype).requires_grad_(target is not None)
-                s = self.loss.distance.matrix(queries, self.loss.distance.prepare(rows))
-                negatives = self.pairs.tile(self.rows, columns).negatives
-                outputs = [self.running[n].spread(s, negatives, g) for n, g in spread.items()]
-                if of_positives is not None and stop > start:
-                    outputs.append((s.reshape(-1)[flat], of_positives[start:stop]))
-            start = stop
-            if not outputs:
-                continue
-            inputs = [queries] if target is None else [queries, rows]
-            made = torch.autograd.grad([o for o, _ in outputs], inputs, [w for _, w in outputs])
-            done += made[0]
-            if target is not None:
-                target[part] += made[1]
-        (chained,) = torch.autograd.grad(self.queries, self.embeddings, done, retain_graph=True)
-        into += chained
-
-    def _sweep(self) -> Iterator[tuple[slice, Tensor, TilePairs]]:
-        yield from sweep(self.loss.distance, self.queries.detach(), self.references, self.pairs, self.rows, self.width)
-
-    def _positives(self, tiles: Any) -> Positives:
-        """The positives of the tiles gone through, in that order."""
-        s, anchor, count = [], [], []
-        for mat, (flat, counts, _) in tiles:
-            s.append(mat.reshape(-1)[flat])
-            anchor.append(torch.div(flat, max(mat.shape[1], 1), rounding_mode="floor"))
-            count.append(mat.new_ones(len(flat)) if counts is None else counts.to(mat.dtype))
-            self.listed.append(flat)
-        if not s:
-            empty = self.queries.new_zeros(0).detach()
-            return Positives(empty, empty.long(), empty)
-        return Positives(torch.cat(s), torch.cat(anchor), torch.cat(count))
-
-
-def sweep(
-    distance: Distance, queries: Tensor, references: References, pairs: Pairs, rows: slice, width: int
-) -> Iterator[tuple[slice, Tensor, TilePairs]]:
-    """The tiles of a block of prepared queries: `(columns, (b, width) distances, pairs)`, without gradients."""
-    for columns, piece, part in references.tiles(width):
-        with torch.no_grad():
-            tile = distance.prepare(references.pieces[piece][part].detach().to(queries.dtype))
-            s = distance.matrix(queries, tile)
-        yield columns, s, pairs.tile(rows, columns)
+def _added(parts: list[tuple[Tensor | None, Tensor | float]], like: Tensor) -> Tensor:
+    """The sum of the parts, each times its share."""
+    scaled = [part.mul_(share) for part, share in parts if part is not None]
+    return torch.zeros_like(like) if not scaled else sum(scaled[1:], scaled[0])

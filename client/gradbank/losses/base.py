@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from gradbank.checks import check_batch
 from gradbank.component import Component, foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import (
@@ -139,20 +140,6 @@ class PairLoss(Loss):
         listed = as_pairs(indices, embeddings.device)
         once = not self.counts_repeats
         return self.compare(embeddings, references, ListedPairs(listed, (len(embeddings), len(references)), once))
-
-
-def check_batch(embeddings: Tensor, labels: Tensor | None) -> None:
-    """Refuses a batch whose shapes do not fit.
-
-    Raises:
-        ValueError: embeddings that are not `(B, D)` floats, or labels that are not `(B,)`.
-    """
-    if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must be (batch, dimension), got shape {tuple(embeddings.shape)}")
-    if not embeddings.is_floating_point():
-        raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}; call .float() first")
-    if labels is not None and labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"labels must be ({len(embeddings)},), one per embedding, got shape {tuple(labels.shape)}")
 
 
 def softplus(x: Tensor) -> Tensor:

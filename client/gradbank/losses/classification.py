@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradbank.checks import check_batch
 from gradbank.component import component, foundation
 from gradbank.distances import CosineSimilarity, Distance
 from gradbank.engine import (
@@ -20,7 +21,7 @@ from gradbank.engine import (
     as_pairs,
     check_indices,
 )
-from gradbank.losses.base import PairLoss, check_batch, softplus
+from gradbank.losses.base import PairLoss, softplus
 from gradbank.reducers import Ratio
 from gradbank.regularizers import Regularizer
 

@@ -5,10 +5,10 @@ from dataclasses import field
 import torch
 from torch import Tensor
 
+from gradbank.checks import check_batch
 from gradbank.component import Component, foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import Bounds, LabelledPairs, MinedPairs, Pairs, References
-from gradbank.losses.base import check_batch
 
 
 @foundation

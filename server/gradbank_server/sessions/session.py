@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gradbank.checks import check_finite
 from gradbank.component import Spec
 from gradbank.errors import (
     GradbankError,
@@ -16,7 +17,7 @@ from gradbank.errors import (
     SessionNotFound,
 )
 from gradbank.losses.base import Loss
-from gradbank.memory import CrossBatchMemory, check_finite
+from gradbank.memory import CrossBatchMemory
 from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec
 from gradbank_server.sessions.learner import Learner, Update
 from gradbank_server.sessions.producers import Attachment, Producer

@@ -1,0 +1,34 @@
+"""What a batch must be before anything is computed from it."""
+
+from torch import Tensor
+
+from gradbank.errors import NonFiniteError
+
+
+def check_batch(embeddings: Tensor, labels: Tensor | None) -> None:
+    """Refuses a batch whose shapes do not fit.
+
+    Raises:
+        ValueError: embeddings that are not `(B, D)` floats, or labels that are not `(B,)`.
+    """
+    if embeddings.ndim != 2:
+        raise ValueError(f"embeddings must be (batch, dimension), got shape {tuple(embeddings.shape)}")
+    if not embeddings.is_floating_point():
+        raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}; call .float() first")
+    if labels is not None and labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"labels must be ({len(embeddings)},), one per embedding, got shape {tuple(labels.shape)}")
+
+
+def check_finite(embeddings: Tensor, what: str = "embeddings") -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        NonFiniteError: the message names the first row that has one, and how many have.
+    """
+    bad = ~embeddings.detach().isfinite().all(dim=1)
+    if bool(bad.any()):
+        rows = bad.nonzero().squeeze(1)
+        raise NonFiniteError(
+            f"{what}: row {int(rows[0])} is not finite ({len(rows)} of {len(embeddings)} rows hold NaN or infinity); "
+            "nothing was changed. Look for an overflow in half precision, or a learning rate that is too high"
+        )

@@ -70,6 +70,7 @@ class Distance(Component):
         return mat if self.is_inverted else -mat
 
     def check_shapes(self, query_emb: Tensor, ref_emb: Tensor | None) -> None:
+        """Refuses, by ValueError, inputs that are not two-dimensional or differ in dimension."""
         for name, rows in (("embeddings", query_emb), ("ref_emb", ref_emb)):
             if rows is not None and rows.ndim != 2:
                 raise ValueError(f"{name} must be (rows, dimension), got shape {tuple(rows.shape)}")

@@ -97,17 +97,14 @@ class CrossBatchMemory(Loss):
     def embedding_memory(self) -> Tensor:
         """`(M, D)`: the queue by slot, zeros where it holds no row yet."""
         self._settle()
-        if not len(self.slots):
-            self._allocate(self.slots)
-        return self.slots
+        # what is not allocated yet has no dtype yet, and looking at it does not give it one
+        return self.slots if len(self.slots) else self.slots.new_zeros(self.memory_size, self.embedding_size)
 
     @property
     def label_memory(self) -> Tensor:
         """`(M,)`: the labels by slot."""
         self._settle()
-        if not len(self.slots):
-            self._allocate(self.slots)
-        return self.slot_labels
+        return self.slot_labels if len(self.slots) else self.slot_labels.new_zeros(self.memory_size)
 
     @property
     def curr_batch_idx(self) -> Tensor:
@@ -148,24 +145,12 @@ class CrossBatchMemory(Loss):
         enqueue_mask: Tensor | None = None,
         enqueue_idx: Tensor | None = None,
     ) -> Staged:
-        check_batch(embeddings, labels)
-        if embeddings.shape[1] != self.embedding_size:
-            raise ValueError(
-                f"embeddings have dimension {embeddings.shape[1]}, but the memory was built with "
-                f"embedding_size={self.embedding_size}"
-            )
-        check_finite(embeddings)
-        if labels.is_floating_point():
-            raise ValueError(f"labels that enter a memory must be integers, got {labels.dtype}")
+        self._check(embeddings, labels)
         labels = labels.to(embeddings.device)
         mask = self._mask(embeddings, indices_tuple, enqueue_mask, enqueue_idx)
         self._settle()
         rows, row_labels = (embeddings, labels) if mask is None else (embeddings[mask], labels[mask])
-        if len(rows) > self.memory_size:
-            raise ValueError(
-                f"{len(rows)} rows do not fit a memory of {self.memory_size}: raise memory_size, or enqueue fewer"
-            )
-        entering = Entering(rows.detach().clone(), row_labels.detach().clone(), self.queue_idx)
+        entering = self._entering(rows, row_labels)
         references = self._references(entering)
         if mask is not None:
             embeddings, labels = embeddings[~mask], labels[~mask]
@@ -176,10 +161,33 @@ class CrossBatchMemory(Loss):
 
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
         """Enters rows into the queue without comparing them: `(N, D)` and `(N,)`."""
-        check_batch(embeddings, labels)
-        check_finite(embeddings)
+        self._check(embeddings, labels)
         self._settle()
-        self._enter(Entering(embeddings.detach().clone(), labels.detach().clone(), self.queue_idx))
+        self._enter(self._entering(embeddings, labels))
+
+    def _check(self, embeddings: Tensor, labels: Tensor) -> None:
+        check_batch(embeddings, labels)
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings have dimension {embeddings.shape[1]}, but the memory was built with "
+                f"embedding_size={self.embedding_size}"
+            )
+        check_finite(embeddings)
+        if labels.is_floating_point():
+            raise ValueError(f"labels that enter a memory must be integers, got {labels.dtype}")
+
+    def _entering(self, rows: Tensor, labels: Tensor) -> Entering:
+        """The rows at the slots that they will enter, in the queue's dtype: that of the first batch, float32 at least.
+
+        They are copies, since the caller may go on to write to his own.
+        """
+        if len(rows) > self.memory_size:
+            raise ValueError(
+                f"{len(rows)} rows do not fit a memory of {self.memory_size}: raise memory_size, or enqueue fewer"
+            )
+        dtype = self.slots.dtype if len(self.slots) else torch.promote_types(rows.dtype, torch.float32)
+        kept = labels.detach().to(rows.device, torch.int64, copy=True)
+        return Entering(rows.detach().to(dtype, copy=True), kept, self.queue_idx)
 
     def _pairs(
         self, embeddings: Tensor, labels: Tensor, references: References, own: Tensor | None, indices: Indices | None
@@ -206,8 +214,7 @@ class CrossBatchMemory(Loss):
         if positions is not None:
             if mask is not None:
                 raise ValueError("enqueue_mask and enqueue_idx say the same: pass one of them")
-            mask = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
-            mask[positions.to(embeddings.device)] = True
+            mask = enqueue_mask_of(positions, len(embeddings)).to(embeddings.device)
         if mask is None:
             return None
         if indices is not None:
@@ -260,9 +267,8 @@ class CrossBatchMemory(Loss):
         self.entering = None
 
     def _allocate(self, like: Tensor) -> None:
-        """An empty queue where `like` is: of its dtype, which is then fixed, or of float32 if that is narrower."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        slots = torch.zeros(self.memory_size, self.embedding_size, dtype=dtype, device=like.device)
+        """An empty queue where `like` is, and of its dtype, which is then fixed."""
+        slots = torch.zeros(self.memory_size, self.embedding_size, dtype=like.dtype, device=like.device)
         self.slot_labels = torch.zeros(self.memory_size, dtype=torch.int64, device=like.device)
         self.slots = slots
 
@@ -298,3 +304,19 @@ class CrossBatchMemory(Loss):
         self.entering = None
         self.slots, self.slot_labels = rows.detach().clone(), labels.detach().clone()
         self.queue_idx, self.has_been_filled = int(cursor), bool(filled)
+
+
+def enqueue_mask_of(positions: Tensor, batch: int) -> Tensor:
+    """The bool mask, `(B,)`, that an `enqueue_idx` means.
+
+    Raises:
+        ValueError: a position outside the batch.
+    """
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < batch:
+        raise ValueError(
+            f"enqueue_idx names rows {int(positions.min())} to {int(positions.max())}, but must stay within "
+            f"0..{batch - 1}"
+        )
+    mask = torch.zeros(batch, dtype=torch.bool)
+    mask[positions.cpu()] = True
+    return mask

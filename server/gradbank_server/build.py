@@ -6,7 +6,8 @@ import types
 import typing
 from typing import Annotated, Any
 
-from pydantic import InstanceOf, TypeAdapter, ValidationError
+from pydantic import GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic_core import core_schema
 
 import gradbank.losses
 import gradbank.miners  # noqa: F401  (with the losses, these register every component)
@@ -70,9 +71,13 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _instances(hint: Any) -> Any:
-    """`hint` with each component class meaning its instances: pydantic would take a dataclass apart instead."""
+    """`hint` with each component class meaning its instances.
+
+    pydantic would take a dataclass apart instead, and (even with its own `InstanceOf`) put defaults on the class, where
+    they hide the modules of every instance.
+    """
     if isinstance(hint, type) and issubclass(hint, Component):
-        return Annotated[hint, InstanceOf()]  # type: ignore[type-arg]
+        return Annotated[hint, GetPydanticSchema(lambda source, handler: core_schema.is_instance_schema(source))]
     arguments = tuple(_instances(each) for each in typing.get_args(hint))
     match typing.get_origin(hint):
         case types.UnionType | typing.Union:

@@ -199,7 +199,7 @@ def test_the_limits_of_a_server_are_told(name: str) -> None:
         told = client.server()
         assert (told.max_sessions, told.max_step_bytes, told.max_session_bytes) == (2, 2000, 4000)
         there, undisturbed = client.open("a", memory(62)), memory(62)
-        with pytest.raises(LimitExceeded, match=r"2,304 bytes, and a step may take 2,000; .*--max-step-bytes"):
+        with pytest.raises(LimitExceeded, match=r"2,304 bytes, .* 2,000.*--max-step-bytes"):
             there(*batch(0, 32))
         assert torch.equal(there(*batch()), undisturbed(*batch()))
         with pytest.raises(LimitExceeded, match=r"a session may take 4,000: the largest memory_size that fits is 62"):
@@ -218,5 +218,5 @@ def test_more_calls_than_a_server_takes_are_refused_by_name() -> None:
         open_losses = [client.open(name, memory()) for name in "abc"]
         for there in open_losses[:2]:
             there(*batch())
-        with pytest.raises(LimitExceeded, match=r"max-streams|calls"):
+        with pytest.raises(LimitExceeded, match=r"too many"):
             open_losses[2](*batch())

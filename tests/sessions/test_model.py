@@ -186,7 +186,7 @@ class Machine(RuleBasedStateMachine):
 
 TestSessionAgreesWithAModelOfPlainLists = Machine.TestCase
 TestSessionAgreesWithAModelOfPlainLists.settings = settings(
-    max_examples=150,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -92,20 +92,33 @@ class _RunningBelow(Running):
         return values, share.to(values.dtype) * negatives
 
 
-def first_not_above(value: Callable[[Tensor], Tensor], guess: Tensor, bound: float, strict: bool) -> Tensor:
+def first_not_above(
+    value: Callable[[Tensor], Tensor], guess: Tensor, slack: Tensor, bound: float, strict: bool
+) -> Tensor:
     """The smallest `t` for which the decreasing `value(t)` no longer exceeds `bound`, exact in floating point.
 
-    So a value is below `t` just when the plain, rounded expression says that the triplet counts. `guess` is
-    `t` up to a few roundings; "exceeds" is `>`, or `>=` where not `strict`.
+    So a value is below `t` just when the plain, rounded expression says that the triplet counts. The floats between
+    `guess - slack` and `guess + slack`, which must have `t` among them, are bisected in their order: near 0 there are
+    many more of them than roundings.
+
+    Args:
+        strict: "exceeds" is `>`; it is `>=` otherwise.
     """
+    whole = torch.int64 if guess.dtype == torch.float64 else torch.int32
+    lowest = torch.iinfo(whole).min
 
-    def exceeds(t: Tensor) -> Tensor:
-        return value(t) > bound if strict else value(t) >= bound
+    def place(x: Tensor) -> Tensor:
+        """The floats, numbered in their order."""
+        bits = x.view(whole).long()
+        return torch.where(bits < 0, lowest - bits, bits)
 
-    up, down = torch.full_like(guess, torch.inf), torch.full_like(guess, -torch.inf)
-    for _ in range(8):
-        guess = torch.where(exceeds(guess), guess.nextafter(up), guess)
-    for _ in range(8):
-        lower = guess.nextafter(down)
-        guess = torch.where(exceeds(lower), guess, lower)
-    return guess
+    def number(at: Tensor) -> Tensor:
+        return torch.where(at < 0, lowest - at, at).to(whole).view(guess.dtype)
+
+    low, high = place(guess - slack), place(guess + slack)
+    while bool((low + 1 < high).any()):
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        made = value(number(middle))
+        over = made > bound if strict else made >= bound
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    return number(high)

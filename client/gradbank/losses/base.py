@@ -53,6 +53,7 @@ class Loss(Component):
         return Staged(self(*args, **kwargs), lambda: None)
 
     def regularized(self, loss: Tensor, embeddings: Tensor) -> Tensor:
+        """`loss` with the cost of the `(B, D)` embeddings added, if the loss has a regularizer."""
         if self.embedding_regularizer is None:
             return loss
         cost: Tensor = self.embedding_regularizer(embeddings)

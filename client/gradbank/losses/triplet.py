@@ -68,7 +68,9 @@ class TripletMarginLoss(PairLoss):
         bound = max(low, 0.0) if low is not None else 0.0
 
         def first(bound: float, strict: bool) -> Tensor:
-            return first_not_above(lambda t: self._violation(u, t), u + self.margin - bound, bound, strict)
+            # a few roundings of the terms, each of which is at most this large
+            slack = 8 * torch.finfo(u.dtype).eps * (u.abs() + abs(self.margin) + abs(bound))
+            return first_not_above(lambda t: self._violation(u, t), u + self.margin - bound, slack, bound, strict)
 
         every = torch.full_like(u, torch.inf)
         if high is not None and high <= bound:  # nothing lies between the bounds

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
+from gradbank.memory import enqueue_mask_of
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import Producer
 from gradbank.remote.stats import seconds_of
@@ -169,6 +170,4 @@ def _mask(bound: dict[str, Any], batch: int) -> Tensor | None:
         return mask if mask is None else mask.to(torch.bool)
     if mask is not None:
         raise InvalidRequest("enqueue_mask and enqueue_idx say the same: pass one of them")
-    mask = torch.zeros(batch, dtype=torch.bool)
-    mask[positions.cpu()] = True
-    return mask
+    return enqueue_mask_of(positions, batch)

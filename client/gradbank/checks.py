@@ -5,18 +5,22 @@ from torch import Tensor
 from gradbank.errors import NonFiniteError
 
 
-def check_batch(embeddings: Tensor, labels: Tensor | None) -> None:
+def check_batch(
+    embeddings: Tensor, labels: Tensor | None, name: str = "embeddings", labels_name: str = "labels"
+) -> None:
     """Refuses a batch whose shapes do not fit.
 
     Raises:
         ValueError: embeddings that are not `(B, D)` floats, or labels that are not `(B,)`.
     """
     if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must be (batch, dimension), got shape {tuple(embeddings.shape)}")
+        raise ValueError(f"{name} must be (batch, dimension), got shape {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():
-        raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}; call .float() first")
+        raise ValueError(f"{name} must be floating point, got {embeddings.dtype}; call .float() first")
     if labels is not None and labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"labels must be ({len(embeddings)},), one per embedding, got shape {tuple(labels.shape)}")
+        raise ValueError(
+            f"{labels_name} must be ({len(embeddings)},), one per row of {name}, got shape {tuple(labels.shape)}"
+        )
 
 
 def check_finite(embeddings: Tensor, what: str = "embeddings") -> None:

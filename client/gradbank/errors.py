@@ -4,6 +4,7 @@ GradbankError
   + InvalidRequest       INVALID_ARGUMENT     also a ValueError
   |   - InvalidComponent                      a component, or an argument of one, that does not exist or fit
   |   - NonFiniteError                        NaN or infinity, in a batch or in what came of it
+  |   - InvalidUpdate                         an update of learnable weights that cannot be; it is not tried again
   + SessionNotFound      NOT_FOUND            also a LookupError
   + SessionConflict      ALREADY_EXISTS       the name is taken by a session that differs
   + Fenced               ABORTED              another trainer took over this rank of the session
@@ -43,6 +44,10 @@ class InvalidComponent(InvalidRequest):
 
 class NonFiniteError(InvalidRequest):
     """NaN or infinity in a batch, or in the loss or gradient it gave. Nothing was changed."""
+
+
+class InvalidUpdate(InvalidRequest):
+    """An update of the learnable weights cannot be carried out; it was dropped, and the weights are as they were."""
 
 
 class SessionNotFound(GradbankError, LookupError):

@@ -17,6 +17,7 @@ from gradbank.engine import (
     References,
     as_pairs,
     check_indices,
+    full_precision,
 )
 from gradbank.losses.base import Loss, PairLoss, Staged
 from gradbank.miners.base import Miner
@@ -62,7 +63,7 @@ class CrossBatchMemory(Loss):
     miner: Miner | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.loss, PairLoss) or not self.loss.takes_references:
+        if not isinstance(self.loss, PairLoss) or self.loss.learns_references:
             raise ValueError(
                 "CrossBatchMemory needs a loss that compares embeddings with references, got "
                 f"{type(self.loss).__name__}"
@@ -90,7 +91,8 @@ class CrossBatchMemory(Loss):
     @property
     def nbytes(self) -> int:
         """The bytes that the queue takes."""
-        waiting = 0 if self.entering is None else self.entering.rows.nbytes + self.entering.labels.nbytes
+        entering = self.entering  # once: another thread may ask while a step is under way
+        waiting = 0 if entering is None else entering.rows.nbytes + entering.labels.nbytes
         return self.slots.nbytes + self.slot_labels.nbytes + waiting
 
     @property
@@ -165,8 +167,10 @@ class CrossBatchMemory(Loss):
         self._settle()
         self._enter(self._entering(embeddings, labels))
 
-    def _check(self, embeddings: Tensor, labels: Tensor) -> None:
+    def _check(self, embeddings: Tensor, labels: Tensor | None) -> None:
         check_batch(embeddings, labels)
+        if labels is None:
+            raise ValueError("a memory needs labels: they say what the rows in it are positives of")
         if embeddings.shape[1] != self.embedding_size:
             raise ValueError(
                 f"embeddings have dimension {embeddings.shape[1]}, but the memory was built with "
@@ -186,8 +190,9 @@ class CrossBatchMemory(Loss):
                 f"{len(rows)} rows do not fit a memory of {self.memory_size}: raise memory_size, or enqueue fewer"
             )
         dtype = self.slots.dtype if len(self.slots) else torch.promote_types(rows.dtype, torch.float32)
-        kept = labels.detach().to(rows.device, torch.int64, copy=True)
-        return Entering(rows.detach().to(dtype, copy=True), kept, self.queue_idx)
+        with torch.inference_mode(False):
+            kept = labels.detach().to(rows.device, torch.int64, copy=True)
+            return Entering(rows.detach().to(dtype, copy=True), kept, self.queue_idx)
 
     def _pairs(
         self, embeddings: Tensor, labels: Tensor, references: References, own: Tensor | None, indices: Indices | None
@@ -196,7 +201,8 @@ class CrossBatchMemory(Loss):
         pairs: Pairs = LabelledPairs(labels, references.labels, own)
         if self.miner is not None:
             # the miner sees each anchor's own row as a positive, as in PML; the loss does not
-            mined = self.miner.mine(embeddings, references, LabelledPairs(labels, references.labels))
+            with full_precision(embeddings.device):
+                mined = self.miner.mine(embeddings, references, LabelledPairs(labels, references.labels))
             pairs = MinedPairs(pairs, mined.keep)
         if indices is not None and own is not None:
             a1, p, a2, n = as_pairs(indices, embeddings.device)
@@ -259,11 +265,15 @@ class CrossBatchMemory(Loss):
         entering = self.entering
         if entering is None:
             return
-        if not len(self.slots):
-            self._allocate(entering.rows)
-        slots = self._slots_of(entering).to(self.slots.device)
-        self.slots[slots] = entering.rows.to(self.slots)
-        self.slot_labels[slots] = entering.labels.to(self.slot_labels)
+        with torch.inference_mode(False):  # the queue outlives the mode that its rows came in
+            if not len(self.slots):
+                self._allocate(entering.rows)
+            if self.slots.device != entering.rows.device:  # after a load from a checkpoint, for one
+                self.slots = self.slots.to(entering.rows.device)
+            self.slot_labels = self.slot_labels.to(self.slots.device)
+            slots = self._slots_of(entering)
+            self.slots[slots] = entering.rows.to(self.slots)
+            self.slot_labels[slots] = entering.labels
         self.entering = None
 
     def _allocate(self, like: Tensor) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from google.protobuf.message import Message
 
 from gradbank.errors import GradbankError, InternalError, ServerUnavailable
@@ -59,11 +60,12 @@ class EmbeddedTransport:
 
         return self._guarded(pull)
 
-    def watch(self, request: stats_pb2.WatchStatsRequest) -> Iterator[stats_pb2.WatchStatsResponse]:
-        self._guarded(lambda: self._service.check_watch(request))
-        while not self._closed:
-            yield self._guarded(lambda: self._service.watch_once(request))
-            time.sleep(request.interval_s)
+    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
+        def pause(seconds: float) -> bool:
+            time.sleep(seconds)
+            return self._closed
+
+        yield from self._service.watch_stats(request, pause)
 
     def steps(self) -> "EmbeddedSteps":
         return EmbeddedSteps(self)
@@ -82,7 +84,8 @@ class EmbeddedTransport:
         if self._closed:
             raise ServerUnavailable("the connection to local:// was closed, and its sessions with it")
         try:
-            return call()
+            with torch.inference_mode(False):  # the modes of the trainer's thread are not the server's
+                return call()
         except GradbankError:
             raise
         except Exception as error:

@@ -80,7 +80,7 @@ MEMORY, PLAIN, ARC = (lambda: memory()), (lambda: losses.NTXentLoss()), (lambda:
         (MEMORY, lambda f: f(E.long(), Y), InvalidRequest, "embeddings must be floating point, got torch.int64"),
         (MEMORY, lambda f: f(E + 0j, Y), InvalidRequest, "dtype torch.complex64 cannot be sent; convert it to one of"),
         (ARC, lambda f: f(E, Y.float()), InvalidRequest, "labels must be integers, got torch.float32"),
-        (MEMORY, lambda f: f(E, Y.float()), InvalidRequest, "labels must be integers, got torch.float32"),
+        (MEMORY, lambda f: f(E, Y.float()), InvalidRequest, r"labels .*must be integers, got torch.float32"),
         (MEMORY, lambda f: f(E, Y, enqueue_mask=Y.float()), InvalidRequest, "enqueue_mask must be .* booleans"),
         (PLAIN, lambda f: f(E, Y, **indices([0.5], [1.0], [2.0])), InvalidRequest, "indices_tuple must hold integers"),
         (MEMORY, lambda f: f(E.tolist(), Y), InvalidRequest, "embeddings must be a tensor, got list"),

@@ -38,7 +38,7 @@ class Trainer:
         self.epoch, self.seq = self.session.attach(self.rank, self.incarnation, self.nonce)
 
     def send(self, seq: int, batch: Batch) -> tuple[Answer, bool]:
-        return self.session.step(self.rank, self.epoch, seq, zlib.crc32(repr(batch).encode()), batch)
+        return self.session.step(self.rank, self.epoch, seq, zlib.crc32(repr(batch).encode()), batch)[:2]
 
     def step(self, batch: Batch) -> Answer:
         answer, replayed = self.send(self.seq + 1, batch)

@@ -27,7 +27,7 @@ from gradbank_server.sessions import (
 )
 from gradbank_server.storage import MemoryStorage
 
-RANK, EPOCH = 0, 1
+RANK = 0
 SGD = OptimizerSpec("SGD", {"lr": 0.1, "momentum": 0.9})
 ADAM = OptimizerSpec("Adam", {"lr": 0.1})
 NEWS = (Backward(3, 1.0), OptimizerStep(0.5, {"lr": 0.05}), ZeroGradient(), Backward(2, 2.0))
@@ -56,7 +56,7 @@ class World:
         weights = {name: value.detach() for name, value in loss.named_parameters()}
         open_sessions = Sessions(build_loss, torch.device("cpu"), Limits(), MemoryStorage(), lambda: 0.0)
         self.session = open_sessions.create("run", loss.spec(), weights)[0]
-        self.session.attach(RANK, 1, b"a")
+        self.epoch = self.session.attach(RANK, 1, b"a").epoch
         self.learns = optimizer is not None
         if optimizer is not None:
             self.session.configure(optimizer)
@@ -81,7 +81,7 @@ class World:
     def step(self, seq: int, news: tuple = (), mode: AbstractContextManager | None = None) -> Answer:
         batch = self.batch(seq, news)
         with mode or nullcontext():
-            answer, replayed = self.session.step(RANK, EPOCH, seq, seq, batch)
+            answer, replayed = self.session.step(RANK, self.epoch, seq, seq, batch)[:2]
         assert not replayed
         return answer
 

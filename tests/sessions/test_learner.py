@@ -7,7 +7,7 @@ import torch
 
 import gradbank
 from gradbank import losses
-from gradbank.errors import InvalidRequest, NonFiniteError, SessionConflict, StepConflict
+from gradbank.errors import InvalidRequest, InvalidUpdate, NonFiniteError, SessionConflict
 from gradbank_server.sessions import Backward, Batch, OptimizerSpec, OptimizerStep, ZeroGradient
 
 Hosted = Callable[..., object]
@@ -138,17 +138,17 @@ def test_the_gradients_of_the_last_four_steps_of_each_rank_are_kept(hosted: Host
         first.step(learning(batch(seed)))
     for seed in range(1, 6):
         second.step(learning(batch(seed)))
-    with pytest.raises(StepConflict, match="the weight gradient of step 1 is not kept: call backward at most 4 steps"):
+    with pytest.raises(InvalidUpdate, match="the weight gradient of step 1 is not kept: call backward at most 4 steps"):
         first.step(learning(batch(6), Backward(1, 1.0)))
     first.step(learning(batch(6), Backward(2, 1.0)))
-    with pytest.raises(StepConflict, match=r"step 2 is not kept.* once only"):
+    with pytest.raises(InvalidUpdate, match=r"step 2 is not kept.* once only"):
         first.step(learning(batch(7), Backward(2, 1.0)))
 
 
 def test_no_gradient_is_kept_of_a_step_that_did_not_ask(hosted: Hosted, batch: Make) -> None:
     trainer = hosted(arcface())
     trainer.step(batch(1))
-    with pytest.raises(StepConflict, match="the weight gradient of step 1 is not kept"):
+    with pytest.raises(InvalidUpdate, match="the weight gradient of step 1 is not kept"):
         trainer.step(learning(batch(2), Backward(1, 1.0)))
 
 

@@ -137,12 +137,12 @@ class Machine(RuleBasedStateMachine):
         if bad == 0:
             batch.embeddings[-1, 0] = float("nan")
         if verdict == "stored":
-            answer, replayed = session.step(rank, epoch, seq, digest, batch)
+            answer, replayed = session.step(rank, epoch, seq, digest, batch)[:2]
             assert replayed
             assert answer.loss.item() == done[seq - 1][1]
             model.replayed += 1
         elif verdict == "next" and bad:
-            answer, replayed = session.step(rank, epoch, seq, digest, batch)
+            answer, replayed = session.step(rank, epoch, seq, digest, batch)[:2]
             assert not replayed
             assert torch.equal(answer.loss, self.twin(batch.embeddings, batch.labels))
             model.enter(made)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Gathered, Positives
@@ -20,6 +19,7 @@ from gradbank.engine.eager import by_autograd, eager
 from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices
 from gradbank.engine.listed import listed_distances
 from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, MinedPairs, Pairs
+from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
 from gradbank.engine.statistics import LogSumExp, Reduced, Statistic
 from gradbank.engine.tiled import Bounds, tiled
@@ -46,9 +46,11 @@ __all__ = [
     "check_indices",
     "evaluate",
     "first_not_above",
+    "full_precision",
     "listed_distances",
     "sweep",
     "using",
+    "widened",
 ]
 
 _forced: ContextVar[tuple[str, Bounds | None]] = ContextVar("engine", default=("auto", None))
@@ -71,12 +73,7 @@ def using(engine: str, bounds: Bounds | None = None) -> Iterator[None]:
 
 
 def evaluate(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-    """The loss of `(B, D)` embeddings against references, as a scalar that backpropagates to both.
-
-    Half precision is computed, and returned, in float32.
-    """
-    if embeddings.dtype not in (torch.float32, torch.float64):
-        embeddings = embeddings.float()
+    """The loss of `(B, D)` embeddings, `widened`, against references, as a scalar that backpropagates to both."""
     engine, bounds = _forced.get()
     if engine == "auto":
         engine = "dense" if _fits_a_tile(loss, len(embeddings), len(references)) else "tiled"

@@ -17,9 +17,8 @@ def listed_distances(
 
     The vectors are gathered a chunk at a time and gathered again in the backward pass.
     """
-    dtype = embeddings.dtype if embeddings.dtype == torch.float64 else torch.float32
-    queries = distance.prepare(embeddings.to(dtype))
-    rows = distance.prepare(references.whole().to(dtype))
+    queries = distance.prepare(embeddings)
+    rows = distance.prepare(references.whole().to(embeddings.dtype))
 
     def of_chunk(a: Tensor, b: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
         return distance.pairs(queries[a], rows[b])

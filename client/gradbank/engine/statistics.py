@@ -114,7 +114,7 @@ class _RunningReduced(Running):
         losses = self.f(s)
         weight = self.reducer.weigh(losses, negatives.to(losses.dtype))
         self.count += weight.sum(1)
-        self.total += weight.mul_(losses).sum(1)
+        self.total += (weight * losses).sum(1)
 
     def finish(self) -> Gathered:
         return Gathered(self.total, self.count)

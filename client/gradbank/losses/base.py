@@ -20,6 +20,8 @@ from gradbank.engine import (
     Statistic,
     as_pairs,
     evaluate,
+    full_precision,
+    widened,
 )
 from gradbank.reducers import MeanReducer, Ratio, Reducer
 from gradbank.regularizers import Regularizer
@@ -78,8 +80,8 @@ class PairLoss(Loss):
     counts_repeats: ClassVar[bool] = True
     """Whether a pair that `indices_tuple` names twice counts twice, as in PML's pair-based losses."""
 
-    takes_references: ClassVar[bool] = True
-    """Whether the caller chooses what the batch is compared with: a queue, for example."""
+    learns_references: ClassVar[bool] = False
+    """Whether the batch is compared with parameters of the loss, rather than with what the caller chooses."""
 
     def negatives(self) -> Mapping[str, Statistic]:
         """The statistics of each anchor's negatives that `terms` uses, by name."""
@@ -113,6 +115,8 @@ class PairLoss(Loss):
         check_batch(embeddings, labels)
         if ref_emb is not None:
             self.distance.check_shapes(embeddings, ref_emb)
+        elif ref_labels is not None and ref_labels is not labels:
+            raise ValueError("ref_labels are the labels of ref_emb: pass both, or neither")
         if labels is None and indices_tuple is None:
             raise ValueError(f"{type(self).__name__} needs labels, or an indices_tuple")
         is_self = ref_labels is None or ref_labels is labels
@@ -134,7 +138,14 @@ class PairLoss(Loss):
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         """The loss of `(B, D)` embeddings over the given pairs with references."""
-        return self.regularized(evaluate(self, embeddings, references, pairs), embeddings)
+        if not self.learns_references and next(self.parameters(), None) is not None:
+            raise ValueError(
+                f"{type(self).__name__} has parameters, which would get no gradient: a loss of pairs learns its "
+                "references (as ArcFaceLoss does), and nothing else so far"
+            )
+        with full_precision(embeddings.device):
+            embeddings = widened(embeddings)
+            return self.regularized(evaluate(self, embeddings, references, pairs), embeddings)
 
     def compare_listed(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:
         """The loss over pairs, or triplets, that were named one by one."""

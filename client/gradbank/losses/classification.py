@@ -20,6 +20,8 @@ from gradbank.engine import (
     Statistic,
     as_pairs,
     check_indices,
+    full_precision,
+    widened,
 )
 from gradbank.losses.base import PairLoss, softplus
 from gradbank.reducers import Ratio
@@ -52,7 +54,7 @@ class ClassificationLoss(PairLoss):
     # a function cannot be sent, and need not be: a server gets the weights that it made
     weight_init_func: Callable[[Tensor], object] | None = field(default=None, kw_only=True, metadata={"wire": False})
 
-    takes_references: ClassVar[bool] = False
+    learns_references: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "embedding_size"):
@@ -103,9 +105,11 @@ class ClassificationLoss(PairLoss):
         weight = None if indices_tuple is None else named_weight(indices_tuple, embeddings)
         pairs = LabelledPairs(labels, classes, anchor_weight=weight)
         loss = self.compare(embeddings, References((self.W.T,), classes), pairs)
-        if self.weight_regularizer is not None:
-            loss = loss + self.weight_regularizer(self.W.T) * self.weight_reg_weight
-        return loss
+        if self.weight_regularizer is None:
+            return loss
+        with full_precision(embeddings.device):
+            cost: Tensor = self.weight_regularizer(self.W.T)
+            return loss + cost * self.weight_reg_weight
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """`(B, C)` logits of `(B, D)` embeddings, without any margin: their argmax is the predicted class."""
@@ -158,8 +162,10 @@ class ArcFaceLoss(ClassificationLoss):
         return torch.where(angle <= math.pi - margin, (angle + margin).cos(), beyond)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        logits: Tensor = self.distance(embeddings, self.W.T.to(embeddings.dtype))
-        return logits * self.scale
+        with full_precision(embeddings.device):
+            embeddings = widened(embeddings)
+            logits: Tensor = self.distance(embeddings, self.W.T.to(embeddings.dtype))
+            return logits * self.scale
 
 
 def named_weight(indices: Indices, embeddings: Tensor) -> Tensor | None:

@@ -16,7 +16,9 @@ from gradbank.engine import (
     Statistic,
     as_triplets,
     first_not_above,
+    full_precision,
     listed_distances,
+    widened,
 )
 from gradbank.losses.base import PairLoss
 from gradbank.reducers import AvgNonZeroReducer, Ratio, Reducer
@@ -95,6 +97,10 @@ class TripletMarginLoss(PairLoss):
         """Triplets `(a, p, n)` as they are listed; pairs `(a1, p, a2, n)` are joined on equal anchors."""
         if len(indices) == 4:
             return super().compare_listed(embeddings, references, indices)
+        with full_precision(embeddings.device):
+            return self._of_triplets(widened(embeddings), references, indices)
+
+    def _of_triplets(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:
         a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
         near = listed_distances(self.distance, embeddings, references, a, p)
         far = listed_distances(self.distance, embeddings, references, a, n)

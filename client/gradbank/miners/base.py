@@ -8,7 +8,7 @@ from torch import Tensor
 from gradbank.checks import check_batch
 from gradbank.component import Component, foundation
 from gradbank.distances import Distance, LpDistance
-from gradbank.engine import Bounds, LabelledPairs, MinedPairs, Pairs, References
+from gradbank.engine import Bounds, LabelledPairs, MinedPairs, Pairs, References, full_precision
 
 
 @foundation
@@ -47,7 +47,7 @@ class Miner(Component):
         is_self = ref_labels is None or ref_labels is labels
         labels = labels.to(embeddings.device)
         known = labels if is_self or ref_labels is None else ref_labels.to(embeddings.device)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(embeddings.device):
             references = References((embeddings if ref_emb is None else ref_emb,), known)
             own = torch.arange(len(embeddings), device=embeddings.device) if is_self else None
             mined = self.mine(embeddings, references, LabelledPairs(labels, known, own))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance
-from gradbank.engine import Bounds, MinedPairs, Pairs, References, sweep
+from gradbank.engine import Bounds, MinedPairs, Pairs, References, full_precision, sweep, widened
 from gradbank.miners.base import Miner
 
 
@@ -26,8 +26,8 @@ class MultiSimilarityMiner(Miner):
 
     def mine(self, embeddings: Tensor, references: References, pairs: Pairs) -> MinedPairs:
         distance = self.distance
-        dtype = embeddings.dtype if embeddings.dtype == torch.float64 else torch.float32
-        queries = distance.prepare(embeddings.detach().to(dtype))
+        with full_precision(embeddings.device):
+            queries = distance.prepare(widened(embeddings.detach()))
         references = references.detach()
         nearest_negative = queries.new_full((len(queries),), -torch.inf)
         farthest_positive = queries.new_full((len(queries),), torch.inf)
@@ -42,7 +42,7 @@ class MultiSimilarityMiner(Miner):
                 torch.maximum(nearest_negative[rows], negatives, out=nearest_negative[rows])
 
         def keep(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-            tile = distance.prepare(references.rows(columns).to(dtype))
+            tile = distance.prepare(references.rows(columns).to(queries.dtype))
             s = distance.closeness(distance.matrix(queries[rows], tile))
             as_positive = s - self.epsilon < nearest_negative[rows, None]
             return as_positive, s + self.epsilon > farthest_positive[rows, None]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gradbank.errors import ForkedClient, InvalidRequest, ServerUnavailable
+from gradbank.errors import ForkedClient, GradbankError, InvalidRequest, ServerUnavailable, SessionNotFound
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.remote.loss import RemoteLoss
@@ -112,6 +112,9 @@ class Client:
 
     def close_session(self, name: str) -> bool:
         """Ends a session and frees what it holds, for all its trainers; whether there was one."""
+        for remote in [remote for remote in self._open if remote.name == name]:
+            remote.close()
+            self._open.remove(remote)
         return bool(self._call("CloseSession", session_pb2.CloseSessionRequest(session=name)).existed)
 
     def stats(self, name: str) -> SessionStats:
@@ -125,7 +128,7 @@ class Client:
     def watch(self, name: str, interval: float = 1.0) -> Iterator[SessionStats]:
         """The same every `interval` seconds, until the session ends or the iterator is closed."""
         request = stats_pb2.WatchStatsRequest(session=name, interval_s=interval)
-        for response in self._checked().watch(request):
+        for response in self._checked().watch(request, self.timeout):
             yield SessionStats.of(response.stats)
 
     def server(self) -> ServerInfo:
@@ -138,25 +141,36 @@ class Client:
         return [ComponentInfo.of(info) for info in response.components]
 
     def close(self) -> None:
-        """Tells the server what optimizers still have to tell it, and ends the connection. Sessions live on."""
+        """Tells the server what optimizers still have to tell it, and ends the connection. Sessions live on.
+
+        Raises:
+            GradbankError: an optimizer's last step could not be carried out; everything is closed nonetheless.
+        """
         if os.getpid() != self._process:
             return
-        try:
-            for remote in self._open:
+        failures = []
+        for remote in self._open:
+            try:
                 remote.flush()
-        except ServerUnavailable:
-            pass  # nobody is left to tell
-        finally:
-            for remote in self._open:
-                remote.producer.close()
-            self._open = []
-            self._transport.close()
+            except (ServerUnavailable, SessionNotFound):
+                pass  # nobody is left to tell
+            except GradbankError as error:
+                failures.append(error)
+            remote.close()
+        self._open = []
+        self._transport.close()
+        if failures:
+            raise failures[0]
 
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except GradbankError:
+            if kind is None:  # or it would hide the error that ends the block
+                raise
 
     def _call(self, method: str, request: Any) -> Any:
         return self._checked().call(method, request, self.timeout)

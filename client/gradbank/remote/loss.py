@@ -53,10 +53,13 @@ class RemoteLoss(nn.Module):
         of_embeddings = reader.take(output.embeddings_gradient) if output.HasField("embeddings_gradient") else None
         of_ref = reader.take(output.ref_emb_gradient) if output.HasField("ref_emb_gradient") else None
         reader.finish()
-        gradients = [None if g is None else g.to(embeddings.device) for g in (of_embeddings, of_ref)]
+        gradients = [of_embeddings, of_ref]
         self.timings = seconds_of(output.timings)
         loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
-        seen = (self._optimizer, output.seq) if step.weights_need_gradient else None
+        seen = None
+        if self._optimizer is not None and step.weights_need_gradient:
+            seen = (self._optimizer, output.seq)
+            self._optimizer.will_keep(output.seq)
         return _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call, no-any-return]
 
     def optimizer(self, name: str, **options: Any) -> RemoteOptimizer:
@@ -90,27 +93,24 @@ class RemoteLoss(nn.Module):
         copy.load_state_dict(self.producer.pull())
         return copy
 
+    def close(self) -> None:
+        """Ends this trainer's stream of steps; the session lives on, and calling the loss opens another."""
+        self.producer.close()
+
     def extra_repr(self) -> str:
         return f"{self.name!r} at rank {self.producer.rank}: {self.hosted}"
 
     def _step(self, step: step_pb2.StepInput, payload: list[memoryview]) -> tuple[step_pb2.StepOutput, bytes]:
         """Has a step carried out, and with it what the optimizer has to tell."""
-        optimizer = self._optimizer
-        if optimizer is None:
-            return self.producer.step(step, payload, lambda: None)
-        told = list(optimizer.events)
-        step.weight_events.extend(told)
-
-        def carried_out() -> None:
-            del optimizer.events[: len(told)]
-
-        return self.producer.step(step, payload, carried_out)
+        return self.producer.step(step, payload, self._optimizer or _NoNews())
 
     def _request(self, bound: dict[str, Any]) -> tuple[step_pb2.StepInput, list[memoryview], Tensor, Tensor | None]:
         """The message of a call, its payload, and the two tensors that may want a gradient."""
         embeddings, labels, ref_emb = bound["embeddings"], bound.get("labels"), bound.get("ref_emb")
         # the wire cannot carry that two labels are one object, which says that reference i is anchor i
         ref_labels = None if bound.get("ref_labels") is labels else bound.get("ref_labels")
+        # of labels only equality counts, so what the wire has no dtype for goes as a wider one
+        labels, ref_labels = _widened(labels), _widened(ref_labels)
         step, payload = step_pb2.StepInput(), []
         named = {"embeddings": embeddings, "labels": labels, "ref_emb": ref_emb, "ref_labels": ref_labels}
         for name, tensor in named.items():
@@ -135,6 +135,16 @@ class RemoteLoss(nn.Module):
         return step, payload, embeddings, ref_emb
 
 
+class _NoNews:
+    """Of a loss without an optimizer there is nothing to tell."""
+
+    def __init__(self) -> None:
+        self.events: list[step_pb2.WeightEvent] = []
+
+    def drop(self, count: int) -> None:
+        pass
+
+
 class _Answered(torch.autograd.Function):
     """A loss whose gradients came with it."""
 
@@ -148,19 +158,28 @@ class _Answered(torch.autograd.Function):
         ref_emb: Tensor | None,
         token: Tensor | None,
     ) -> Tensor:
-        ctx.gradients, ctx.seen = gradients, seen
+        ctx.seen, inputs = seen, (embeddings, ref_emb)
+        # as wide as they came: the scale that backward brings may be more than half precision holds
+        ctx.gradients = [None if g is None else g.to(x.device) for g, x in zip(gradients, inputs) if x is not None]
+        ctx.dtypes = [x.dtype for x in inputs if x is not None]
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        of_embeddings, of_ref = (None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients)
+        made = [None if g is None else (g * grad_output.to(g)).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes)]
+        of_embeddings, of_ref = (*made, None)[:2]
         of_token = None
         if ctx.seen is not None:
             optimizer, seq = ctx.seen
             optimizer.saw(seq, float(grad_output))
             of_token = grad_output.to(optimizer.token)
         return None, None, None, of_embeddings, of_ref, of_token
+
+
+def _widened(labels: Any) -> Any:
+    small = isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int8, torch.int16)
+    return labels.long() if small else labels
 
 
 def _mask(bound: dict[str, Any], batch: int) -> Tensor | None:

@@ -1,5 +1,6 @@
 """The optimizer of weights that live on the server, in the shape that torch's trainers and schedulers know."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,15 @@ from gradbank.errors import InvalidRequest
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import argument_messages
 
+GRADIENTS_KEPT = 4  # as many as the server keeps of a rank
+
 
 class RemoteOptimizer(torch.optim.Optimizer):
     """Steps a hosted loss's weights. `step` and `zero_grad` cost no round trip: they ride on the next batch.
 
     The one parameter of its group is a scalar that stands for all weights on the server. Its gradient is what the
-    backward passes brought down to the loss, so whatever scales gradients between `backward` and `step` (an AMP
-    scaler, gradient clipping) scales the weights' too.
+    backward passes brought down to the loss, so what multiplies gradients between `backward` and `step`, as an AMP
+    scaler does, multiplies the weights' too. (Clipping by norm does not: it would clip the scalar.)
     """
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
@@ -31,13 +34,32 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().__init__([self.token], defaults)
         self.name, self.options = name, options
         self._seen = 0.0  # the sum of what backward passes brought since the last zero_grad
+        self._kept: deque[int] = deque(maxlen=GRADIENTS_KEPT)  # steps whose weight gradients the server keeps
         self.events: list[step_pb2.WeightEvent] = []
 
     def spec(self) -> session_pb2.Optimizer:
         return session_pb2.Optimizer(name=self.name, options=argument_messages(self.options, self.name))
 
+    def drop(self, count: int) -> None:
+        """Forgets the first `count` events: they were carried out, or never can be."""
+        del self.events[:count]
+
+    def will_keep(self, seq: int) -> None:
+        """Notes that the server keeps the weight gradient of step `seq`."""
+        self._kept.append(seq)
+
     def saw(self, seq: int, scale: float) -> None:
-        """Notes a backward pass through the loss of step `seq`."""
+        """Notes a backward pass through the loss of step `seq`.
+
+        Raises:
+            InvalidRequest: the second one, or one that comes too late.
+        """
+        if seq not in self._kept:
+            raise InvalidRequest(
+                "backward through a hosted loss with learnable weights may be called once, and at most "
+                f"{GRADIENTS_KEPT} losses later: the server keeps no more of their gradients"
+            )
+        self._kept.remove(seq)
         self._seen += scale
         self.events.append(step_pb2.WeightEvent(backward=step_pb2.Backward(seq=seq, scale=scale)))
 

@@ -1,19 +1,39 @@
 """One trainer of one session: it numbers the steps, and sends a step again until it is answered."""
 
+import secrets
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from gradbank.errors import GradbankError, LimitExceeded, ServerUnavailable
+from gradbank.errors import DeadlineExceeded, GradbankError, InvalidUpdate, LimitExceeded, ServerUnavailable
 from gradbank.remote.transport import Steps, Transport
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import TensorReader, error_of
 
 STATE_TIMEOUT_S = 300.0  # weights and banks are large
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+
+
+class News(Protocol):
+    """What the server is to be told of the learnable weights with the next step."""
+
+    events: list[step_pb2.WeightEvent]
+
+    def drop(self, count: int) -> None:
+        """Forgets the first `count` events: they were carried out, or never can be."""
+        ...
+
+
+class _Sent(NamedTuple):
+    """A step that was sent, with how many events, and (if it is in doubt) the fingerprint of what was asked."""
+
+    step: step_pb2.StepInput
+    events: int
+    asked: int
 
 
 class Producer:
@@ -39,9 +59,10 @@ class Producer:
     ) -> None:
         self.session, self.rank, self.timeout = session, rank, timeout
         self._transport, self._nonce, self._incarnation = transport, nonce, incarnation
+        self._renewed = b""
         self._steps: Steps | None = None
         self._lock = threading.Lock()
-        self._doubt: tuple[int, Callable[[], None]] | None = None  # a step that was sent and not answered
+        self._doubt: _Sent | None = None  # a step that was sent and not answered
         self.epoch = 0
         self.last_seq = 0
         self.max_step_bytes = 0
@@ -53,46 +74,81 @@ class Producer:
             Fenced: a newer trainer holds it.
             SessionNotFound: the session is gone.
         """
+        self._attach(self._nonce, b"")
+
+    def _attach(self, nonce: bytes, previous_nonce: bytes) -> None:
         request = session_pb2.AttachSessionRequest(
-            session=self.session, rank=self.rank, incarnation=self._incarnation, nonce=self._nonce
+            session=self.session,
+            rank=self.rank,
+            incarnation=self._incarnation,
+            nonce=nonce,
+            previous_nonce=previous_nonce,
         )
         held = self._transport().call("AttachSession", request, self.timeout)
         self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
 
-    def step(
-        self, step: step_pb2.StepInput, payload: Iterable[memoryview], carried_out: Callable[[], None]
-    ) -> tuple[step_pb2.StepOutput, bytes]:
-        """Has a step carried out: its answer, and the bytes of its tensors. `session`, `rank`, `epoch` and `seq` are
-        filled in.
+    def step(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> tuple[step_pb2.StepOutput, bytes]:
+        """Has a step carried out: its answer, and the bytes of its tensors.
 
         Args:
-            carried_out: called once it is known that the step was, which may be when the next one is sent.
+            step: without session, rank, epoch, seq and weight events, which are filled in.
+            parts: the bytes of its tensors.
+            news: the weight events to send along.
 
         Raises:
             GradbankError: the step was refused (the session is as it was), or could not be answered in time.
         """
-        parts = list(payload)
+        transport = self._transport()  # before the lock, which a fork may have copied while it was held
         with self._lock:
-            transport = self._transport()
             step.payload_bytes = sum(len(part) for part in parts)
             if step.payload_bytes > self.max_step_bytes:  # the server would say so too, once it has been sent
                 raise LimitExceeded(
                     f"the step's tensors take {step.payload_bytes:,} bytes, and the server takes "
                     f"{self.max_step_bytes:,} a step; send smaller batches, or start it with a larger --max-step-bytes"
                 )
-            asked = zlib.crc32(step.SerializeToString(deterministic=True))
-            for part in parts:
-                asked = zlib.crc32(part, asked)
-            self._settle_doubt(asked)
-            step.session, step.rank, step.epoch, step.seq = self.session, self.rank, self.epoch, self.last_seq + 1
-            self._doubt = (asked, carried_out)
-            output, data = self._sent(transport, step, parts)
+            sent = self._again(step, parts) or self._numbered(step, news)
+            try:
+                output, data = self._sent(transport, sent.step, parts)
+            except BaseException as error:
+                if not isinstance(error, GradbankError) or isinstance(error, ServerUnavailable | DeadlineExceeded):
+                    self._doubt = sent._replace(asked=_fingerprint(step, parts))
+                raise
             self._doubt = None
             if output.HasField("error"):
-                raise error_of(output.error)
-            self.last_seq = step.seq
-            carried_out()
+                refused = error_of(output.error)
+                if isinstance(refused, InvalidUpdate):
+                    news.drop(sent.events)  # sending them again would be refused again
+                raise refused
+            self.last_seq = sent.step.seq
+            news.drop(sent.events)
             return output, data
+
+    def _numbered(self, step: step_pb2.StepInput, news: News) -> "_Sent":
+        """The step as it will be sent."""
+        self._settle_doubt(news)
+        numbered = step_pb2.StepInput()
+        numbered.CopyFrom(step)
+        numbered.session, numbered.rank, numbered.epoch = self.session, self.rank, self.epoch
+        numbered.seq = self.last_seq + 1
+        numbered.weight_events.extend(news.events)
+        return _Sent(numbered, len(numbered.weight_events), 0)
+
+    def _again(self, step: step_pb2.StepInput, parts: list[memoryview]) -> "_Sent | None":
+        """The step that is in doubt, if it is asked for again: it must be sent as it was to be known for the same."""
+        same = self._doubt is not None and self._doubt.asked == _fingerprint(step, parts)
+        return self._doubt if same else None
+
+    def _settle_doubt(self, news: News) -> None:
+        """Finds out, for good, whether a step that was never answered was carried out."""
+        if self._doubt is None:
+            return
+        before = self.last_seq
+        self._renewed = self._renewed or secrets.token_bytes(16)  # the same one, should this have to be asked again
+        self._attach(self._renewed, self._nonce)
+        self._nonce, self._renewed = self._renewed, b""
+        if self.last_seq > before:
+            news.drop(self._doubt.events)
+        self._doubt = None
 
     def configure(self, optimizer: session_pb2.Optimizer) -> None:
         """Gives the session's weights an optimizer."""
@@ -106,16 +162,6 @@ class Producer:
         reader = TensorReader(payload)
         return {named.name: reader.take(named.tensor) for named in state}
 
-    def _settle_doubt(self, asked: int) -> None:
-        """Finds out whether a step that was never answered was carried out, unless the same is asked again."""
-        if self._doubt is None or self._doubt[0] == asked:
-            return
-        carried_out, before = self._doubt[1], self.last_seq
-        self.attach()
-        if self.last_seq > before:
-            carried_out()
-        self._doubt = None
-
     def _sent(
         self, transport: Transport, step: step_pb2.StepInput, parts: list[memoryview]
     ) -> tuple[step_pb2.StepOutput, bytes]:
@@ -125,8 +171,8 @@ class Producer:
                 if self._steps is None:
                     self._steps = transport.steps()
                 return self._steps.exchange(step, parts, deadline - time.monotonic())
-            except GradbankError as error:
-                self._drop()  # what state the stream is in is not known
+            except BaseException as error:  # Ctrl-C too: what is left on the stream is not the next step's answer
+                self._drop()
                 left = deadline - time.monotonic()
                 if not isinstance(error, ServerUnavailable) or left <= 0:
                     raise
@@ -145,3 +191,10 @@ class Producer:
         if self._steps is not None:
             self._steps.close()
             self._steps = None
+
+
+def _fingerprint(step: step_pb2.StepInput, parts: list[memoryview]) -> int:
+    asked = zlib.crc32(step.SerializeToString(deterministic=True))
+    for part in parts:
+        asked = zlib.crc32(part, asked)
+    return asked

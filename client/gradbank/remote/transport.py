@@ -50,7 +50,9 @@ class Transport(Protocol):
         self, request: session_pb2.PullStateRequest, timeout: float
     ) -> tuple[list[session_pb2.NamedTensor], bytes]: ...
 
-    def watch(self, request: stats_pb2.WatchStatsRequest) -> Iterator[stats_pb2.WatchStatsResponse]: ...
+    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
+        """Statistics as they come, of which none may be more than `timeout` seconds late."""
+        ...
 
     def steps(self) -> Steps: ...
 
@@ -109,12 +111,29 @@ class GrpcTransport:
 
         return self._answer(pull)
 
-    def watch(self, request: stats_pb2.WatchStatsRequest) -> Iterator[stats_pb2.WatchStatsResponse]:
+    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
         call = self._stats.WatchStats(request)
+        arrived: queue.SimpleQueue[stats_pb2.WatchStatsResponse | Exception | None] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                for response in call:
+                    arrived.put(response)
+                arrived.put(None)
+            except grpc.RpcError as error:
+                arrived.put(error_of(error))
+
+        threading.Thread(target=read, name="gradbank-watch", daemon=True).start()
         try:
-            yield from call
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+            while True:
+                response = arrived.get(timeout=request.interval_s + timeout)
+                if isinstance(response, Exception):
+                    raise response
+                if response is None:
+                    return
+                yield response
+        except queue.Empty:
+            raise DeadlineExceeded(f"nothing was heard of session {request.session!r} for {timeout:.3g} s") from None
         finally:
             call.cancel()
 
@@ -154,6 +173,8 @@ class GrpcSteps:
             raise DeadlineExceeded(f"step {step.seq} was not answered within {timeout:.3g} s") from None
         if isinstance(answer, Exception):
             raise answer
+        if answer[0].seq != step.seq:
+            raise InternalError(f"step {step.seq} was answered by the answer of step {answer[0].seq}")
         return answer
 
     def close(self) -> None:

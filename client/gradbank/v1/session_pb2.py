@@ -26,7 +26,7 @@ from gradbank.v1 import component_pb2 as gradbank_dot_v1_dot_component__pb2
 from gradbank.v1 import tensor_pb2 as gradbank_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gradbank/v1/session.proto\x12\x0bgradbank.v1\x1a\x1bgradbank/v1/component.proto\x1a\x18gradbank/v1/tensor.proto\"@\n\x0bNamedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.gradbank.v1.Tensor\"\x96\x01\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x07options\x18\x02 \x03(\x0b\x32#.gradbank.v1.Optimizer.OptionsEntry\x1a\x45\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradbank.v1.Argument:\x02\x38\x01\"\x86\x01\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04loss\x18\x02 \x01(\x0b\x32\x16.gradbank.v1.Component\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.gradbank.v1.Optimizer\x12\r\n\x05ranks\x18\x04 \x03(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\"\x84\x01\n\x14\x43reateSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04loss\x18\x02 \x01(\x0b\x32\x16.gradbank.v1.Component\x12\'\n\x05state\x18\x03 \x03(\x0b\x32\x18.gradbank.v1.NamedTensor\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"O\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.gradbank.v1.Session\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"Y\n\x14\x41ttachSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"q\n\x15\x41ttachSessionResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08last_seq\x18\x02 \x01(\x04\x12\x0e\n\x06window\x18\x03 \x01(\r\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x16\n\x0emax_step_bytes\x18\x05 \x01(\x04\"W\n\x19\x43onfigureOptimizerRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12)\n\toptimizer\x18\x02 \x01(\x0b\x32\x16.gradbank.v1.Optimizer\"G\n\x1a\x43onfigureOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.gradbank.v1.Optimizer\"#\n\x10PullStateRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"M\n\x11PullStateResponse\x12\'\n\x05state\x18\x01 \x03(\x0b\x32\x18.gradbank.v1.NamedTensor\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"$\n\x11GetSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.gradbank.v1.Session\"\x15\n\x13ListSessionsRequest\">\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.gradbank.v1.Session\"&\n\x13\x43loseSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\'\n\x14\x43loseSessionResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\x32\xf0\x04\n\x0eSessionService\x12X\n\rCreateSession\x12!.gradbank.v1.CreateSessionRequest\x1a\".gradbank.v1.CreateSessionResponse(\x01\x12V\n\rAttachSession\x12!.gradbank.v1.AttachSessionRequest\x1a\".gradbank.v1.AttachSessionResponse\x12\x65\n\x12\x43onfigureOptimizer\x12&.gradbank.v1.ConfigureOptimizerRequest\x1a\'.gradbank.v1.ConfigureOptimizerResponse\x12L\n\tPullState\x12\x1d.gradbank.v1.PullStateRequest\x1a\x1e.gradbank.v1.PullStateResponse0\x01\x12M\n\nGetSession\x12\x1e.gradbank.v1.GetSessionRequest\x1a\x1f.gradbank.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .gradbank.v1.ListSessionsRequest\x1a!.gradbank.v1.ListSessionsResponse\x12S\n\x0c\x43loseSession\x12 .gradbank.v1.CloseSessionRequest\x1a!.gradbank.v1.CloseSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gradbank/v1/session.proto\x12\x0bgradbank.v1\x1a\x1bgradbank/v1/component.proto\x1a\x18gradbank/v1/tensor.proto\"@\n\x0bNamedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.gradbank.v1.Tensor\"\x96\x01\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x07options\x18\x02 \x03(\x0b\x32#.gradbank.v1.Optimizer.OptionsEntry\x1a\x45\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradbank.v1.Argument:\x02\x38\x01\"\x86\x01\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04loss\x18\x02 \x01(\x0b\x32\x16.gradbank.v1.Component\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.gradbank.v1.Optimizer\x12\r\n\x05ranks\x18\x04 \x03(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\"\x84\x01\n\x14\x43reateSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04loss\x18\x02 \x01(\x0b\x32\x16.gradbank.v1.Component\x12\'\n\x05state\x18\x03 \x03(\x0b\x32\x18.gradbank.v1.NamedTensor\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"O\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.gradbank.v1.Session\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"q\n\x14\x41ttachSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\r\n\x05nonce\x18\x04 \x01(\x0c\x12\x16\n\x0eprevious_nonce\x18\x05 \x01(\x0c\"P\n\x15\x41ttachSessionResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08last_seq\x18\x02 \x01(\x04\x12\x16\n\x0emax_step_bytes\x18\x03 \x01(\x04\"W\n\x19\x43onfigureOptimizerRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12)\n\toptimizer\x18\x02 \x01(\x0b\x32\x16.gradbank.v1.Optimizer\"G\n\x1a\x43onfigureOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.gradbank.v1.Optimizer\"#\n\x10PullStateRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"M\n\x11PullStateResponse\x12\'\n\x05state\x18\x01 \x03(\x0b\x32\x18.gradbank.v1.NamedTensor\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"$\n\x11GetSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.gradbank.v1.Session\"\x15\n\x13ListSessionsRequest\">\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.gradbank.v1.Session\"&\n\x13\x43loseSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\'\n\x14\x43loseSessionResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\x32\xf0\x04\n\x0eSessionService\x12X\n\rCreateSession\x12!.gradbank.v1.CreateSessionRequest\x1a\".gradbank.v1.CreateSessionResponse(\x01\x12V\n\rAttachSession\x12!.gradbank.v1.AttachSessionRequest\x1a\".gradbank.v1.AttachSessionResponse\x12\x65\n\x12\x43onfigureOptimizer\x12&.gradbank.v1.ConfigureOptimizerRequest\x1a\'.gradbank.v1.ConfigureOptimizerResponse\x12L\n\tPullState\x12\x1d.gradbank.v1.PullStateRequest\x1a\x1e.gradbank.v1.PullStateResponse0\x01\x12M\n\nGetSession\x12\x1e.gradbank.v1.GetSessionRequest\x1a\x1f.gradbank.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .gradbank.v1.ListSessionsRequest\x1a!.gradbank.v1.ListSessionsResponse\x12S\n\x0c\x43loseSession\x12 .gradbank.v1.CloseSessionRequest\x1a!.gradbank.v1.CloseSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,29 +48,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATESESSIONRESPONSE']._serialized_start=588
   _globals['_CREATESESSIONRESPONSE']._serialized_end=667
   _globals['_ATTACHSESSIONREQUEST']._serialized_start=669
-  _globals['_ATTACHSESSIONREQUEST']._serialized_end=758
-  _globals['_ATTACHSESSIONRESPONSE']._serialized_start=760
-  _globals['_ATTACHSESSIONRESPONSE']._serialized_end=873
-  _globals['_CONFIGUREOPTIMIZERREQUEST']._serialized_start=875
-  _globals['_CONFIGUREOPTIMIZERREQUEST']._serialized_end=962
-  _globals['_CONFIGUREOPTIMIZERRESPONSE']._serialized_start=964
-  _globals['_CONFIGUREOPTIMIZERRESPONSE']._serialized_end=1035
-  _globals['_PULLSTATEREQUEST']._serialized_start=1037
-  _globals['_PULLSTATEREQUEST']._serialized_end=1072
-  _globals['_PULLSTATERESPONSE']._serialized_start=1074
-  _globals['_PULLSTATERESPONSE']._serialized_end=1151
-  _globals['_GETSESSIONREQUEST']._serialized_start=1153
-  _globals['_GETSESSIONREQUEST']._serialized_end=1189
-  _globals['_GETSESSIONRESPONSE']._serialized_start=1191
-  _globals['_GETSESSIONRESPONSE']._serialized_end=1250
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1252
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1273
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1275
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1337
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=1339
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=1377
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1379
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1418
-  _globals['_SESSIONSERVICE']._serialized_start=1421
-  _globals['_SESSIONSERVICE']._serialized_end=2045
+  _globals['_ATTACHSESSIONREQUEST']._serialized_end=782
+  _globals['_ATTACHSESSIONRESPONSE']._serialized_start=784
+  _globals['_ATTACHSESSIONRESPONSE']._serialized_end=864
+  _globals['_CONFIGUREOPTIMIZERREQUEST']._serialized_start=866
+  _globals['_CONFIGUREOPTIMIZERREQUEST']._serialized_end=953
+  _globals['_CONFIGUREOPTIMIZERRESPONSE']._serialized_start=955
+  _globals['_CONFIGUREOPTIMIZERRESPONSE']._serialized_end=1026
+  _globals['_PULLSTATEREQUEST']._serialized_start=1028
+  _globals['_PULLSTATEREQUEST']._serialized_end=1063
+  _globals['_PULLSTATERESPONSE']._serialized_start=1065
+  _globals['_PULLSTATERESPONSE']._serialized_end=1142
+  _globals['_GETSESSIONREQUEST']._serialized_start=1144
+  _globals['_GETSESSIONREQUEST']._serialized_end=1180
+  _globals['_GETSESSIONRESPONSE']._serialized_start=1182
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1241
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1243
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1264
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1266
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1328
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=1330
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1368
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1370
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1409
+  _globals['_SESSIONSERVICE']._serialized_start=1412
+  _globals['_SESSIONSERVICE']._serialized_end=2036
 # @@protoc_insertion_point(module_scope)

@@ -219,6 +219,7 @@ class AttachSessionRequest(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_NONCE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's name."""
     rank: _builtins.int
@@ -227,6 +228,10 @@ class AttachSessionRequest(_message.Message):
     """Grows with every start of the trainer: nanoseconds since 1970 will do."""
     nonce: _builtins.bytes
     """16 random bytes that stand for this trainer."""
+    previous_nonce: _builtins.bytes
+    """The nonce by which this trainer holds the rank already, if it does: it gets a new epoch, and nothing that it sent
+    before can be carried out from then on. What `last_seq` says is then final.
+    """
     def __init__(
         self,
         *,
@@ -234,10 +239,11 @@ class AttachSessionRequest(_message.Message):
         rank: _builtins.int = ...,
         incarnation: _builtins.int = ...,
         nonce: _builtins.bytes = ...,
+        previous_nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "nonce", b"nonce", "rank", b"rank", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "nonce", b"nonce", "previous_nonce", b"previous_nonce", "rank", b"rank", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -251,17 +257,11 @@ class AttachSessionResponse(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     LAST_SEQ_FIELD_NUMBER: _builtins.int
-    WINDOW_FIELD_NUMBER: _builtins.int
-    BOOT_ID_FIELD_NUMBER: _builtins.int
     MAX_STEP_BYTES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """To be sent with every step."""
     last_seq: _builtins.int
     """The number of the rank's last step that was carried out; the next is one higher."""
-    window: _builtins.int
-    """How many steps may be sent before the first of them is answered."""
-    boot_id: _builtins.str
-    """Random, and another after each start of the server."""
     max_step_bytes: _builtins.int
     """The largest payload of a step, in bytes."""
     def __init__(
@@ -269,13 +269,11 @@ class AttachSessionResponse(_message.Message):
         *,
         epoch: _builtins.int = ...,
         last_seq: _builtins.int = ...,
-        window: _builtins.int = ...,
-        boot_id: _builtins.str = ...,
         max_step_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "epoch", b"epoch", "last_seq", b"last_seq", "max_step_bytes", b"max_step_bytes", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "last_seq", b"last_seq", "max_step_bytes", b"max_step_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

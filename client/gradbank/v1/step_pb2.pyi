@@ -348,7 +348,8 @@ class StepOutput(_message.Message):
 
     The payload holds, in this order, the bytes of: embeddings_gradient, ref_emb_gradient (those that are set).
 
-    Errors: InvalidRequest and NonFiniteError (INVALID_ARGUMENT: the batch), SessionNotFound (NOT_FOUND), Fenced
+    Errors: InvalidRequest, NonFiniteError (INVALID_ARGUMENT: the batch), InvalidUpdate (INVALID_ARGUMENT: the weight
+    events, which are not to be sent again), SessionNotFound (NOT_FOUND), Fenced
     (ABORTED: a newer trainer holds the rank), StepConflict (FAILED_PRECONDITION: the number), LimitExceeded
     (RESOURCE_EXHAUSTED: the size). After each of them the session is as it was, and the number is free again.
     """
@@ -383,11 +384,11 @@ class StepOutput(_message.Message):
 
     @_builtins.property
     def embeddings_gradient(self) -> _tensor_pb2.Tensor:
-        """(B, D), of the embeddings' dtype: d loss / d embeddings."""
+        """(B, D): d loss / d embeddings, of their dtype, or float32 for half precision. Scale it before narrowing it."""
 
     @_builtins.property
     def ref_emb_gradient(self) -> _tensor_pb2.Tensor:
-        """(M, D), of ref_emb's dtype: d loss / d ref_emb."""
+        """(M, D): d loss / d ref_emb, likewise."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:

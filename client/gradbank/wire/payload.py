@@ -11,7 +11,7 @@ CHUNK_BYTES = 2**20  # the largest part of a payload in a message
 def chunks(buffers: Iterable[memoryview], size: int = CHUNK_BYTES) -> Iterator[bytes]:
     """The buffers laid end to end, cut into pieces of `size` bytes; at least one, which may be empty."""
     parts: list[memoryview] = []
-    held = 0
+    held, yielded = 0, False
     for buffer in buffers:
         start = 0
         while start < len(buffer):
@@ -21,8 +21,9 @@ def chunks(buffers: Iterable[memoryview], size: int = CHUNK_BYTES) -> Iterator[b
             start += len(part)
             if held == size:
                 yield b"".join(parts)
-                parts, held = [], 0
-    yield b"".join(parts)
+                parts, held, yielded = [], 0, True
+    if parts or not yielded:  # an empty piece after a full one would be taken for the next message
+        yield b"".join(parts)
 
 
 class Assembly:

@@ -20,7 +20,7 @@ _TORCH = {
     v1.DTYPE_BOOL: torch.bool,
 }
 _PROTO = {dtype: number for number, dtype in _TORCH.items()}
-_MAX_DIMENSIONS = 8
+_MAX_DIMENSIONS, _MAX_ENTRIES = 8, 2**48
 
 if sys.byteorder != "little":
     raise ImportError("gradbank's wire format is little-endian, and so must be the machine")
@@ -56,7 +56,8 @@ def nbytes(message: v1.Tensor) -> int:
         InvalidRequest: a dtype or shape that no tensor has.
     """
     dtype = torch_dtype(message.dtype)
-    if len(message.shape) > _MAX_DIMENSIONS or any(size < 0 for size in message.shape):
+    entries = math.prod(size or 1 for size in message.shape)  # strides are products too, whether or not one size is 0
+    if len(message.shape) > _MAX_DIMENSIONS or any(size < 0 for size in message.shape) or entries > _MAX_ENTRIES:
         raise InvalidRequest(f"a tensor cannot have shape {list(message.shape)[: _MAX_DIMENSIONS + 1]}")
     return math.prod(message.shape) * dtype.itemsize
 

@@ -1,6 +1,6 @@
 """A server: the service behind gRPC, with health, reflection and /metrics, and an orderly end."""
 
-import threading
+import time
 from concurrent import futures
 from typing import Any
 
@@ -23,11 +23,14 @@ from gradbank.v1 import (
     step_pb2_grpc,
 )
 from gradbank.wire import MESSAGE_BYTES
+from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
 from gradbank_server.service.servicers import CatalogServicer, SessionServicer, StatsServicer, StepServicer
 from gradbank_server.settings import ServerSettings
 
 log = structlog.get_logger()
+
+SHORT_CALLS = 16  # threads for calls that are no streams
 
 _SERVICES = [
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -55,13 +58,13 @@ class Server:
         check_exposure(settings)
         self.settings = settings
         self.service = Service(settings, device_named(settings.device))
-        self._draining = threading.Event()
         self._health = health.HealthServicer()
         self._metrics_server: Any = None
         self.metrics_port: int | None = None
         self._grpc = grpc.server(
-            futures.ThreadPoolExecutor(settings.max_streams, thread_name_prefix="gradbank"),
-            maximum_concurrent_rpcs=settings.max_streams,
+            # streams hold a thread each; the rest is for short calls, so that a full server still says it is healthy
+            futures.ThreadPoolExecutor(settings.max_streams + SHORT_CALLS, thread_name_prefix="gradbank"),
+            maximum_concurrent_rpcs=settings.max_streams + 4 * SHORT_CALLS,
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.max_send_message_length", -1),
@@ -90,9 +93,15 @@ class Server:
     def start(self) -> None:
         settings = self.settings
         if settings.metrics_port >= 0:
-            self._metrics_server, _ = start_http_server(
-                settings.metrics_port, addr=settings.host, registry=self.service.metrics.registry
-            )
+            try:
+                self._metrics_server, _ = start_http_server(
+                    settings.metrics_port, addr=settings.host, registry=self.service.metrics.registry
+                )
+            except OSError as error:
+                raise OSError(
+                    f"cannot listen for /metrics on {settings.host}:{settings.metrics_port}: {error.strerror}; choose "
+                    "another --metrics-port, or -1 for none"
+                ) from None
             self.metrics_port = self._metrics_server.server_port
         self._grpc.start()
         for name in ("", *_SERVICES):
@@ -100,14 +109,16 @@ class Server:
 
     def stop(self) -> None:
         """Refuses new steps, waits for those under way, and ends."""
-        if self._draining.is_set():
+        if self._gate.closing.is_set():
             return
         log.info("draining", seconds=self.settings.drain_seconds)
         self._health.enter_graceful_shutdown()
-        self._draining.set()
+        self._gate.closing.set()
+        until = time.monotonic() + self.settings.drain_seconds
         for session in self.service.sessions.all():
-            session.wait(self.settings.drain_seconds)
-        self._grpc.stop(grace=0.5).wait()
+            session.wait(max(until - time.monotonic(), 0.0))
+        # streams of trainers do not end by themselves: this is for the last answers to leave
+        self._grpc.stop(grace=min(2.0, self.settings.drain_seconds)).wait()
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
@@ -122,9 +133,11 @@ class Server:
 
     def _add_services(self) -> None:
         server, service = self._grpc, self.service
-        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(service), server)
-        step_pb2_grpc.add_StepServiceServicer_to_server(StepServicer(service, self._draining), server)
-        stats_pb2_grpc.add_StatsServiceServicer_to_server(StatsServicer(service, self._draining), server)
+        gate = Gate(self.settings.max_streams)
+        self._gate = gate
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(service, gate), server)
+        step_pb2_grpc.add_StepServiceServicer_to_server(StepServicer(service, gate), server)
+        stats_pb2_grpc.add_StatsServiceServicer_to_server(StatsServicer(service, gate), server)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(service), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.reflection:

@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 import zlib
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -27,7 +28,6 @@ from gradbank_server.build import build_loss
 from gradbank_server.service.catalog import component_infos
 from gradbank_server.service.steps import answer_message, batch_of, tensors_of
 from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions
-from gradbank_server.sessions.producers import WINDOW
 from gradbank_server.settings import ServerSettings
 from gradbank_server.stats import Metrics
 from gradbank_server.storage import MemoryStorage, Storage
@@ -67,12 +67,11 @@ class Service:
     def attach_session(self, request: session_pb2.AttachSessionRequest) -> session_pb2.AttachSessionResponse:
         if len(request.nonce) != 16:
             raise InvalidRequest(f"a nonce is 16 random bytes, got {len(request.nonce)}")
-        held = self.sessions[request.session].attach(request.rank, request.incarnation, request.nonce)
+        session = self.sessions[request.session]
+        held = session.attach(request.rank, request.incarnation, request.nonce, request.previous_nonce)
         return session_pb2.AttachSessionResponse(
             epoch=held.epoch,
             last_seq=held.last_seq,
-            window=WINDOW,
-            boot_id=self.boot_id,
             max_step_bytes=self.settings.max_step_bytes,
         )
 
@@ -139,15 +138,15 @@ class Service:
         # what a retry must repeat; the header says where, the payload what
         digest = zlib.crc32(payload, zlib.crc32(step.SerializeToString(deterministic=True)))
         decoded = time.perf_counter()
-        answer, replayed = session.step(step.rank, step.epoch, step.seq, digest, batch)
+        answer, replayed, waited = session.step(step.rank, step.epoch, step.seq, digest, batch)
         computed = time.perf_counter()
         output, data = answer_message(answer)
         output.seq, output.replayed = step.seq, replayed
         output.payload_bytes = sum(len(part) for part in data)
         seconds = {
-            "queue": begun - arrived,
+            "queue": begun - arrived + waited,
             "decode": decoded - begun,
-            "compute": computed - decoded,
+            "compute": computed - decoded - waited,
             "encode": time.perf_counter() - computed,
         }
         output.timings.CopyFrom(step_pb2.Timings(**{f"{phase}_s": spent for phase, spent in seconds.items()}))
@@ -161,13 +160,17 @@ class Service:
     def get_stats(self, request: stats_pb2.GetStatsRequest) -> stats_pb2.GetStatsResponse:
         return stats_pb2.GetStatsResponse(stats=self._stats(self.sessions[request.session]))
 
-    def check_watch(self, request: stats_pb2.WatchStatsRequest) -> None:
+    def watch_stats(
+        self, request: stats_pb2.WatchStatsRequest, pause: Callable[[float], bool]
+    ) -> Iterator[stats_pb2.WatchStatsResponse]:
+        """Statistics every interval, until the session ends or `pause` says so."""
         if not request.interval_s >= 0.05:
             raise InvalidRequest(f"interval_s must be at least 0.05, got {request.interval_s}")
-        self.sessions[request.session]
-
-    def watch_once(self, request: stats_pb2.WatchStatsRequest) -> stats_pb2.WatchStatsResponse:
-        return stats_pb2.WatchStatsResponse(stats=self._stats(self.sessions[request.session]))
+        session = self.sessions[request.session]
+        while not session.closed:
+            yield stats_pb2.WatchStatsResponse(stats=self._stats(session))
+            if pause(request.interval_s):
+                return
 
     def get_server(self, request: stats_pb2.GetServerRequest) -> stats_pb2.GetServerResponse:
         return stats_pb2.GetServerResponse(

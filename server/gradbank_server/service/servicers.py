@@ -1,6 +1,5 @@
 """The service behind gRPC: framing, statuses, and nothing else."""
 
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import NoReturn
 import grpc
 import structlog
 
-from gradbank.errors import GradbankError, InternalError, InvalidRequest, ServerUnavailable
+from gradbank.errors import GradbankError, InternalError, InvalidRequest
 from gradbank.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -22,19 +21,21 @@ from gradbank.v1 import (
     step_pb2_grpc,
 )
 from gradbank.wire import ERROR_TRAILER, Assembly, chunks, error_message, error_of, status_of
+from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
 
 log = structlog.get_logger()
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, gate: Gate) -> None:
+        self._service, self._gate = service, gate
 
     def CreateSession(
         self, request_iterator: Iterator[session_pb2.CreateSessionRequest], context: grpc.ServicerContext
     ) -> session_pb2.CreateSessionResponse:
         with _status(context):
+            self._gate.check()
             header = next(request_iterator, None)
             if header is None:
                 raise InvalidRequest("the stream ended before it named a session")
@@ -51,6 +52,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         self, request: session_pb2.AttachSessionRequest, context: grpc.ServicerContext
     ) -> session_pb2.AttachSessionResponse:
         with _status(context):
+            self._gate.check()
             response = self._service.attach_session(request)
             log.info("trainer attached", session=request.session, rank=request.rank, epoch=response.epoch)
             return response
@@ -91,16 +93,15 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
 
 
 class StepServicer(step_pb2_grpc.StepServiceServicer):
-    def __init__(self, service: Service, draining: threading.Event) -> None:
-        self._service, self._draining = service, draining
+    def __init__(self, service: Service, gate: Gate) -> None:
+        self._service, self._gate = service, gate
 
     def Steps(
         self, request_iterator: Iterator[step_pb2.StepsRequest], context: grpc.ServicerContext
     ) -> Iterator[step_pb2.StepsResponse]:
-        with _status(context):
+        with _status(context), self._gate.stream():
             for step, payload, refused in self._assembled(request_iterator):
-                if self._draining.is_set():
-                    raise ServerUnavailable("the server is shutting down; the step was not carried out")
+                self._gate.check()
                 if refused is None:
                     output, data = self._carried_out(step, payload)
                 else:
@@ -110,6 +111,7 @@ class StepServicer(step_pb2_grpc.StepServiceServicer):
 
     def Step(self, request: step_pb2.StepRequest, context: grpc.ServicerContext) -> step_pb2.StepResponse:
         with _status(context):
+            self._gate.check()
             output, data = self._carried_out(request.step, request.payload)
             if output.HasField("error"):
                 raise error_of(output.error)
@@ -126,6 +128,7 @@ class StepServicer(step_pb2_grpc.StepServiceServicer):
             try:
                 self._service.check_step(step)
             except GradbankError as error:
+                self._service.metrics.stepped("unknown", "rejected")
                 refused = error
             payload, seen = Assembly(step.payload_bytes), 0
             part = request
@@ -153,8 +156,8 @@ class StepServicer(step_pb2_grpc.StepServiceServicer):
 
 
 class StatsServicer(stats_pb2_grpc.StatsServiceServicer):
-    def __init__(self, service: Service, draining: threading.Event) -> None:
-        self._service, self._draining = service, draining
+    def __init__(self, service: Service, gate: Gate) -> None:
+        self._service, self._gate = service, gate
 
     def GetStats(self, request: stats_pb2.GetStatsRequest, context: grpc.ServicerContext) -> stats_pb2.GetStatsResponse:
         with _status(context):
@@ -163,12 +166,11 @@ class StatsServicer(stats_pb2_grpc.StatsServiceServicer):
     def WatchStats(
         self, request: stats_pb2.WatchStatsRequest, context: grpc.ServicerContext
     ) -> Iterator[stats_pb2.WatchStatsResponse]:
-        with _status(context):
-            self._service.check_watch(request)
-            while context.is_active():
-                yield self._service.watch_once(request)
-                if self._draining.wait(request.interval_s):
+        with _status(context), self._gate.stream():
+            for response in self._service.watch_stats(request, self._gate.closing.wait):
+                if not context.is_active():
                     return
+                yield response
 
     def GetServer(
         self, request: stats_pb2.GetServerRequest, context: grpc.ServicerContext

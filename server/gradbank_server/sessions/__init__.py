@@ -6,6 +6,7 @@ from gradbank_server.sessions.batch import (
     Batch,
     OptimizerSpec,
     OptimizerStep,
+    Outcome,
     WeightEvent,
     ZeroGradient,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Limits",
     "OptimizerSpec",
     "OptimizerStep",
+    "Outcome",
     "Session",
     "Sessions",
     "Tally",

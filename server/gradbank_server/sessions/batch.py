@@ -75,3 +75,11 @@ class Answer(NamedTuple):
     @staticmethod
     def nothing(bank_rows: int) -> "Answer":
         return Answer(torch.zeros(()), None, None, bank_rows)
+
+
+class Outcome(NamedTuple):
+    """An answer, whether it was stored from before, and how many seconds the step waited for its turn."""
+
+    answer: Answer
+    replayed: bool
+    waited_s: float

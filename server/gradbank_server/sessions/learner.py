@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradbank.errors import InvalidRequest, StepConflict
+from gradbank.errors import InvalidRequest, InvalidUpdate
 from gradbank_server.sessions.batch import Backward, OptimizerSpec, OptimizerStep, WeightEvent, ZeroGradient
 
 GRADIENTS_KEPT = 4  # of each rank: how many steps may be taken before the backward pass of the first is told
@@ -36,7 +36,7 @@ class Update:
     def add(self, rank: int, seq: int, scale: float) -> None:
         """Adds a step's weight gradient, times `scale`, to the accumulated one."""
         if (rank, seq) not in self.waiting:
-            raise StepConflict(
+            raise InvalidUpdate(
                 f"the weight gradient of step {seq} is not kept: call backward at most {GRADIENTS_KEPT} steps after "
                 "the loss, and once only"
             )
@@ -46,7 +46,7 @@ class Update:
     def step(self, scale: float, options: Mapping[str, Any]) -> None:
         """Steps copies of the weights by a copy of the optimizer."""
         if self.optimizer is None:
-            raise InvalidRequest("the session has no optimizer; give it one with loss_fn.optimizer(...)")
+            raise InvalidUpdate("the session has no optimizer; give it one with loss_fn.optimizer(...)")
         self.optimizer_steps += 1
         if self.gradient is None:
             return  # as in torch: weights without a gradient stay
@@ -55,13 +55,21 @@ class Update:
         held, group = self.optimizer.param_groups[0], beside.param_groups[0]
         for name in options:
             if name not in held or name == "params":
-                raise InvalidRequest(f"{type(self.optimizer).__name__} has no option {name!r}")
+                raise InvalidUpdate(f"{type(self.optimizer).__name__} has no option {name!r}")
         group.update({name: value for name, value in held.items() if name != "params"}, **options)
         for weight, copy, gradient in zip(held["params"], copies, self.gradient):
             state = self.optimizer.state.get(weight, {})
             beside.state[copy] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
             copy.grad = gradient * scale
-        beside.step()
+        try:
+            beside.step()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidUpdate(f"{type(beside).__name__} cannot step with {dict(options)}: {error}") from None
+        if not all(bool(copy.isfinite().all()) for copy in copies):
+            raise InvalidUpdate(
+                f"the optimizer's step makes the weights infinite or NaN (gradient scale {scale}, {dict(options)}); "
+                "they are as they were, and the step was dropped. Look for a learning rate that is too high"
+            )
         for copy in copies:
             copy.grad = None
         self.values, self.optimizer = [copy.data for copy in copies], beside
@@ -128,8 +136,8 @@ class Learner:
         """What a rank's events make of the weights, in order; nothing that is in use is written.
 
         Raises:
-            InvalidRequest: a step without an optimizer, or an option that it does not have.
-            StepConflict: the gradient of a backward pass is no longer kept.
+            InvalidUpdate: a step without an optimizer or with an option that it does not have, weights that would not
+                be finite, or a backward pass whose gradient is no longer kept.
         """
         update = Update(self)
         for event in events:

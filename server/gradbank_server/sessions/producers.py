@@ -21,14 +21,16 @@ class Attachment(NamedTuple):
 class Producer:
     """One rank of a session. Its steps are numbered from 1, without gaps, and each is carried out once."""
 
-    def __init__(self, rank: int, record: ProducerRecord | None = None) -> None:
-        self.rank = rank
-        self.record = record or ProducerRecord(epoch=0, incarnation=-1, nonce=b"")
+    def __init__(self, rank: int, record: ProducerRecord) -> None:
+        self.rank, self.record = rank, record
         self.last_seq = 0
         self._answers: OrderedDict[int, tuple[int, Answer]] = OrderedDict()
 
-    def attached(self, incarnation: int, nonce: bytes) -> ProducerRecord:
+    def attached(self, incarnation: int, nonce: bytes, previous_nonce: bytes = b"") -> ProducerRecord:
         """The record that holds once this trainer is attached; the same one, if it already is.
+
+        A trainer that holds the rank, and shows the nonce it holds it by, gets a new epoch: nothing that it sent before
+        can be carried out from then on.
 
         Raises:
             Fenced: a trainer that started later holds the rank.
@@ -36,7 +38,7 @@ class Producer:
         held = self.record
         if nonce == held.nonce:
             return held
-        if incarnation <= held.incarnation:
+        if incarnation <= held.incarnation and not (held.nonce and previous_nonce == held.nonce):
             raise Fenced(
                 f"rank {self.rank} is held by a trainer that started later; give each trainer a rank of its own, "
                 "or stop one of them"

@@ -50,7 +50,8 @@ class Sessions:
         self._build, self._device, self._limits = build, device, limits
         self._storage, self._clock = storage, clock
         self._open: dict[str, Session] = {}
-        self._lock = threading.Lock()
+        self._coming: set[str] = set()  # names of sessions that are being made
+        self._changed = threading.Condition()
 
     def create(self, name: str, spec: Spec, state: dict[str, Tensor]) -> tuple[Session, bool]:
         """The session of that name, and whether this call created it.
@@ -67,23 +68,34 @@ class Sessions:
                 f"got {name[:80]!r}"
             )
         check_size(spec, self._limits.session_bytes)
-        with self._lock:
+        with torch.device("meta"):  # the spec with every default, at the price of no weights
+            asked = self._build(spec).spec()
+        with self._changed:
+            while name in self._coming:
+                self._changed.wait()
             known = self._open.get(name)
-            if known is None and len(self._open) >= self._limits.sessions:
-                raise LimitExceeded(
-                    f"all {self._limits.sessions} sessions are taken; close one, or start the server with a larger "
-                    "--max-sessions"
-                )
-            loss = self._build(spec)
-            asked = loss.spec()
             if known is not None:
                 if asked != known.spec:
                     raise SessionConflict(f"session {name!r} exists and differs: {difference(known.spec, asked)}")
                 return known, False
+            if len(self._open) + len(self._coming) >= self._limits.sessions:
+                raise LimitExceeded(
+                    f"all {self._limits.sessions} sessions are taken; close one, or start the server with a larger "
+                    "--max-sessions"
+                )
+            self._coming.add(name)
+        session = None
+        try:  # outside the lock: other sessions go on while weights are made and moved
+            loss = self._build(spec)
             _load(loss, state)
             session = Session(name, loss.to(self._device), asked, self._device, self._storage, self._clock)
-            self._open[name] = session
             return session, True
+        finally:
+            with self._changed:
+                self._coming.discard(name)
+                if session is not None:
+                    self._open[name] = session
+                self._changed.notify_all()
 
     def __getitem__(self, name: str) -> Session:
         """The session of that name.
@@ -91,7 +103,7 @@ class Sessions:
         Raises:
             SessionNotFound: there is none.
         """
-        with self._lock:
+        with self._changed:
             session = self._open.get(name)
         if session is None:
             raise SessionNotFound(
@@ -104,18 +116,18 @@ class Sessions:
 
     def all(self) -> list[Session]:
         """Every session, by name."""
-        with self._lock:
+        with self._changed:
             return [self._open[name] for name in sorted(self._open)]
 
     def close(self, name: str) -> bool:
         """Ends a session; whether there was one."""
-        with self._lock:
+        with self._changed:
             session = self._open.pop(name, None)
-        if session is None:
-            return False
-        session.close()
-        self._storage.drop(name)
-        return True
+            if session is not None:
+                self._storage.drop(name)
+        if session is not None:
+            session.close()
+        return session is not None
 
 
 def check_size(spec: Spec, limit: int) -> None:

@@ -1,13 +1,15 @@
 """A loss and all that it remembers: its steps run one at a time, each as a whole or not at all."""
 
+import secrets
 import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gradbank.checks import check_finite
+from gradbank.checks import check_batch, check_finite
 from gradbank.component import Spec
+from gradbank.engine import widened
 from gradbank.errors import (
     GradbankError,
     InvalidRequest,
@@ -18,13 +20,15 @@ from gradbank.errors import (
 )
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
-from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec
+from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec, Outcome
 from gradbank_server.sessions.learner import Learner, Update
 from gradbank_server.sessions.producers import Attachment, Producer
 from gradbank_server.sessions.tally import Tally
-from gradbank_server.storage import Storage
+from gradbank_server.storage import ProducerRecord, Storage
 
 Clock = Callable[[], float]
+
+MOST_RANKS = 256  # each keeps a few answers and weight gradients
 
 
 class Session:
@@ -45,28 +49,33 @@ class Session:
         self._device, self._storage, self._clock = device, storage, clock
         self._learner = Learner(loss)
         self._producers = {r: Producer(r, record) for r, record in storage.producers(name).items()}
+        # random, so that a trainer of an earlier session of this name cannot step in this one
+        self._nobody = ProducerRecord(epoch=secrets.randbits(48), incarnation=-1, nonce=b"")
         self._turn = threading.RLock()
-        self._closed = False
+        self.closed = False
         self.tally = Tally(created=clock())
 
-    def attach(self, rank: int, incarnation: int, nonce: bytes) -> Attachment:
-        """Makes a trainer the producer of a rank.
+    def attach(self, rank: int, incarnation: int, nonce: bytes, previous_nonce: bytes = b"") -> Attachment:
+        """Makes a trainer the producer of a rank; see `Producer.attached`.
 
         Raises:
             Fenced: a trainer that started later holds the rank.
+            LimitExceeded: too many ranks.
         """
         with self._turn:
             self._check_open()
-            producer = self._producers.get(rank) or Producer(rank)
-            record = producer.attached(incarnation, nonce)
+            if rank not in self._producers and len(self._producers) >= MOST_RANKS:
+                raise LimitExceeded(f"session {self.name!r} has {MOST_RANKS} ranks, and no session may have more")
+            producer = self._producers.get(rank) or Producer(rank, self._nobody)
+            record = producer.attached(incarnation, nonce, previous_nonce)
             if record != producer.record:
                 self._storage.put_producer(self.name, rank, record)  # safe before the trainer is told
                 producer.record = record
             self._producers[rank] = producer
             return Attachment(record.epoch, producer.last_seq)
 
-    def step(self, rank: int, epoch: int, seq: int, digest: int, batch: Batch) -> tuple[Answer, bool]:
-        """Carries a step out, or answers it again: `(answer, whether it was stored)`.
+    def step(self, rank: int, epoch: int, seq: int, digest: int, batch: Batch) -> Outcome:
+        """Carries a step out, or answers it again.
 
         Args:
             rank, epoch: from `attach`.
@@ -76,7 +85,9 @@ class Session:
         Raises:
             GradbankError: of the class that fits; the session is as it was.
         """
+        asked = self._clock()
         with self._turn:
+            waited = self._clock() - asked
             self._check_open()
             try:
                 producer = self._producers.get(rank)
@@ -85,16 +96,19 @@ class Session:
                 stored = producer.recall(epoch, seq, digest)
                 if stored is not None:
                     self.tally.replayed += 1
-                    return stored, True
+                    return Outcome(stored, True, waited)
                 with self._learner.stage(rank, batch.weight_events) as update:
                     answer = self._answered(batch, update, rank, seq)
                     producer.remember(seq, digest, answer)
-            except (GradbankError, ValueError, torch.OutOfMemoryError) as error:
+            except (GradbankError, ValueError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+                refusal = _refusal(error)
+                if refusal is None:
+                    raise
                 self.tally.rejected += 1
-                raise _refusal(error) from None
+                raise refusal from None
             self.tally.optimizer_steps += update.optimizer_steps
             self.tally.stepped(None if batch.embeddings is None else answer.loss.item(), self._clock())
-            return answer, False
+            return Outcome(answer, False, waited)
 
     def configure(self, spec: OptimizerSpec) -> OptimizerSpec:
         """Gives the weights an optimizer; asking again for the same is answered with the one there is.
@@ -123,7 +137,7 @@ class Session:
 
     def close(self) -> None:
         with self._turn:
-            self._closed = True
+            self.closed = True
 
     def wait(self, seconds: float) -> bool:
         """Waits until no step is under way; whether that came to pass in time."""
@@ -154,9 +168,12 @@ class Session:
         if batch.embeddings is None:
             update.commit()
             return Answer.nothing(0 if bank is None else len(bank))
+        check_batch(batch.embeddings, batch.labels)
         check_finite(batch.embeddings)
         embeddings = self._leaf(batch.embeddings, batch.embeddings_need_gradient)
         arguments = {"labels": self._here(batch.labels)}
+        if batch.ref_labels is not None:
+            arguments["ref_labels"] = self._here(batch.ref_labels)
         wanted: list[Tensor] = [embeddings] if batch.embeddings_need_gradient else []
         if batch.indices:
             arguments["indices_tuple"] = tuple(index.to(self._device, torch.int64) for index in batch.indices)  # type: ignore[assignment]
@@ -167,9 +184,10 @@ class Session:
         if batch.ref_emb is not None:
             if bank is not None:
                 raise InvalidRequest("a CrossBatchMemory compares with its queue: it takes no ref_emb")
+            check_batch(batch.ref_emb, batch.ref_labels, "ref_emb", "ref_labels")
             check_finite(batch.ref_emb, "ref_emb")
             ref_emb = self._leaf(batch.ref_emb, batch.ref_emb_needs_gradient)
-            arguments |= {"ref_emb": ref_emb, "ref_labels": self._here(batch.ref_labels)}
+            arguments["ref_emb"] = ref_emb
             wanted += [ref_emb] if batch.ref_emb_needs_gradient else []
         weights = self._learner.weights if batch.weights_need_gradient else []
         with torch.set_grad_enabled(bool(wanted or weights)):
@@ -193,10 +211,11 @@ class Session:
         return None if tensor is None else tensor.to(self._device)
 
     def _leaf(self, tensor: Tensor, needs_gradient: bool) -> Tensor:
-        return tensor.to(self._device).detach().requires_grad_(needs_gradient)
+        # wide, so that its gradient is: a trainer scales that before it narrows it
+        return widened(tensor.to(self._device).detach()).requires_grad_(needs_gradient)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise SessionNotFound(f"session {self.name!r} was closed")
 
 
@@ -221,10 +240,11 @@ def _check_result(answer: Answer, weight_gradients: list[Tensor]) -> None:
             raise NonFiniteError(f"the gradient of the loss's weights is not finite; {hint}")
 
 
-def _refusal(error: Exception) -> GradbankError:
-    """The error that a trainer is told."""
+def _refusal(error: Exception) -> GradbankError | None:
+    """The error that a trainer is told; None if it is a fault of ours."""
     if isinstance(error, GradbankError):
         return error
-    if isinstance(error, torch.OutOfMemoryError):
+    # on a CPU, torch runs out of memory with a plain RuntimeError
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return LimitExceeded("the step does not fit the device's memory; nothing was changed. Send smaller batches")
-    return InvalidRequest(str(error))
+    return InvalidRequest(str(error)) if isinstance(error, ValueError) else None

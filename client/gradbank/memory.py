@@ -18,6 +18,7 @@ from gradbank.engine import (
     as_pairs,
     check_indices,
     full_precision,
+    widened,
 )
 from gradbank.losses.base import Loss, PairLoss, Staged
 from gradbank.miners.base import Miner
@@ -148,6 +149,7 @@ class CrossBatchMemory(Loss):
         enqueue_idx: Tensor | None = None,
     ) -> Staged:
         self._check(embeddings, labels)
+        embeddings = widened(embeddings)
         labels = labels.to(embeddings.device)
         mask = self._mask(embeddings, indices_tuple, enqueue_mask, enqueue_idx)
         self._settle()
@@ -299,8 +301,14 @@ class CrossBatchMemory(Loss):
             prefix, metadata, strict, missing, *rest,
         )  # fmt: skip
         rows, labels, cursor, filled = given.values()
-        missing.extend(prefix + name for name, value in given.items() if value is None)
+        absent = [prefix + name for name, value in given.items() if value is None]
+        missing.extend(absent)
         if rows is None or labels is None or cursor is None or filled is None:
+            if len(absent) < len(names):
+                rest[-1].append(f"a queue cannot be restored without {', '.join(absent)}")
+            return
+        if not rows.is_floating_point() or labels.is_floating_point():
+            rest[-1].append(f"{prefix}embedding_memory must hold floats and {prefix}label_memory integers")
             return
         if rows.shape != (self.memory_size, self.embedding_size):
             rest[-1].append(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +38,11 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
     from gradbank_server.logs import configure
     from gradbank_server.service import Server
 
-    settings = settings or ServerSettings()
+    try:
+        settings = settings or ServerSettings()
+    except ValidationError as error:
+        where = {each["loc"][0]: each["msg"] for each in error.errors()}
+        return _failed("; ".join(f"GRADBANK_{str(name).upper()}: {said}" for name, said in where.items()))
     configure(settings.log_format, settings.log_level)
     try:
         server = Server(settings)

@@ -65,6 +65,7 @@ class EmbeddedTransport:
             time.sleep(seconds)
             return self._closed
 
+        self._guarded(lambda: None)
         yield from self._service.watch_stats(request, pause)
 
     def steps(self) -> "EmbeddedSteps":

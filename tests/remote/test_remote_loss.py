@@ -114,7 +114,7 @@ def test_a_scaled_loss_has_scaled_gradients(pair: Pair, dtype: torch.dtype) -> N
         (loss_fn(embeddings, labels) * 65536.0).backward()
         grads.append(embeddings.grad)
     assert bool(grads[1].isfinite().all())
-    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(*grads, rtol=5e-2, atol=1e-2)
 
 
 def test_gradients_of_gradients_are_refused(pair: Pair) -> None:

@@ -128,7 +128,7 @@ def test_a_server_that_drains_finishes_the_step_under_way_and_refuses_the_next(o
             time.sleep(0.01)
         assert health.Check(health_pb2.HealthCheckRequest(service=SERVICES[1]), timeout=5).status == NOT_SERVING
         there.producer.timeout = 0.5
-        with pytest.raises(ServerUnavailable, match="shutting down; the step was not carried out"):
+        with pytest.raises(ServerUnavailable, match="shutting down; nothing was carried out"):
             there(*batch(1))
         assert stopping.is_alive()
         session._turn.release()

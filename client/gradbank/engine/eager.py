@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Evaluation = Callable[[tuple[Tensor, ...], tuple[bool, ...]], tuple[Tensor, list[Tensor]]]
 
@@ -37,6 +36,16 @@ def by_autograd(whole: Callable[[tuple[Tensor, ...]], Tensor]) -> Evaluation:
     return evaluation
 
 
+def refuse_second_derivatives() -> None:
+    """To be called by a backward pass, in which gradients are recorded only if it is to be differentiated itself.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("a loss computes its gradient, but no gradients of gradients: leave create_graph out")
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, evaluation: Evaluation, *inputs: Tensor) -> Tensor:
@@ -45,7 +54,7 @@ class _Eager(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         gradients = iter(ctx.saved_tensors)
         return None, *(next(gradients) * grad_output if need else None for need in ctx.needs_input_grad[1:])

@@ -113,6 +113,7 @@ class PairLoss(Loss):
             ValueError: a shape that does not fit, or neither labels nor indices.
         """
         check_batch(embeddings, labels)
+        embeddings, ref_emb = widened(embeddings), None if ref_emb is None else widened(ref_emb)
         if ref_emb is not None:
             self.distance.check_shapes(embeddings, ref_emb)
         elif ref_labels is not None and ref_labels is not labels:
@@ -144,7 +145,6 @@ class PairLoss(Loss):
                 "references (as ArcFaceLoss does), and nothing else so far"
             )
         with full_precision(embeddings.device):
-            embeddings = widened(embeddings)
             return self.regularized(evaluate(self, embeddings, references, pairs), embeddings)
 
     def compare_listed(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:

@@ -88,6 +88,7 @@ class ClassificationLoss(PairLoss):
         if (ref_emb is not None and ref_emb is not embeddings) or (ref_labels is not None and ref_labels is not labels):
             raise ValueError(f"{name} compares with its class weights: it takes no ref_emb or ref_labels")
         check_batch(embeddings, labels)
+        embeddings = widened(embeddings)
         if embeddings.shape[1] != self.embedding_size:
             raise ValueError(
                 f"embeddings have dimension {embeddings.shape[1]}, but {name} was built with "

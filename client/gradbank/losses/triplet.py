@@ -18,7 +18,6 @@ from gradbank.engine import (
     first_not_above,
     full_precision,
     listed_distances,
-    widened,
 )
 from gradbank.losses.base import PairLoss
 from gradbank.reducers import AvgNonZeroReducer, Ratio, Reducer
@@ -98,7 +97,7 @@ class TripletMarginLoss(PairLoss):
         if len(indices) == 4:
             return super().compare_listed(embeddings, references, indices)
         with full_precision(embeddings.device):
-            return self._of_triplets(widened(embeddings), references, indices)
+            return self._of_triplets(embeddings, references, indices)
 
     def _of_triplets(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:
         a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)

@@ -13,11 +13,13 @@ from gradbank.errors import ForkedClient, GradbankError, InvalidRequest, ServerU
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.remote.loss import RemoteLoss
-from gradbank.remote.producer import STATE_TIMEOUT_S, Producer
+from gradbank.remote.producer import Producer
 from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats
 from gradbank.remote.transport import GrpcTransport, Transport
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import component_message, describe
+
+SLOWEST_BYTES_PER_S = 10 * 2**20  # what an upload of weights or of a bank is given time for
 
 
 def connect(address: str, timeout: float = 30.0) -> "Client":
@@ -92,13 +94,16 @@ class Client:
             raise InvalidRequest(
                 f"client.open hosts a gradbank loss, got {type(loss).__module__}.{type(loss).__name__}"
             )
+        if not (isinstance(rank, int) and 0 <= rank < 2**32):
+            raise InvalidRequest(f"rank must be a whole number from 0 on, got {rank!r}")
         named, payload = [], []
         for key, value in _state_to_send(loss).items():
             message, data = describe(value)
             named.append(session_pb2.NamedTensor(name=key, tensor=message))
             payload.append(data)
         header = session_pb2.CreateSessionRequest(name=name, loss=component_message(loss.spec()), state=named)
-        created = transport.create_session(header, payload, self.timeout if not payload else STATE_TIMEOUT_S)
+        upload_s = sum(len(part) for part in payload) / SLOWEST_BYTES_PER_S
+        created = transport.create_session(header, payload, self.timeout + upload_s)
         producer = Producer(self._checked, name, rank, secrets.token_bytes(16), time.time_ns(), self.timeout)
         producer.attach()
         remote = RemoteLoss(producer, loss, created.created)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from gradbank.engine.eager import refuse_second_derivatives
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
 from gradbank.memory import enqueue_mask_of
@@ -124,7 +124,7 @@ class RemoteLoss(nn.Module):
             message, data = describe(index)
             step.indices.append(message)
             payload.append(data)
-        mask = _mask(bound, len(embeddings))
+        mask = _mask(bound)
         if mask is not None:
             message, data = describe(mask)
             step.enqueue_mask.CopyFrom(message)
@@ -165,8 +165,8 @@ class _Answered(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         made = [None if g is None else (g * grad_output.to(g)).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes)]
         of_embeddings, of_ref = (*made, None)[:2]
         of_token = None
@@ -182,11 +182,15 @@ def _widened(labels: Any) -> Any:
     return labels.long() if small else labels
 
 
-def _mask(bound: dict[str, Any], batch: int) -> Tensor | None:
-    """The bool mask that `enqueue_mask` or `enqueue_idx` means."""
-    mask, positions = bound.get("enqueue_mask"), bound.get("enqueue_idx")
+def _mask(bound: dict[str, Any]) -> Tensor | None:
+    """The mask that `enqueue_mask` or `enqueue_idx` means."""
+    mask: Tensor | None = bound.get("enqueue_mask")
+    positions = bound.get("enqueue_idx")
     if positions is None:
-        return mask if mask is None else mask.to(torch.bool)
+        return mask
     if mask is not None:
         raise InvalidRequest("enqueue_mask and enqueue_idx say the same: pass one of them")
-    return enqueue_mask_of(positions, batch)
+    try:
+        return enqueue_mask_of(positions, len(bound["embeddings"]))
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None

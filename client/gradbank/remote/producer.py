@@ -14,7 +14,6 @@ from gradbank.remote.transport import Steps, Transport
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import TensorReader, error_of
 
-STATE_TIMEOUT_S = 300.0  # weights and banks are large
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
@@ -158,7 +157,7 @@ class Producer:
     def pull(self) -> dict[str, Tensor]:
         """The session's state: weights and bank."""
         request = session_pb2.PullStateRequest(session=self.session)
-        state, payload = self._transport().pull_state(request, STATE_TIMEOUT_S)
+        state, payload = self._transport().pull_state(request, self.timeout)
         reader = TensorReader(payload)
         return {named.name: reader.take(named.tensor) for named in state}
 

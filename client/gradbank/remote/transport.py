@@ -99,46 +99,20 @@ class GrpcTransport:
     def pull_state(
         self, request: session_pb2.PullStateRequest, timeout: float
     ) -> tuple[list[session_pb2.NamedTensor], bytes]:
-        def pull() -> tuple[list[session_pb2.NamedTensor], bytes]:
-            parts = self._sessions.PullState(request, timeout=timeout)
-            first = next(parts)
-            state = list(first.state)
-            payload = Assembly(sum(nbytes(named.tensor) for named in state))
-            payload.add(first.payload)
-            for part in parts:
-                payload.add(part.payload)
-            return state, payload.bytes()
-
-        return self._answer(pull)
+        parts = self._arriving(lambda: self._sessions.PullState(request), timeout)
+        first = next(parts)
+        state = list(first.state)
+        payload = Assembly(sum(nbytes(named.tensor) for named in state))
+        payload.add(first.payload)
+        for part in parts:
+            payload.add(part.payload)
+        return state, payload.bytes()
 
     def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
-        call = self._stats.WatchStats(request)
-        arrived: queue.SimpleQueue[stats_pb2.WatchStatsResponse | Exception | None] = queue.SimpleQueue()
-
-        def read() -> None:
-            try:
-                for response in call:
-                    arrived.put(response)
-                arrived.put(None)
-            except grpc.RpcError as error:
-                arrived.put(error_of(error))
-
-        threading.Thread(target=read, name="gradbank-watch", daemon=True).start()
-        try:
-            while True:
-                response = arrived.get(timeout=request.interval_s + timeout)
-                if isinstance(response, Exception):
-                    raise response
-                if response is None:
-                    return
-                yield response
-        except queue.Empty:
-            raise DeadlineExceeded(f"nothing was heard of session {request.session!r} for {timeout:.3g} s") from None
-        finally:
-            call.cancel()
+        return self._arriving(lambda: self._stats.WatchStats(request), request.interval_s + timeout)
 
     def steps(self) -> "GrpcSteps":
-        return GrpcSteps(self._steps)
+        return self._answer(lambda: GrpcSteps(self._steps))
 
     def close(self) -> None:
         self._channel.close()
@@ -149,7 +123,31 @@ class GrpcTransport:
         except grpc.RpcError as error:
             raise error_of(error) from None
         except ValueError as error:  # grpc's own, on a channel that was closed
-            raise ServerUnavailable(f"the connection to {self.address} was closed: {error}") from None
+            raise ServerUnavailable(f"the connection to {self.address} was closed ({error})") from None
+
+    def _arriving(self, begin: Callable[[], Any], timeout: float) -> Iterator[Any]:
+        """The messages of a server's stream, none of which may be more than `timeout` seconds after the one before."""
+        call = self._answer(begin)
+        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                for message in call:
+                    arrived.put(message)
+                arrived.put(None)
+            except grpc.RpcError as error:
+                arrived.put(error_of(error))
+
+        threading.Thread(target=read, name="gradbank-stream", daemon=True).start()
+        try:
+            while (message := arrived.get(timeout=timeout)) is not None:
+                if isinstance(message, Exception):
+                    raise message
+                yield message
+        except queue.Empty:
+            raise DeadlineExceeded(f"nothing was heard of {self.address} for {timeout:.3g} s") from None
+        finally:
+            call.cancel()
 
 
 class GrpcSteps:

@@ -47,6 +47,8 @@ def _argument(value: Any, where: str) -> v1.Argument:
     if isinstance(value, bool):  # before int, which it is too
         return v1.Argument(flag=value)
     if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise InvalidComponent(f"{where} is {value}, which does not fit 64 bits")
         return v1.Argument(integer=value)
     if isinstance(value, float):
         return v1.Argument(number=value)

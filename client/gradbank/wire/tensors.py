@@ -32,6 +32,8 @@ def describe(tensor: Tensor) -> tuple[v1.Tensor, memoryview]:
     Raises:
         InvalidRequest: a dtype that does not cross the wire.
     """
+    if not isinstance(tensor, Tensor):
+        raise InvalidRequest(f"what is sent must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _PROTO:
         raise InvalidRequest(
             f"a tensor of dtype {tensor.dtype} cannot be sent; convert it to one of "
@@ -102,6 +104,8 @@ def _read(message: v1.Tensor, data: memoryview) -> Tensor:
     if nbytes(message) != len(data):
         raise InvalidRequest(f"a tensor of shape {list(message.shape)} takes {nbytes(message)} bytes, got {len(data)}")
     tensor = torch.empty(tuple(message.shape), dtype=torch_dtype(message.dtype))
+    if tensor.dtype == torch.bool and np.frombuffer(data, dtype=np.uint8).max(initial=0) > 1:
+        raise InvalidRequest("the entries of a bool tensor are bytes of 0 or 1")
     if len(data):
         tensor.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
     return tensor

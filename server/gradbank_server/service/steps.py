@@ -46,7 +46,7 @@ def batch_of(step: step_pb2.StepInput, payload: bytes) -> Batch:
 def answer_message(answer: Answer) -> tuple[step_pb2.StepOutput, list[memoryview]]:
     """An answer, and the bytes of its tensors."""
     loss, _ = describe(answer.loss)
-    output = step_pb2.StepOutput(loss=answer.loss.item(), loss_dtype=loss.dtype, bank_rows=answer.bank_rows)
+    output = step_pb2.StepOutput(loss=answer.value, loss_dtype=loss.dtype, bank_rows=answer.bank_rows)
     payload = []
     for field in ("embeddings_gradient", "ref_emb_gradient"):
         gradient = getattr(answer, field)

@@ -62,19 +62,20 @@ class Answer(NamedTuple):
     """What came of a step.
 
     Attributes:
-        loss: a scalar of float32 or float64.
+        loss: a scalar of float32 or float64, and value: the same as a number.
         embeddings_gradient: `(B, D)`, and ref_emb_gradient: `(M, D)`, where they were asked for.
         bank_rows: rows in the bank after the step.
     """
 
     loss: Tensor
+    value: float
     embeddings_gradient: Tensor | None
     ref_emb_gradient: Tensor | None
     bank_rows: int
 
     @staticmethod
     def nothing(bank_rows: int) -> "Answer":
-        return Answer(torch.zeros(()), None, None, bank_rows)
+        return Answer(torch.zeros(()), 0.0, None, None, bank_rows)
 
 
 class Outcome(NamedTuple):

@@ -63,6 +63,8 @@ class Update:
             copy.grad = gradient * scale
         try:
             beside.step()
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidUpdate(f"{type(beside).__name__} cannot step with {dict(options)}: {error}") from None
         if not all(bool(copy.isfinite().all()) for copy in copies):

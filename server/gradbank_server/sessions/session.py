@@ -1,5 +1,6 @@
 """A loss and all that it remembers: its steps run one at a time, each as a whole or not at all."""
 
+import math
 import secrets
 import threading
 from collections.abc import Callable
@@ -107,7 +108,7 @@ class Session:
                 self.tally.rejected += 1
                 raise refusal from None
             self.tally.optimizer_steps += update.optimizer_steps
-            self.tally.stepped(None if batch.embeddings is None else answer.loss.item(), self._clock())
+            self.tally.stepped(None if batch.embeddings is None else answer.value, self._clock())
             return Outcome(answer, False, waited)
 
     def configure(self, spec: OptimizerSpec) -> OptimizerSpec:
@@ -196,6 +197,7 @@ class Session:
         gradients = iter(made[: len(wanted)])
         answer = Answer(
             staged.loss.detach().cpu(),
+            staged.loss.item(),
             next(gradients).cpu() if batch.embeddings_need_gradient else None,
             next(gradients).cpu() if batch.ref_emb is not None and batch.ref_emb_needs_gradient else None,
             0,
@@ -230,8 +232,8 @@ def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
 
 def _check_result(answer: Answer, weight_gradients: list[Tensor]) -> None:
     hint = "nothing was changed. The embeddings are finite: look at the loss's temperature, scale or margin"
-    if not bool(answer.loss.isfinite()):
-        raise NonFiniteError(f"the loss is {answer.loss.item()}; {hint}")
+    if not math.isfinite(answer.value):
+        raise NonFiniteError(f"the loss is {answer.value}; {hint}")
     for name, gradient in (("embeddings", answer.embeddings_gradient), ("ref_emb", answer.ref_emb_gradient)):
         if gradient is not None:
             check_finite(gradient, f"the gradient of {name}")

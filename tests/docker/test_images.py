@@ -171,7 +171,9 @@ def test_every_build_path_and_mounted_path_exists() -> None:
 def test_grafana_finds_the_dashboards_where_compose_mounts_them() -> None:
     grafana = yaml.safe_load(COMPOSE_FILES[0].read_text())["services"]["grafana"]
     mounts = {target: ROOT / source for source, target, _ in (volume.split(":") for volume in grafana["volumes"])}
-    (provider,) = yaml.safe_load((mounts["/etc/grafana/provisioning/dashboards"] / "gradbank.yml").read_text())["providers"]
+    (provider,) = yaml.safe_load((mounts["/etc/grafana/provisioning/dashboards"] / "gradbank.yml").read_text())[
+        "providers"
+    ]
     shown = mounts[provider["options"]["path"]]
     home = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert sorted(shown.glob("*.json")) == DASHBOARDS != []
@@ -181,7 +183,9 @@ def test_grafana_finds_the_dashboards_where_compose_mounts_them() -> None:
 
 def test_every_service_address_in_the_provisioning_names_a_service() -> None:
     compose = yaml.safe_load(COMPOSE_FILES[0].read_text())["services"]
-    (source,) = yaml.safe_load((ROOT / "docker/grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    (source,) = yaml.safe_load((ROOT / "docker/grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
     (job,) = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())["scrape_configs"]
     assert source["url"].removeprefix("http://").split(":")[0] in compose
     for target in job["static_configs"][0]["targets"]:
@@ -214,7 +218,9 @@ def test_every_healthcheck_is_in_exec_form() -> None:
     checks = {name: service["healthcheck"] for name, service in services() if "healthcheck" in service}
     assert "docker-compose.yml: server" in checks
     for name, check in checks.items():
-        assert check.get("test", ["CMD"])[0] == "CMD", f"{name}: CMD-SHELL would need a shell, and hides the exit status"
+        assert check.get("test", ["CMD"])[0] == "CMD", (
+            f"{name}: CMD-SHELL would need a shell, and hides the exit status"
+        )
 
 
 def test_every_published_port_is_bound_to_loopback() -> None:

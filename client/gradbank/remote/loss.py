@@ -13,7 +13,7 @@ from gradbank.memory import enqueue_mask_of
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import Producer
 from gradbank.remote.stats import seconds_of
-from gradbank.v1 import step_pb2
+from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import TensorReader, describe, torch_dtype
 
 
@@ -111,24 +111,17 @@ class RemoteLoss(nn.Module):
         ref_labels = None if bound.get("ref_labels") is labels else bound.get("ref_labels")
         # of labels only equality counts, so what the wire has no dtype for goes as a wider one
         labels, ref_labels = _widened(labels), _widened(ref_labels)
-        step, payload = step_pb2.StepInput(), []
+        payload: list[memoryview] = []
+        step = step_pb2.StepInput()
         named = {"embeddings": embeddings, "labels": labels, "ref_emb": ref_emb, "ref_labels": ref_labels}
         for name, tensor in named.items():
             if tensor is not None:
-                if not isinstance(tensor, Tensor):
-                    raise InvalidRequest(f"{name} must be a tensor, got {type(tensor).__name__}")
-                message, data = describe(tensor)
-                getattr(step, name).CopyFrom(message)
-                payload.append(data)
-        for index in bound.get("indices_tuple") or ():
-            message, data = describe(index)
-            step.indices.append(message)
-            payload.append(data)
+                getattr(step, name).CopyFrom(_described(name, tensor, payload))
+        for i, index in enumerate(bound.get("indices_tuple") or ()):
+            step.indices.append(_described(f"indices_tuple[{i}]", index, payload))
         mask = _mask(bound)
         if mask is not None:
-            message, data = describe(mask)
-            step.enqueue_mask.CopyFrom(message)
-            payload.append(data)
+            step.enqueue_mask.CopyFrom(_described("enqueue_mask", mask, payload))
         if torch.is_grad_enabled():
             step.embeddings_need_gradient = embeddings.requires_grad
             step.ref_emb_needs_gradient = ref_emb is not None and ref_emb.requires_grad
@@ -175,6 +168,15 @@ class _Answered(torch.autograd.Function):
             optimizer.saw(seq, float(grad_output))
             of_token = grad_output.to(optimizer.token)
         return None, None, None, of_embeddings, of_ref, of_token
+
+
+def _described(name: str, tensor: object, payload: list[memoryview]) -> tensor_pb2.Tensor:
+    """The message of an argument, whose bytes are added to the payload."""
+    if not isinstance(tensor, Tensor):
+        raise InvalidRequest(f"{name} must be a tensor, got {type(tensor).__name__}")
+    message, data = describe(tensor)
+    payload.append(data)
+    return message
 
 
 def _widened(labels: Any) -> Any:

@@ -56,6 +56,8 @@ class Update:
         for name in options:
             if name not in held or name == "params":
                 raise InvalidUpdate(f"{type(self.optimizer).__name__} has no option {name!r}")
+            if isinstance(held[name], float | int) and not isinstance(options[name], float | int):
+                raise InvalidUpdate(f"{name} must be a number, got {options[name]!r}")
         group.update({name: value for name, value in held.items() if name != "params"}, **options)
         for weight, copy, gradient in zip(held["params"], copies, self.gradient):
             state = self.optimizer.state.get(weight, {})
@@ -128,7 +130,7 @@ class Learner:
             raise InvalidRequest(f"no optimizer is called {spec.name!r}; known are {', '.join(sorted(_OPTIMIZERS))}")
         try:
             return _OPTIMIZERS[spec.name](self.weights, **spec.options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidRequest(f"{spec.name} cannot be made: {error}") from None
 
     def configure(self, spec: OptimizerSpec) -> None:

@@ -177,7 +177,7 @@ class Session:
             arguments["ref_labels"] = self._here(batch.ref_labels)
         wanted: list[Tensor] = [embeddings] if batch.embeddings_need_gradient else []
         if batch.indices:
-            arguments["indices_tuple"] = tuple(index.to(self._device, torch.int64) for index in batch.indices)  # type: ignore[assignment]
+            arguments["indices_tuple"] = tuple(index.to(self._device) for index in batch.indices)  # type: ignore[assignment]
         if batch.enqueue_mask is not None:
             if bank is None:
                 raise InvalidRequest(f"enqueue_mask needs a CrossBatchMemory, and this is {self.spec.name}")

@@ -1,0 +1,110 @@
+"""Losses keep their digits, whatever the code around them does."""
+
+import pytest
+import torch
+
+import gradbank
+from gradbank import engine, losses, miners
+from gradbank.distances import CosineSimilarity
+from gradbank.engine import Anchors, Reduced
+from gradbank.losses import PairLoss
+from gradbank.reducers import MeanReducer, Ratio
+
+LOSSES = [
+    losses.NTXentLoss(),
+    losses.ContrastiveLoss(),
+    losses.TripletMarginLoss(distance=CosineSimilarity()),
+    losses.CrossBatchMemory(losses.SupConLoss(), 16, 64, miners.MultiSimilarityMiner()),
+]
+
+
+def batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(24, 16, generator=generator).to(dtype).requires_grad_(), torch.arange(24) // 3
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES, ids=lambda loss_fn: type(loss_fn).__name__)
+@pytest.mark.parametrize("forced", ["dense", "tiled"])
+def test_autocast_is_kept_out(loss_fn: losses.Loss, forced: str) -> None:
+    results = []
+    for enabled in (False, True):
+        fresh, (embeddings, labels) = loss_fn.rebuilt(), batch()
+        with engine.using(forced), torch.autocast("cpu", enabled=enabled):
+            loss = fresh(embeddings, labels)
+        loss.backward()
+        results.append((loss.detach(), embeddings.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_keep_an_amp_scale(client: gradbank.Client, name: str, dtype: torch.dtype) -> None:
+    loss_fn = losses.NTXentLoss(temperature=1.0)
+    grads = []
+    for each in (client.open(name, loss_fn), loss_fn):
+        embeddings, labels = batch(dtype=dtype)
+        loss = each(embeddings, labels)
+        assert loss.dtype == torch.float32
+        (loss * 65536.0).backward()
+        grads.append(embeddings.grad)
+    assert torch.equal(*grads)
+    assert bool(grads[0].isfinite().all())
+
+
+def test_a_memory_used_in_inference_mode_can_be_trained_through() -> None:
+    bank = losses.CrossBatchMemory(losses.NTXentLoss(), 16, 64)
+    with torch.inference_mode():
+        for seed in range(2):
+            bank(*batch(seed))
+    embeddings, labels = batch(2)
+    bank(embeddings, labels).backward()
+    assert embeddings.grad is not None
+    assert len(bank) == 64
+
+
+class TwoSums(PairLoss):
+    """Two statistics of the same tile."""
+
+    def negatives(self):  # type: ignore[no-untyped-def]
+        mean = MeanReducer()
+        return {"plain": Reduced(lambda s: s, mean), "square": Reduced(lambda s: s * s, mean)}
+
+    def terms(self, anchors: Anchors) -> dict[str, Ratio]:
+        return {name: gathered.ratio() for name, gathered in anchors.found.items()}
+
+
+def test_a_statistic_leaves_the_tile_to_the_next() -> None:
+    embeddings, labels = batch()
+    indices = miners.MultiSimilarityMiner()(embeddings, labels)
+    values = []
+    for forced in ("dense", "tiled"):
+        with engine.using(forced):
+            values.append(TwoSums()(embeddings, labels, indices))
+    torch.testing.assert_close(*values)
+
+
+class WithTemperature(losses.NTXentLoss):
+    """A loss with a parameter that no engine would differentiate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_temperature = torch.nn.Parameter(torch.zeros(()))
+
+
+def test_a_parameter_that_would_get_no_gradient_is_refused() -> None:
+    with pytest.raises(ValueError, match="WithTemperature has parameters, which would get no gradient"):
+        WithTemperature()(*batch())
+
+
+def test_ref_labels_without_ref_emb_are_refused_here_and_there(client: gradbank.Client, name: str) -> None:
+    embeddings, labels = batch()
+    loss_fn = losses.ContrastiveLoss()
+    for each in (loss_fn, client.open(name, loss_fn)):
+        with pytest.raises(ValueError, match="pass both, or neither"):
+            each(embeddings, labels, ref_labels=labels.flip(0))
+
+
+def test_gradients_of_gradients_are_refused_rather_than_dropped() -> None:
+    embeddings, labels = batch()
+    with pytest.raises(RuntimeError, match="no gradients of gradients"):
+        torch.autograd.grad(losses.NTXentLoss()(embeddings, labels), embeddings, create_graph=True)

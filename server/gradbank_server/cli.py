@@ -22,7 +22,8 @@ app = App(
     help="Metric-learning losses and memory banks, served over gRPC: a batch goes up, loss and gradients come back.",
     version=lambda: version("gradbank"),
 )
-console = Console()
+# off a terminal, a table is as wide as it needs to be: somebody's grep is reading
+console = Console() if sys.stdout.isatty() else Console(width=200)
 
 Address = Annotated[str, Parameter(help="host:port of the server.")]
 Timeout = Annotated[float, Parameter(help="Seconds to wait for an answer.")]

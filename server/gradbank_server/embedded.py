@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 from google.protobuf.message import Message
+from pydantic import ValidationError
 
-from gradbank.errors import GradbankError, InternalError, ServerUnavailable
+from gradbank.errors import GradbankError, InternalError, InvalidRequest, ServerUnavailable
 from gradbank.v1 import session_pb2, stats_pb2, step_pb2
 from gradbank_server.service.server import device_named
 from gradbank_server.service.service import Service
@@ -35,7 +36,10 @@ class EmbeddedTransport:
     """
 
     def __init__(self, device: str = "") -> None:
-        settings = ServerSettings()
+        try:
+            settings = ServerSettings()
+        except ValidationError as error:
+            raise InvalidRequest(f"the environment has settings that do not fit: {error}") from None
         self._service = Service(settings, device_named(device or settings.device))
         self._closed = False
 

@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from gradbank.component import components
 from gradbank_server.cli import app
 from gradbank_server.service import Server
 
@@ -30,7 +32,9 @@ def a_users_trainer() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("page", pages_with(SNIPPET), ids=lambda page: page.name)
-def test_every_snippet_runs(page: Path, server: Server) -> None:
+def test_every_snippet_runs(page: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a snippet registers ends with it; gradbank.component is the decorator, and hides its module of that name
+    monkeypatch.setattr(sys.modules["gradbank.component"], "_REGISTRY", components())
     names: dict[str, object] = {"__name__": f"snippets_of_{page.stem}", **a_users_trainer()}
     for snippet in SNIPPET.findall(page.read_text()):
         exec(compile(snippet.replace("gpu-box:50051", server.address), str(page), "exec"), names)

@@ -80,7 +80,7 @@ def test_equal_labels_in_another_tensor_make_an_anchor_its_own_positive() -> Non
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     miner = miners.MultiSimilarityMiner()
-    with pytest.raises(ValueError, match="one per embedding"):
+    with pytest.raises(ValueError, match="one per row of embeddings"):
         miner(torch.randn(4, 4), torch.zeros(3))
     with pytest.raises(ValueError, match="the same dimension, got 4 and 5"):
         miner(torch.randn(4, 4), torch.zeros(4), torch.randn(2, 5), torch.zeros(2))

@@ -5,7 +5,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import TensorReader, error_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+
+
+T = TypeVar("T")
 
 
 class News(Protocol):
@@ -105,9 +108,13 @@ class Producer:
                     f"the step's tensors take {step.payload_bytes:,} bytes, and the server takes "
                     f"{self.max_step_bytes:,} a step; send smaller batches, or start it with a larger --max-step-bytes"
                 )
-            sent = self._again(step, parts) or self._numbered(step, news)
+            deadline = time.monotonic() + self.timeout
+            sent = self._again(step, parts)
+            if sent is None:
+                self._retried(lambda: self._settle_doubt(news), deadline)
+                sent = self._numbered(step, news)
             try:
-                output, data = self._sent(transport, sent.step, parts)
+                output, data = self._retried(lambda: self._exchanged(transport, sent.step, parts, deadline), deadline)
             except BaseException as error:
                 if not isinstance(error, GradbankError) or isinstance(error, ServerUnavailable | DeadlineExceeded):
                     self._doubt = sent._replace(asked=_fingerprint(step, parts))
@@ -124,7 +131,6 @@ class Producer:
 
     def _numbered(self, step: step_pb2.StepInput, news: News) -> "_Sent":
         """The step as it will be sent."""
-        self._settle_doubt(news)
         numbered = step_pb2.StepInput()
         numbered.CopyFrom(step)
         numbered.session, numbered.rank, numbered.epoch = self.session, self.rank, self.epoch
@@ -161,25 +167,31 @@ class Producer:
         reader = TensorReader(payload)
         return {named.name: reader.take(named.tensor) for named in state}
 
-    def _sent(
-        self, transport: Transport, step: step_pb2.StepInput, parts: list[memoryview]
+    def _exchanged(
+        self, transport: Transport, step: step_pb2.StepInput, parts: list[memoryview], deadline: float
     ) -> tuple[step_pb2.StepOutput, bytes]:
-        deadline, pause = time.monotonic() + self.timeout, _FIRST_PAUSE_S
+        """Sends a step over the stream there is, or a new one, and waits for its answer."""
+        try:
+            if self._steps is None:
+                self._steps = transport.steps()
+            return self._steps.exchange(step, parts, max(deadline - time.monotonic(), 0.0))
+        except BaseException:  # Ctrl-C too: what is left on the stream is not the next step's answer
+            self._drop()
+            raise
+
+    def _retried(self, call: Callable[[], T], deadline: float) -> T:
+        """What `call` gives, once the server can be reached."""
+        pause = _FIRST_PAUSE_S
         while True:
             try:
-                if self._steps is None:
-                    self._steps = transport.steps()
-                return self._steps.exchange(step, parts, deadline - time.monotonic())
-            except BaseException as error:  # Ctrl-C too: what is left on the stream is not the next step's answer
-                self._drop()
+                return call()
+            except ServerUnavailable as error:
                 left = deadline - time.monotonic()
-                if not isinstance(error, ServerUnavailable) or left <= 0:
-                    raise
-                time.sleep(min(pause, left))
-                if deadline - time.monotonic() <= 0:
+                time.sleep(max(min(pause, left), 0.0))
+                if left <= pause:
                     raise ServerUnavailable(
-                        f"step {step.seq} could not be sent for {self.timeout:.3g} s: {error}. If it was carried out, "
-                        "the server still has the answer: calling again with the same batch is safe"
+                        f"session {self.session!r} could not be reached for {self.timeout:.3g} s: {error}. If the step "
+                        "was carried out, the server still has the answer: calling again with the same batch is safe"
                     ) from None
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 

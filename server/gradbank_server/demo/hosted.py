@@ -1,10 +1,13 @@
 """A server of one's own, in a process of its own, for as long as a block of code runs."""
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from gradbank.errors import ServerUnavailable
 
@@ -20,7 +23,9 @@ def hosted(*flags: str) -> Iterator[str]:
     """
     command = [sys.executable, "-m", "gradbank_server", "serve", "--port", "0", "--metrics-port", "-1"]
     command += ["--log-level", "warning", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # as many threads as here: sums are then added in the same order, and results are equal to the last bit
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             yield _address(process)
         finally:

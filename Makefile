@@ -16,10 +16,10 @@ check: $(INSTALLED) .venv-protos/.installed
 	$(BIN)/ruff format --check client server tests benchmarks examples
 	$(BIN)/ruff check client server tests benchmarks examples
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
-	rm -rf .venv-protos/made && protos/generate.sh .venv-protos/made 2>/dev/null
+	rm -rf .venv-protos/made && protos/generate.sh .venv-protos/made
 	diff -r -x __pycache__ .venv-protos/made/gradbank/v1 client/gradbank/v1 && echo "stubs are up to date"
 
 protos: .venv-protos/.installed

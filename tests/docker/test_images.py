@@ -1,7 +1,8 @@
 """The container files say what the code says.
 
-The machines that test gradbank have no Docker engine, so nothing is built here. These tests parse the files instead, and hold
-every path, port, flag and metric that they name against the repository, the command line, the settings and the registry.
+The machines that test gradbank have no Docker engine, so nothing is built here. These tests parse the files instead,
+and hold every path, port, flag and metric that they name against the repository, the command line, the settings and the
+registry.
 """
 
 import json
@@ -83,7 +84,7 @@ def queries(dashboard: Path) -> list[str]:
 
 
 def gradbank_commands() -> Iterator[tuple[str, list[str]]]:
-    """Every command line of `gradbank` in the container files and on the deployment page, without the program's name."""
+    """Every command line of `gradbank` in the container files and on the deployment page, without its name."""
     for dockerfile in DOCKERFILES:
         yield f"{dockerfile.name}: CMD", json.loads(argument(dockerfile, "CMD"))
         yield f"{dockerfile.name}: HEALTHCHECK", healthcheck(dockerfile)[1:]

@@ -30,7 +30,7 @@ def test_more_bytes_than_announced_are_refused() -> None:
 # float32 rows of 256 are 1 KiB: gradients of just below, exactly and just above whole chunks
 @pytest.mark.parametrize("rows", [1023, 1024, 1025, 2048])
 def test_steps_around_whole_chunks_are_answered_in_order(client: gradbank.Client, name: str, rows: int) -> None:
-    assert 1024 * 256 * 4 == CHUNK_BYTES
+    assert CHUNK_BYTES == 1024 * 256 * 4
     there, here = client.open(name, losses.ContrastiveLoss()), losses.ContrastiveLoss()
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)

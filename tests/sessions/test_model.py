@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
         assert counts == (model.steps, model.replayed, model.rejected)
         bank = session.bank
         assert bank is not None
-        assert (len(bank), bank.queue_idx, bank.has_been_filled) == (len(model), model.cursor, model.filled)
+        assert (len(bank), bank.cursor, bank.is_full) == (len(model), model.cursor, model.filled)
         if model.steps % 3 == 0:  # reading settles the rows that wait: not after every step
             state, held = session.state(), len(model)
             expected = batch_of(model.rows)

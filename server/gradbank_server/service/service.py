@@ -198,7 +198,7 @@ class Service:
             last_loss=tally.last_loss,
             mean_loss=tally.mean_loss,
             bank_rows=0 if bank is None else len(bank),
-            bank_capacity=0 if bank is None else bank.memory_size,
+            bank_capacity=0 if bank is None else bank.capacity,
             bank_bytes=0 if bank is None else bank.nbytes,
             weight_bytes=session.weight_bytes,
             received_bytes=tally.received_bytes,

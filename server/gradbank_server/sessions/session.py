@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gradbank.bank import Bank
 from gradbank.checks import check_batch, check_finite
 from gradbank.component import Spec
 from gradbank.engine import widened
@@ -156,8 +157,8 @@ class Session:
         return self._learner.spec
 
     @property
-    def bank(self) -> CrossBatchMemory | None:
-        return self.loss if isinstance(self.loss, CrossBatchMemory) else None
+    def bank(self) -> Bank | None:
+        return self.loss.bank if isinstance(self.loss, CrossBatchMemory) else None
 
     @property
     def weight_bytes(self) -> int:

@@ -1,0 +1,168 @@
+"""A bank: the last rows that entered it, with their labels, by slot."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradbank.engine import References
+
+
+class Entering(NamedTuple):
+    """Rows that enter the queue at slot `start`, wrapping around its end."""
+
+    rows: Tensor  # (N, D)
+    labels: Tensor  # (N,)
+    start: int
+
+
+STATE = ("embedding_memory", "label_memory", "queue_idx", "has_been_filled")  # the names of a bank's state
+
+
+class Bank(nn.Module):
+    """A ring of `capacity` rows of `dimension` numbers.
+
+    A batch enters in two parts. `entering` prepares it, and `references` shows the bank as it will be, without writing
+    it; `enter` then puts one reference and two integers in place, which cannot fail half-way. The rows wait beside the
+    bank until the next batch, when `settle` writes them over the rows they replace: they count already, so that can be
+    done twice without harm.
+
+    Attributes:
+        cursor: the slot that the next row enters.
+        is_full: whether every slot holds a row.
+    """
+
+    def __init__(self, capacity: int, dimension: int) -> None:
+        super().__init__()
+        self.capacity, self.dimension = capacity, dimension
+        self.slots: Tensor
+        self.slot_labels: Tensor
+        self.reset()
+
+    def reset(self) -> None:
+        """Empties the bank, which is allocated anew by the first row that settles: one that a server will hold takes
+        no memory here."""
+        self.register_buffer("slots", torch.zeros(0, self.dimension), persistent=False)
+        self.register_buffer("slot_labels", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.waiting: Entering | None = None
+        self.cursor = 0
+        self.is_full = False
+
+    def __len__(self) -> int:
+        """How many rows the bank holds."""
+        return self.capacity if self.is_full else self.cursor
+
+    @property
+    def nbytes(self) -> int:
+        waiting = self.waiting  # once: another thread may ask while a step is under way
+        beside = 0 if waiting is None else waiting.rows.nbytes + waiting.labels.nbytes
+        return self.slots.nbytes + self.slot_labels.nbytes + beside
+
+    def rows(self) -> Tensor:
+        """`(capacity, D)` by slot, zeros where there is no row yet."""
+        self.settle()
+        # what is not allocated yet has no dtype yet, and looking at it does not give it one
+        return self.slots if len(self.slots) else self.slots.new_zeros(self.capacity, self.dimension)
+
+    def labels(self) -> Tensor:
+        """`(capacity,)` by slot."""
+        self.settle()
+        return self.slot_labels if len(self.slots) else self.slot_labels.new_zeros(self.capacity)
+
+    def entering(self, rows: Tensor, labels: Tensor) -> Entering:
+        """`(N, D)` rows at the slots that they will enter, in the bank's dtype: that of the first batch, float32 at
+        least. They are copies, since the caller may go on to write to his own.
+
+        Raises:
+            ValueError: more rows than slots.
+        """
+        if len(rows) > self.capacity:
+            raise ValueError(
+                f"{len(rows)} rows do not fit a memory of {self.capacity}: raise memory_size, or enqueue fewer"
+            )
+        dtype = self.slots.dtype if len(self.slots) else torch.promote_types(rows.dtype, torch.float32)
+        with torch.inference_mode(False):  # the bank outlives the mode that its rows came in
+            kept = labels.detach().to(rows.device, torch.int64, copy=True)
+            return Entering(rows.detach().to(dtype, copy=True), kept, self.cursor)
+
+    def slots_of(self, entering: Entering) -> Tensor:
+        """`(N,)`: the slot of each entering row."""
+        step = torch.arange(len(entering.rows), device=entering.rows.device)
+        return (entering.start + step) % self.capacity
+
+    def references(self, entering: Entering) -> References:
+        """The bank as it will be once `entering` is in it, by slot, without writing it. Settle it first."""
+        new, first = entering.rows, entering.start
+        last, filled = first + len(new), len(self)
+        kept = self.slots.to(new.device)
+        around = max(last - self.capacity, 0)  # rows that wrap to the front
+        head = kept[around:first] if len(kept) else kept
+        pieces = (new[len(new) - around :], head, new[: len(new) - around], kept[last:filled])
+        labels = torch.cat(
+            [
+                entering.labels[len(new) - around :],
+                self.slot_labels[around:first].to(new.device),
+                entering.labels[: len(new) - around],
+                self.slot_labels[last:filled].to(new.device),
+            ]
+        )
+        return References(tuple(piece for piece in pieces if len(piece)) or (new,), labels)
+
+    def enter(self, entering: Entering) -> None:
+        """Makes `entering` part of the bank: references and integers only, so it cannot fail half-way."""
+        last = entering.start + len(entering.rows)
+        self.waiting = entering if len(entering.rows) else None
+        self.cursor = last % self.capacity
+        self.is_full = self.is_full or last >= self.capacity
+
+    def settle(self) -> None:
+        """Writes the rows that wait into their slots."""
+        waiting = self.waiting
+        if waiting is None:
+            return
+        with torch.inference_mode(False):
+            if not len(self.slots):
+                self._allocate(waiting.rows)
+            if self.slots.device != waiting.rows.device:  # after a load from a checkpoint, for one
+                self.slots = self.slots.to(waiting.rows.device)
+            self.slot_labels = self.slot_labels.to(self.slots.device)
+            slots = self.slots_of(waiting)
+            self.slots[slots] = waiting.rows.to(self.slots)
+            self.slot_labels[slots] = waiting.labels
+        self.waiting = None
+
+    def _allocate(self, like: Tensor) -> None:
+        """An empty bank where `like` is, and of its dtype, which is then fixed."""
+        slots = torch.zeros(self.capacity, self.dimension, dtype=like.dtype, device=like.device)
+        self.slot_labels = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
+        self.slots = slots
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it takes to go on from here, under PML's names and two more: the cursor and whether it is full."""
+        return {
+            "embedding_memory": self.rows().detach(),
+            "label_memory": self.labels(),
+            "queue_idx": torch.tensor(self.cursor),
+            "has_been_filled": torch.tensor(self.is_full),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`.
+
+        Raises:
+            ValueError: a part is missing or does not fit; the bank is as it was.
+        """
+        absent = [name for name in STATE if name not in state]
+        if absent:
+            raise ValueError(f"a queue cannot be restored without {', '.join(absent)}")
+        rows, labels, cursor = state["embedding_memory"], state["label_memory"], int(state["queue_idx"])
+        if rows.shape != (self.capacity, self.dimension):
+            wanted = (self.capacity, self.dimension)
+            raise ValueError(f"size mismatch for embedding_memory: expected {wanted}, got {tuple(rows.shape)}")
+        if not rows.is_floating_point() or labels.is_floating_point():
+            raise ValueError("embedding_memory must hold floats and label_memory integers")
+        if not 0 <= cursor < self.capacity or labels.shape != rows.shape[:1]:
+            raise ValueError(f"queue_idx and label_memory do not fit {self.capacity} slots")
+        self.waiting = None
+        self.slots, self.slot_labels = rows.detach().clone(), labels.detach().clone()
+        self.cursor, self.is_full = cursor, bool(state["has_been_filled"])

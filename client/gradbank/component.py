@@ -16,6 +16,11 @@ class Spec(NamedTuple):
     name: str
     arguments: dict[str, Any]
 
+    def title(self) -> str:
+        """The name, with that of the loss inside, as in `CrossBatchMemory(NTXentLoss)`."""
+        inner = self.arguments.get("loss")
+        return f"{self.name}({inner.title()})" if isinstance(inner, Spec) else self.name
+
 
 _REGISTRY: dict[str, type["Component"]] = {}
 

@@ -110,11 +110,9 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
         with gradbank.connect(address, timeout) as client:
             for session in client.sessions():
                 stats = client.stats(session.name)
-                inner = session.loss.arguments.get("loss")
-                held = session.loss.name + (f"({inner.name})" if inner is not None else "")
                 table.add_row(
                     session.name,
-                    held,
+                    session.loss.title(),
                     ",".join(map(str, session.ranks)),
                     f"{stats.steps:,}",
                     f"{stats.mean_loss:.4f}",

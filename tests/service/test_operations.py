@@ -88,8 +88,8 @@ def test_metrics_count_what_happens(own: Server) -> None:
             there(batch()[0] * float("nan"), batch()[1])
         found = metrics(own)
         rows, weights = client.stats("run"), client.stats("arc")
-    assert found['gradbank_steps_total{loss="CrossBatchMemory",outcome="ok"}'] == 3
-    assert found['gradbank_steps_total{loss="CrossBatchMemory",outcome="rejected"}'] == 1
+    assert found['gradbank_steps_total{loss="CrossBatchMemory(NTXentLoss)",outcome="ok"}'] == 3
+    assert found['gradbank_steps_total{loss="CrossBatchMemory(NTXentLoss)",outcome="rejected"}'] == 1
     assert found['gradbank_steps_total{loss="ArcFaceLoss",outcome="ok"}'] == 1
     assert found['gradbank_step_seconds_count{phase="compute"}'] == 4
     assert found["gradbank_received_bytes_total"] == rows.received_bytes + weights.received_bytes == 4 * 8 * (64 + 8)

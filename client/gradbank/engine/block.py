@@ -76,13 +76,14 @@ class Block:
                 s = self.loss.distance.matrix(queries, self.loss.distance.prepare(rows))
                 negatives = self.pairs.tile(self.rows, columns).negatives
                 outputs = [self.running[n].spread(s, negatives, g) for n, g in spread.items()]
-                if of_positives is not None and stop > start:
-                    outputs.append((s.reshape(-1)[flat], of_positives[start:stop]))
+            own = None if of_positives is None else of_positives[start:stop]
             start = stop
-            if not outputs:
+            if not outputs and own is None:
                 continue
-            inputs = [queries] if target is None else [queries, rows]
-            made = torch.autograd.grad([o for o, _ in outputs], inputs, [w for _, w in outputs])
+            of_s = _of_tile(s, outputs)
+            if own is not None:
+                of_s.view(-1).index_add_(0, flat, own)
+            made = torch.autograd.grad(s, [queries] if target is None else [queries, rows], of_s)
             done += made[0]
             if target is not None:
                 target[part] += made[1]
@@ -105,6 +106,14 @@ class Block:
             empty = self.queries.new_zeros(0).detach()
             return Positives(empty, empty.long(), empty)
         return Positives(torch.cat(s), torch.cat(anchor), torch.cat(count))
+
+
+def _of_tile(s: Tensor, outputs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What `(output, weight)` pairs bring down to the tile, to be added to in place."""
+    if not outputs:
+        return torch.zeros_like(s)
+    (made,) = torch.autograd.grad([output for output, _ in outputs], [s], [weight for _, weight in outputs])
+    return made.contiguous()
 
 
 def sweep(

@@ -123,7 +123,7 @@ class Service:
         name = "unknown"
         try:
             session = self.sessions[step.session]
-            name = session.spec.name
+            name = session.spec.title()
             return self._stepped(session, step, payload, arrived)
         except GradbankError as error:
             self.metrics.stepped(name, "rejected")
@@ -151,7 +151,7 @@ class Service:
         }
         output.timings.CopyFrom(step_pb2.Timings(**{f"{phase}_s": spent for phase, spent in seconds.items()}))
         session.tally.timed(seconds, step.payload_bytes, output.payload_bytes)
-        self.metrics.stepped(session.spec.name, "replayed" if replayed else "ok")
+        self.metrics.stepped(session.spec.title(), "replayed" if replayed else "ok")
         self.metrics.timed(seconds, step.payload_bytes, output.payload_bytes)
         return output, data
 

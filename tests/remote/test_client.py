@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ def seconds(call: Callable[[], object], *errors: type[BaseException]) -> float:
 # -- deadlines --------------------------------------------------------------------------------------------------------
 
 
+def stop(pid: int) -> None:
+    """Stops a process, and waits until the last of its threads has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
+        time.sleep(0.01)
+
+
 def test_no_call_to_a_server_that_hangs_outlives_its_deadline(process: tuple[subprocess.Popen, str]) -> None:
     running, address = process
     with gradbank.connect(address, timeout=20) as client:
@@ -71,7 +80,7 @@ def test_no_call_to_a_server_that_hangs_outlives_its_deadline(process: tuple[sub
             "pull": there.local,
             "watch": lambda: next(client.watch("run", 0.05)),
         }
-        os.kill(running.pid, signal.SIGSTOP)
+        stop(running.pid)
         try:
             took = {name: seconds(_in_time(call), DeadlineExceeded, ServerUnavailable) for name, call in calls.items()}
         finally:

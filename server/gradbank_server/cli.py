@@ -147,11 +147,6 @@ def catalog(name: Annotated[str | None, Parameter(help="A component; all of them
     return 0
 
 
-def main() -> None:
-    """The console script."""
-    sys.exit(app())
-
-
 def _argument(each: object) -> str:
     name, default = each.name, each.default if each.HasField("default") else None  # type: ignore[attr-defined]
     return name if default is None else f"{name}={default}"

@@ -9,6 +9,11 @@ import torch
 import gradbank
 from gradbank import losses
 from gradbank.errors import InvalidRequest, InvalidUpdate
+from gradbank.remote.loss import _NoNews
+from gradbank.remote.optimizer import GRADIENTS_KEPT
+from gradbank.v1 import step_pb2
+from gradbank.wire import describe
+from gradbank_server.sessions import learner
 
 
 def batch(seed: int, rows: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,3 +103,21 @@ def test_closing_a_client_closes_every_loss_and_then_tells_what_failed(server: o
     with gradbank.connect(server.address) as again:  # type: ignore[attr-defined]
         assert again.stats(f"{name}-good").optimizer_steps == 1
         assert again.stats(f"{name}-bad").optimizer_steps == 0
+
+
+def test_client_and_server_agree_on_how_late_a_backward_may_be() -> None:
+    assert learner.GRADIENTS_KEPT == GRADIENTS_KEPT
+
+
+def test_a_queue_takes_no_references_from_any_client(embedded: gradbank.Client, name: str) -> None:
+    """The Python client has no such argument; a message from elsewhere may have it."""
+    there = embedded.open(name, losses.CrossBatchMemory(losses.NTXentLoss(), 16, 64))
+    embeddings, labels = batch(0)
+    step, payload = step_pb2.StepInput(), []
+    for field, tensor in (("embeddings", embeddings), ("labels", labels), ("ref_labels", labels)):
+        message, data = describe(tensor)
+        getattr(step, field).CopyFrom(message)
+        payload.append(data)
+    with pytest.raises(InvalidRequest, match="takes no ref_emb or ref_labels"):
+        there.producer.step(step, payload, _NoNews())
+    assert there(embeddings, labels).isfinite()

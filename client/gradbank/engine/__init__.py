@@ -1,7 +1,7 @@
 """How a declared loss is evaluated: the same declaration, by whichever engine fits.
 
-`dense` holds the whole matrix; `tiled` computes value and gradient together in bounded memory. The first takes
-half the time where the matrix fits a tile anyway, and is chosen there; `using` forces a choice for a block of code.
+`dense` holds the whole matrix; `tiled` computes value and gradient together in bounded memory. The first is
+quicker where the matrix fits a tile anyway, and is chosen there; `using` forces a choice for a block of code.
 """
 
 from collections.abc import Iterator

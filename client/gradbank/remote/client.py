@@ -53,7 +53,13 @@ def _transport(address: str) -> Transport:
                 f"{address!r} needs a transport that is not installed"
                 + ("; install it with: pip install 'gradbank[server]'" if scheme == "local" else "; use host:port")
             )
-        made: Transport = next(iter(found)).load()(rest)
+        try:
+            transport = next(iter(found)).load()
+        except ModuleNotFoundError as error:  # the server's packages are an extra
+            raise InvalidRequest(
+                f"{address!r} needs {error.name}, which is not installed: pip install 'gradbank[server]'"
+            ) from None
+        made: Transport = transport(rest)
         return made
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdigit()):

@@ -174,6 +174,8 @@ class Session:
         check_finite(batch.embeddings)
         embeddings = self._leaf(batch.embeddings, batch.embeddings_need_gradient)
         arguments = {"labels": self._here(batch.labels)}
+        if bank is not None and (batch.ref_emb is not None or batch.ref_labels is not None):
+            raise InvalidRequest("a CrossBatchMemory compares with its queue: it takes no ref_emb or ref_labels")
         if batch.ref_labels is not None:
             arguments["ref_labels"] = self._here(batch.ref_labels)
         wanted: list[Tensor] = [embeddings] if batch.embeddings_need_gradient else []
@@ -184,8 +186,6 @@ class Session:
                 raise InvalidRequest(f"enqueue_mask needs a CrossBatchMemory, and this is {self.spec.name}")
             arguments["enqueue_mask"] = self._here(batch.enqueue_mask)
         if batch.ref_emb is not None:
-            if bank is not None:
-                raise InvalidRequest("a CrossBatchMemory compares with its queue: it takes no ref_emb")
             check_batch(batch.ref_emb, batch.ref_labels, "ref_emb", "ref_labels")
             check_finite(batch.ref_emb, "ref_emb")
             ref_emb = self._leaf(batch.ref_emb, batch.ref_emb_needs_gradient)

@@ -12,9 +12,10 @@ with gradbank.connect("gpu-box:50051") as client:
     loss.backward()
 """
 
-from gradbank import distances, engine, errors, losses, miners, reducers, regularizers
+from gradbank import distances, engine, errors, evaluation, losses, miners, reducers, regularizers, samplers, wrappers
 from gradbank.component import Component, component
 from gradbank.errors import GradbankError
+from gradbank.pml import from_pml
 from gradbank.remote import Client, RemoteLoss, RemoteOptimizer, connect
 
 __version__ = "0.1.0"
@@ -30,8 +31,12 @@ __all__ = [
     "distances",
     "engine",
     "errors",
+    "evaluation",
+    "from_pml",
     "losses",
     "miners",
     "reducers",
     "regularizers",
+    "samplers",
+    "wrappers",
 ]

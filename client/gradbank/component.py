@@ -3,9 +3,12 @@
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 C = TypeVar("C", bound="Component")
 
@@ -15,6 +18,12 @@ class Spec(NamedTuple):
 
     name: str
     arguments: dict[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self.name == other.name and same(self.arguments, other.arguments)
+
+    def __ne__(self, other: object) -> bool:  # that of a tuple would compare tensors by `!=`
+        return not self == other
 
     def title(self) -> str:
         """The name, with that of the loss inside, as in `CrossBatchMemory(NTXentLoss)`."""
@@ -26,16 +35,36 @@ _REGISTRY: dict[str, type["Component"]] = {}
 
 
 class Component(nn.Module):
-    """An `nn.Module` declared as a dataclass: what it was built from can be read off its fields."""
+    """An `nn.Module` declared as a dataclass: what it was built from can be read off its fields.
+
+    An argument that is None takes its default: what the method `get_default_<argument>` of its class returns, or else
+    the field's `default_factory`. Lists and dictionaries of modules are submodules, and a tensor moves along with the
+    component's weights.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Component":
         self = super().__new__(cls)
         nn.Module.__init__(self)  # the dataclass's __init__ assigns fields that are modules
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        each = getattr(type(self), "__dataclass_fields__", {}).get(name)
+        if each is None or not each.init:
+            super().__setattr__(name, value)
+            return
+        if value is None:
+            factory = getattr(self, f"get_default_{name}", each.metadata.get("default_factory"))
+            value = None if factory is None else factory()
+        value = _held(value)
+        if type(value) is Tensor and name not in self._buffers and name not in self._parameters:
+            self.__dict__.pop(name, None)  # what was there before, and was no tensor
+            self.register_buffer(name, value, persistent=False)  # it is of the spec, and not of the state
+        else:
+            super().__setattr__(name, value)
+
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments that build an equal component."""
-        return {name: getattr(self, name) for name in argument_names(type(self))}
+        return {name: _given(getattr(self, name)) for name in argument_names(type(self))}
 
     def rebuilt(self: C) -> C:
         """A new component, and new ones within it, from the same arguments."""
@@ -49,11 +78,12 @@ class Component(nn.Module):
         """
         if _REGISTRY.get(type(self).__name__) is not type(self):
             raise TypeError(f"{type(self).__name__} is not a registered component: decorate it with @component")
-        sent = [each.name for each in argument_fields(type(self)) if is_sent(each)]
-        return Spec(type(self).__name__, {name: _sent(getattr(self, name)) for name in sent})
+        arguments, fields = self.arguments(), argument_fields(type(self))
+        return Spec(type(self).__name__, {each.name: _sent(arguments[each.name]) for each in fields if is_sent(each)})
 
     def extra_repr(self) -> str:
-        shown = {k: v for k, v in self.arguments().items() if not isinstance(v, nn.Module) and v is not None}
+        submodules = dict(self.named_children())
+        shown = {name: v for name, v in self.arguments().items() if name not in submodules and v is not None}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
@@ -78,6 +108,11 @@ def component(cls: type[C]) -> type[C]:
 @dataclass_transform(field_specifiers=(dataclasses.field,))
 def foundation(cls: type[C]) -> type[C]:
     """Makes `cls` a dataclass that components are written on; it has no name on the wire itself."""
+    for each in vars(cls).values():
+        if isinstance(each, dataclasses.Field) and each.init and each.default_factory is not dataclasses.MISSING:
+            # made when the argument is None, given or left out: see `Component.__setattr__`
+            each.metadata = MappingProxyType({**each.metadata, "default_factory": each.default_factory})
+            each.default, each.default_factory = None, dataclasses.MISSING
     made = dataclasses.dataclass(eq=False, repr=False)(cls)
     for each in dataclasses.fields(made):  # type: ignore[arg-type]
         if each.init and each.name in made.__dict__:
@@ -85,9 +120,29 @@ def foundation(cls: type[C]) -> type[C]:
     return made
 
 
+def _held(value: Any) -> Any:
+    """An argument as the component holds it: what contains modules is a module."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(item, nn.Module) for item in items):
+        return value
+    try:
+        return nn.ModuleDict(value) if isinstance(value, dict) else nn.ModuleList(value)
+    except (KeyError, TypeError) as error:  # a name that no attribute can have, or modules mixed with something else
+        raise ValueError(f"components are given in a list, or by names: {error.args[0]!s}") from None
+
+
+def _given(value: Any) -> Any:
+    """An argument as the constructor takes it: the reverse of `_held`."""
+    if isinstance(value, nn.ModuleDict):
+        return dict(value.items())
+    return list(value) if isinstance(value, nn.ModuleList) else value
+
+
 def _rebuilt(value: Any) -> Any:
     if isinstance(value, Component):
         return value.rebuilt()
+    if isinstance(value, Tensor):
+        return value.detach().clone()
     if isinstance(value, list | tuple):
         return type(value)(_rebuilt(item) for item in value)
     if isinstance(value, dict):
@@ -98,11 +153,31 @@ def _rebuilt(value: Any) -> Any:
 def _sent(value: Any) -> Any:
     if isinstance(value, Component):
         return value.spec()
+    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        return value.item()  # a number, whoever made it
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
     if isinstance(value, list | tuple):
         return [_sent(item) for item in value]
     if isinstance(value, dict):
         return {key: _sent(item) for key, item in value.items()}
     return value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments of specs are equal: tensors entry by entry, lists and tuples item by item."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        a, b = a.detach().cpu(), b.detach().cpu()
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Spec) or isinstance(b, Spec):
+        return bool(a == b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
 
 
 def argument_fields(cls: type[Component]) -> list["dataclasses.Field[Any]"]:
@@ -114,6 +189,12 @@ def argument_fields(cls: type[Component]) -> list["dataclasses.Field[Any]"]:
 def is_sent(each: "dataclasses.Field[Any]") -> bool:
     """Whether the argument crosses the wire: all but those declared with `metadata={"wire": False}`."""
     return bool(each.metadata.get("wire", True))
+
+
+def default_of(each: "dataclasses.Field[Any]") -> Any:
+    """What the argument is if it is left out; `dataclasses.MISSING` if it must be given."""
+    factory = each.metadata.get("default_factory")
+    return each.default if factory is None else factory()
 
 
 def argument_names(cls: type[Component]) -> list[str]:

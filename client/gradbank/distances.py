@@ -1,11 +1,10 @@
 """Distances and similarities between embeddings: `(B, D)` and `(M, D)` give `(B, M)`."""
 
 from dataclasses import field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gradbank.component import Component, component, foundation
 
@@ -43,12 +42,18 @@ class Distance(Component):
 
     def prepare(self, embeddings: Tensor) -> Tensor:
         """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to."""
-        return F.normalize(embeddings, p=self.p, dim=1) if self.normalize_embeddings else embeddings
+        if not self.normalize_embeddings:
+            return embeddings
+        norms = torch.linalg.vector_norm(embeddings, ord=self.p, dim=-1, keepdim=True)
+        return embeddings * norms.clamp(min=1e-12).reciprocal()  # a division for each row, not for each number
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
         """The `(B, M)` matrix between prepared embeddings."""
-        mat = self.compute_mat(queries, references)
-        return mat if self.power == 1 else mat**self.power
+        return self.raised(self.compute_mat(queries, references))
+
+    def raised(self, mat: Tensor) -> Tensor:
+        """`mat` to the power that the distance has."""
+        return mat if self.power == 1 else mat.square() if self.power == 2 else mat**self.power
 
     def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
         """Prepared `(P, D)` queries, each with the reference of its own row: `(P,)`."""
@@ -60,6 +65,11 @@ class Distance(Component):
         Both arguments may have equal leading dimensions, `(..., B, D)` and `(..., M, D)`: transpose with `.mT`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define compute_mat")
+
+    @property
+    def sign(self) -> int:
+        """1 where larger is closer, -1 where it is farther."""
+        return 1 if self.is_inverted else -1
 
     def margin(self, x: "Tensor | float", y: "Tensor | float") -> Tensor:
         """How much farther `x` is than `y`: positive when it is."""
@@ -85,7 +95,67 @@ class LpDistance(Distance):
     """The Lp distance: `d[a, b] = (sum_k |a_k - b_k|^p)^(power / p)`."""
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        if self.p == 2 and query_emb.ndim == 2 and max(len(query_emb), len(ref_emb)) > _DIRECT_AT_MOST:
+            made: Tensor = _Euclidean.apply(query_emb, ref_emb)  # type: ignore[no-untyped-call]
+            return made
         return torch.cdist(query_emb, ref_emb, p=self.p)
+
+    def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
+        if (self.p, self.power) == (2, 2) and max(len(queries), len(references)) > _DIRECT_AT_MOST:
+            made: Tensor = _SquaredEuclidean.apply(queries, references)  # type: ignore[no-untyped-call]
+            return made
+        return super().matrix(queries, references)
+
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.raised(torch.linalg.vector_norm(queries - references, ord=self.p, dim=1))
+
+
+_DIRECT_AT_MOST = 25  # rows whose distances are sums of squared differences, exact; as torch.cdist has it
+
+
+class _SquaredEuclidean(torch.autograd.Function):
+    """`|a - b|^2 = |a|^2 + |b|^2 - 2 a . b`, by one matrix product each way."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _squares(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        return _toward(a, b, gradient, 2, *ctx.needs_input_grad)
+
+
+class _Euclidean(torch.autograd.Function):
+    """Its square root: `torch.cdist`, which copies both its arguments for each matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        d = _squares(a, b).sqrt_()
+        ctx.save_for_backward(a, b, d)
+        return d
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b, d = ctx.saved_tensors
+        # at distance 0, where there is no direction, the gradient is 0
+        return _toward(a, b, (gradient / d).masked_fill_(d == 0, 0), 1, *ctx.needs_input_grad)
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    norms = a.square().sum(1, keepdim=True) + b.square().sum(1)
+    return norms.addmm_(a, b.T, alpha=-2).clamp_(min=0)
+
+
+def _toward(
+    a: Tensor, b: Tensor, weight: Tensor, times: float, of_a: bool, of_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weighted sums of the differences `a - b`, times `times`: over each a, and (the other way) over each b."""
+    return (
+        torch.addmm(a * weight.sum(1, keepdim=True), weight, b, alpha=-1).mul_(times) if of_a else None,
+        torch.addmm(b * weight.sum(0)[:, None], weight.T, a, alpha=-1).mul_(times) if of_b else None,
+    )
 
 
 @component
@@ -98,6 +168,9 @@ class CosineSimilarity(Distance):
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
 
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.raised((queries * references).sum(1))
+
 
 @component
 class DotProductSimilarity(Distance):
@@ -107,3 +180,65 @@ class DotProductSimilarity(Distance):
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
+
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.raised((queries * references).sum(1))
+
+
+@component
+class SNRDistance(Distance):
+    """The noise-to-signal ratio: `d[a, b] = Var(a - b) / Var(a)`, each over the D numbers of an embedding.
+
+    It is not symmetric: the anchor is the signal.
+
+    Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR 2019.
+    """
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        # the variance of a difference, from those of its parts: nothing of B * M * D is made
+        a, b = (x - x.mean(-1, keepdim=True) for x in (query_emb, ref_emb))
+        degrees = max(a.shape[-1] - 1, 1)
+        of_a, of_b = (x.square().sum(-1) / degrees for x in (a, b))
+        between = (a @ b.mT).mul(-2 / degrees) + of_a.unsqueeze(-1) + of_b.unsqueeze(-2)
+        return between.clamp(min=0) / of_a.unsqueeze(-1)
+
+
+@component
+class BatchedDistance(Distance):
+    """Hands `distance` the queries in batches, each of whose matrices goes to `iter_fn` and is then forgotten.
+
+    Args:
+        distance: what measures; its attributes are this one's too.
+        iter_fn: called with `(matrix, start, end)`, the `(end - start, M)` distances of those queries. A function
+            cannot be sent to a server.
+        batch_size: queries at a time.
+    """
+
+    distance: Distance
+    iter_fn: Any = field(default=None, metadata={"wire": False})
+    batch_size: int = 32
+    normalize_embeddings: bool = field(default=True, init=False)
+    p: float = field(default=2, init=False)
+    power: float = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("normalize_embeddings", "p", "power"):
+            setattr(self, name, getattr(self.distance, name))
+
+    def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> None:  # type: ignore[override]
+        """Calls `iter_fn` with the distances of each batch of `(B, D)` queries, and returns nothing."""
+        ref_emb = query_emb if ref_emb is None else ref_emb
+        for start in range(0, len(query_emb), self.batch_size):
+            end = min(start + self.batch_size, len(query_emb))
+            self.iter_fn(self.distance(query_emb[start:end], ref_emb), start, end)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "distance":
+                raise
+            return getattr(self.distance, name)
+
+
+BaseDistance = Distance

@@ -9,20 +9,23 @@ from gradbank.bank import STATE, Bank
 from gradbank.checks import check_batch, check_finite
 from gradbank.component import component
 from gradbank.engine import (
+    ChosenPairs,
     Indices,
     JoinedPairs,
     LabelledPairs,
     ListedPairs,
-    MinedPairs,
     Pairs,
     References,
     as_pairs,
     check_indices,
+    every_pair,
     full_precision,
+    named_weight,
     widened,
 )
-from gradbank.losses.base import Loss, PairLoss, Staged
+from gradbank.losses.base import BaseMetricLossFunction, Loss, Staged
 from gradbank.miners.base import Miner
+from gradbank.miners.triplets import TripletMarginMiner
 
 
 @component
@@ -49,13 +52,13 @@ class CrossBatchMemory(Loss):
     Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020.
     """
 
-    loss: PairLoss
+    loss: BaseMetricLossFunction
     embedding_size: int
     memory_size: int = 1024
     miner: Miner | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.loss, PairLoss) or self.loss.learns_references:
+        if not isinstance(self.loss, BaseMetricLossFunction) or not self.loss.takes_references:
             raise ValueError(
                 "CrossBatchMemory needs a loss that compares embeddings with references, got "
                 f"{type(self.loss).__name__}"
@@ -143,8 +146,7 @@ class CrossBatchMemory(Loss):
         if mask is not None:
             embeddings, labels = embeddings[~mask], labels[~mask]
         own = self.bank.slots_of(entering) if mask is None else None
-        pairs = self._pairs(embeddings, labels, references, own, indices_tuple)
-        loss = self.regularized(self.loss.compare(embeddings, references, pairs), embeddings)
+        loss = self.regularized(self._compared(embeddings, labels, references, own, indices_tuple), embeddings)
         return Staged(loss, lambda: self.bank.enter(entering))
 
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
@@ -166,25 +168,45 @@ class CrossBatchMemory(Loss):
         if labels.is_floating_point():
             raise ValueError(f"labels that enter a memory must be integers, got {labels.dtype}")
 
-    def _pairs(
+    def _compared(
         self, embeddings: Tensor, labels: Tensor, references: References, own: Tensor | None, indices: Indices | None
-    ) -> Pairs:
+    ) -> Tensor:
         assert references.labels is not None
+        loss, shape = self.loss, (len(embeddings), len(references))
+        once = not loss.counts_repeats
         pairs: Pairs = LabelledPairs(labels, references.labels, own)
-        if self.miner is not None:
+        mines_intervals = (
+            isinstance(self.miner, TripletMarginMiner)
+            and type(self.miner.distance) is type(loss.distance)
+            and self.miner.distance.arguments() == loss.distance.arguments()
+        )
+        if mines_intervals and loss.takes_interval and indices is None:
+            pairs.interval = self.miner.interval  # type: ignore[union-attr]
+        elif self.miner is not None:
             # the miner sees each anchor's own row as a positive, as in PML; the loss does not
             with full_precision(embeddings.device):
-                mined = self.miner.mine(embeddings, references, LabelledPairs(labels, references.labels))
-            pairs = MinedPairs(pairs, mined.keep)
+                chosen = self.miner.select(embeddings, references, LabelledPairs(labels, references.labels))
+            if not isinstance(chosen, Pairs):
+                a, p, n = chosen
+                if own is not None:
+                    a, p, n = (index[p != own[a]] for index in (a, p, n))
+                if indices is None and loss.use_of_indices == "pairs":
+                    return loss.compare_listed(embeddings, references, (a, p, n), labels)
+                chosen = ListedPairs((a, p, a, n), shape, once)
+            pairs = ChosenPairs(pairs, chosen)
         if indices is not None and own is not None:
             a1, p, a2, n = as_pairs(indices, embeddings.device)
             for kind, index in (("positive", p), ("negative", n)):
                 check_indices(kind, index, len(embeddings))
-            once = not self.loss.counts_repeats
-            shape = (len(embeddings), len(references))
             # the batch's rows are where they entered the queue
             pairs = JoinedPairs(pairs, ListedPairs((a1, own[p], a2, own[n]), shape, once), once)
-        return pairs
+        if loss.use_of_indices == "weights" and self.miner is None and indices is None:
+            pairs = LabelledPairs(labels, references.labels, None if loss.sees_own else own)
+        elif loss.use_of_indices == "weights":
+            listed = every_pair(pairs, len(embeddings), references)
+            weight = named_weight(tuple(listed), embeddings, anchors_only=True)
+            pairs = LabelledPairs(labels, references.labels, None if loss.sees_own else own, anchor_weight=weight)
+        return loss.compare(embeddings, references, pairs)
 
     def _mask(
         self, embeddings: Tensor, indices: Indices | None, mask: Tensor | None, positions: Tensor | None

@@ -3,12 +3,14 @@
 Commands import what they need when they run: `gradbank health`, which containers ask every few seconds, needs no torch.
 """
 
+import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 from pydantic import ValidationError
@@ -17,10 +19,14 @@ from rich.table import Table
 
 from gradbank_server.settings import ServerSettings
 
+if TYPE_CHECKING:
+    from gradbank.remote.stats import ComponentInfo
+
 app = App(
     name="gradbank",
     help="Metric-learning losses and memory banks, served over gRPC: a batch goes up, loss and gradients come back.",
     version=lambda: version("gradbank"),
+    default_parameter=Parameter(negative_iterable=()),
 )
 # off a terminal, a table is as wide as it needs to be: somebody's grep is reading
 console = Console() if sys.stdout.isatty() else Console(width=200)
@@ -42,9 +48,9 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
     try:
         settings = settings or ServerSettings()
     except ValidationError as error:
-        where = {each["loc"][0]: each["msg"] for each in error.errors()}
-        return _failed("; ".join(f"GRADBANK_{str(name).upper()}: {said}" for name, said in where.items()))
+        return _failed(_refused(error))
     configure(settings.log_format, settings.log_level)
+    _find_beside(settings)
     try:
         server = Server(settings)
         server.start()
@@ -126,30 +132,60 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
 
 
 @app.command
-def catalog(name: Annotated[str | None, Parameter(help="A component; all of them if left out.")] = None) -> int:
+def catalog(
+    name: Annotated[str | None, Parameter(help="A component; all of them if left out.")] = None,
+    *,
+    components: Annotated[str, Parameter(help="Packages of your own to list too; as for `gradbank serve`.")] = "",
+) -> int:
     """List what a server can build: losses, distances, miners, reducers, regularizers."""
+    from gradbank.component import did_you_mean
+    from gradbank.errors import GradbankError
+    from gradbank.remote.stats import ComponentInfo
+    from gradbank_server.build import import_components
     from gradbank_server.service.catalog import component_infos
 
-    infos = component_infos()
+    try:
+        settings = ServerSettings(components=components) if components else ServerSettings()  # type: ignore[arg-type]
+        _find_beside(settings)
+        import_components(settings.components)
+    except ValidationError as error:
+        return _failed(_refused(error))
+    except GradbankError as error:
+        return _failed(error)
+    infos = {info.name: ComponentInfo.of(info) for info in component_infos()}
     if name is None:
-        table = Table("kind", "name", "arguments", box=None)
-        for info in sorted(infos, key=lambda info: (info.kind, info.name)):
-            table.add_row(info.kind, info.name, ", ".join(_argument(each) for each in info.arguments))
-        console.print(table)
+        for kind in sorted({info.kind for info in infos.values()}):
+            _print_kind(kind, [info for info in infos.values() if info.kind == kind])
         return 0
-    found = [info for info in infos if info.name == name]
-    if not found:
-        from gradbank.component import did_you_mean
-
-        return _failed(f"no component is named {name!r}{did_you_mean(name, [info.name for info in infos])}")
-    arguments = ", ".join(_argument(each) for each in found[0].arguments)
-    console.print(f"{name}({arguments})\n\n{found[0].documentation}", markup=False, highlight=False, soft_wrap=True)
+    if name not in infos:
+        return _failed(f"no component is named {name!r}{did_you_mean(name, infos)}")
+    info = infos[name]
+    parts = [f"{info.kind} {name}({_arguments(info.arguments)})", info.documentation]
+    width = max((len(argument) for argument, _, _ in info.arguments), default=0)
+    types = [f"    {argument:{width}}  {type_}" for argument, type_, _ in info.arguments]
+    parts += ["\n".join(["Types:", *types])] * bool(types) + [f"Paper:\n    {line}" for line in info.paper.splitlines()]
+    console.print("\n\n".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def _argument(each: object) -> str:
-    name, default = each.name, each.default if each.HasField("default") else None  # type: ignore[attr-defined]
-    return name if default is None else f"{name}={default}"
+Arguments = Sequence[tuple[str, str, str | None]]  # name, type, and default, which is None if the argument is required
+
+
+def _print_kind(kind: str, infos: "list[ComponentInfo]") -> None:
+    """A table of the components of a kind; the arguments that all of them take are named once, below it."""
+    common = [each for each in infos[0].arguments if all(each in info.arguments for info in infos)]
+    table = Table("kind", "name", "arguments", box=None)
+    for info in infos:
+        own = [each for each in info.arguments if len(infos) == 1 or each not in common]
+        table.add_row(kind, info.name, _arguments(own))
+    console.print(table)
+    if common and len(infos) > 1:
+        console.print(f" every {kind} takes {_arguments(common)}", style="dim", highlight=False, markup=False)
+    console.print()
+
+
+def _arguments(arguments: Arguments) -> str:
+    return ", ".join(name if default is None else f"{name}={default}" for name, _, default in arguments)
 
 
 def _announce(server: object) -> None:
@@ -172,10 +208,21 @@ def _announce(server: object) -> None:
     sys.stdout.flush()
 
 
+def _find_beside(settings: ServerSettings) -> None:
+    """Lets the packages named lie in the folder where the command was given; what is installed comes first."""
+    if settings.components and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _refused(error: ValidationError) -> str:
+    where = {each["loc"][0]: each["msg"] for each in error.errors()}
+    return "; ".join(f"GRADBANK_{str(name).upper()}: {said}" for name, said in where.items())
+
+
 def _size(count: int) -> str:
     return f"{count / 2**30:g} GiB" if count >= 2**30 else f"{count / 2**20:g} MiB"
 
 
 def _failed(error: object) -> int:
-    Console(stderr=True).print(f"gradbank: {error}", style="red", highlight=False, markup=False)
+    Console(stderr=True).print(f"gradbank: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
     return 2

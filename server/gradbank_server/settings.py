@@ -1,9 +1,17 @@
 """What can be set when a server starts: flags, GRADBANK_* in the environment, or these defaults."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _separated(value: Any) -> Any:
+    """Names as the environment or a flag gives them: `a,b` is two."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+        return value
+    return tuple(name.strip() for each in given for name in each.split(",") if name.strip())
 
 
 class ServerSettings(BaseSettings):
@@ -22,6 +30,12 @@ class ServerSettings(BaseSettings):
     insecure: Annotated[
         bool, Field(description="Listen beyond loopback although there is neither TLS nor authentication yet.")
     ] = False
+    components: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        BeforeValidator(_separated),
+        Field(description="Packages of your own whose components are hosted: importable here, comma-separated."),
+    ] = ()
     max_sessions: Annotated[int, Field(ge=1, description="How many sessions there may be.")] = 64
     max_session_bytes: Annotated[
         int, Field(ge=1, description="How many bytes the bank and weights of a session may take.")

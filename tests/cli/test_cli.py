@@ -81,13 +81,22 @@ def test_the_catalog_lists_every_component_with_its_arguments(run) -> None:
         assert re.search(rf"\b{name}\b", out)
     (line,) = [line for line in out.splitlines() if re.match(r" ?loss +NTXentLoss ", line)]
     assert "temperature=0.07" in line
+    assert "embedding_reg_weight" not in line, "what every loss takes is said once"
+    assert out.count("embedding_reg_weight=1.0") == 1
+    kinds = [
+        line.split()[0] for line in out.splitlines() if re.match(r" ?(loss|distance|miner|reducer|regularizer) ", line)
+    ]
+    assert kinds == sorted(kinds), "a table for each kind"
 
 
 def test_the_catalog_documents_a_component(run) -> None:
     code, out, _ = run("catalog", "CrossBatchMemory")
     assert code == 0
     assert "memory_size=1024" in out
-    assert "Cross-Batch Memory for Embedding Learning" in out
+    assert out.startswith("loss CrossBatchMemory(loss, embedding_size, ")
+    assert re.search(r"^Paper:\n    Wang et al., .Cross-Batch Memory for Embedding Learning., CVPR 2020\.$", out, re.M)
+    assert out.count("Cross-Batch Memory for Embedding Learning") == 1
+    assert re.search(r"^    memory_size +int$", out, re.M)
     assert re.search(r"\bembedding_size\b(?!=)", out), "an argument that must be given has no default"
 
 

@@ -6,9 +6,9 @@ import torch
 import gradbank
 from gradbank import engine, losses, miners
 from gradbank.distances import CosineSimilarity
-from gradbank.engine import Anchors, Reduced
+from gradbank.engine import Anchors, Each, LogSumExp, Part, Statistic
 from gradbank.losses import PairLoss
-from gradbank.reducers import MeanReducer, Ratio
+from gradbank.losses.pair import softplus
 
 LOSSES = [
     losses.NTXentLoss(),
@@ -65,12 +65,11 @@ def test_a_memory_used_in_inference_mode_can_be_trained_through() -> None:
 class TwoSums(PairLoss):
     """Two statistics of the same tile."""
 
-    def negatives(self):  # type: ignore[no-untyped-def]
-        mean = MeanReducer()
-        return {"plain": Reduced(lambda s: s, mean), "square": Reduced(lambda s: s * s, mean)}
+    def negatives(self, anchors: Anchors) -> dict[str, Statistic]:
+        return {"plain": Each(lambda s: s), "square": Each(lambda s: s * s)}
 
-    def terms(self, anchors: Anchors) -> dict[str, Ratio]:
-        return {name: gathered.ratio() for name, gathered in anchors.found.items()}
+    def terms(self, anchors: Anchors) -> dict[str, Part]:
+        return {name: anchors.per_negative(name) for name in anchors.found}
 
 
 def test_a_statistic_leaves_the_tile_to_the_next() -> None:
@@ -83,17 +82,38 @@ def test_a_statistic_leaves_the_tile_to_the_next() -> None:
     torch.testing.assert_close(*values)
 
 
-class WithTemperature(losses.NTXentLoss):
-    """A loss with a parameter that no engine would differentiate."""
+class LearnedTemperature(PairLoss):
+    """NT-Xent with a temperature that is a parameter, in the statistic and in the term."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.log_temperature = torch.nn.Parameter(torch.zeros(()))
+        super().__init__(distance=CosineSimilarity())
+        self.log_temperature = torch.nn.Parameter(torch.tensor(-1.0))
+
+    def _logit(self, s: torch.Tensor) -> torch.Tensor:
+        return s / self.log_temperature.exp()
+
+    def negatives(self, anchors: Anchors) -> dict[str, Statistic]:
+        return {"near": LogSumExp(self._logit)}
+
+    def terms(self, anchors: Anchors) -> dict[str, Part]:
+        near = anchors.each(anchors.found["near"].value)
+        return {"loss": anchors.per_positive(softplus(near - self._logit(anchors.s)))}
 
 
-def test_a_parameter_that_would_get_no_gradient_is_refused() -> None:
-    with pytest.raises(ValueError, match="WithTemperature has parameters, which would get no gradient"):
-        WithTemperature()(*batch())
+@pytest.mark.parametrize("forced", ["dense", "tiled"])
+def test_a_parameter_of_ones_own_gets_its_gradient(forced: str) -> None:
+    embeddings, labels = batch()
+    loss_fn, slope = LearnedTemperature(), []
+    with engine.using(forced, engine.Bounds(tile=100, rows=7)):
+        value = loss_fn(embeddings, labels)
+        value.backward()
+        for step in (-1e-3, 2e-3):
+            loss_fn.log_temperature.data += step
+            slope.append(loss_fn(embeddings.double(), labels).item())
+    temperature = torch.tensor(-1.0).exp().item()
+    torch.testing.assert_close(value.detach(), losses.NTXentLoss(temperature)(embeddings, labels).detach())
+    assert loss_fn.log_temperature.grad is not None
+    assert loss_fn.log_temperature.grad.item() == pytest.approx((slope[1] - slope[0]) / 2e-3, rel=1e-3)
 
 
 def test_ref_labels_without_ref_emb_are_refused_here_and_there(client: gradbank.Client, name: str) -> None:

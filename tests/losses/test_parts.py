@@ -50,6 +50,10 @@ def test_distance_refuses_shapes_that_do_not_fit(shapes: Any, message: str) -> N
         distances.LpDistance()(*(torch.ones(shape) for shape in shapes))
 
 
+def listed(values: torch.Tensor) -> Any:
+    return {"loss": {"losses": values, "indices": torch.arange(len(values)), "reduction_type": "element"}}
+
+
 @pytest.mark.parametrize(
     ("reducer", "wanted"),
     [
@@ -64,7 +68,7 @@ def test_distance_refuses_shapes_that_do_not_fit(shapes: Any, message: str) -> N
 )
 def test_reducer_is_a_mean_of_what_lies_strictly_between(reducer: reducers.Reducer, wanted: float) -> None:
     values = torch.tensor([-1, 0, 0.5, 0.5, 2], dtype=torch.float64, requires_grad=True)
-    value = reducer(values).value()
+    value = reducer(listed(values), values, None)
     assert float(value.detach()) == pytest.approx(wanted, abs=1e-15)
     value.backward()
     assert values.grad is not None
@@ -75,7 +79,7 @@ def test_reducer_is_a_mean_of_what_lies_strictly_between(reducer: reducers.Reduc
 
 def test_infinite_loss_that_does_not_count_leaves_no_trace() -> None:
     values = torch.tensor([1.0, math.inf], requires_grad=True)
-    value = reducers.ThresholdReducer(high=2)(values).value()
+    value = reducers.ThresholdReducer(high=2)(listed(values), values, None)
     value.backward()
     assert value == 1
     assert values.grad is not None

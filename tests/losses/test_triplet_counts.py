@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from gradbank import distances, engine, losses, miners, reducers
-from gradbank.engine import Anchors, Bounds
-from gradbank.reducers import Ratio
+from gradbank.engine import Anchors, Bounds, Part
 
 MARGIN = 0.25
 THRESHOLDS: dict[str, dict[str, float]] = {
@@ -28,19 +27,19 @@ THRESHOLDS: dict[str, dict[str, float]] = {
 
 
 class CountedTriplets(losses.TripletMarginLoss):
-    """A triplet loss that remembers its denominators: how many triplets it reduced."""
+    """A triplet loss that remembers what it reduced: the sum of the triplets that counted, and how many did."""
 
     def terms(self, anchors: Anchors) -> Any:
         made = super().terms(anchors)
-        self.__dict__.setdefault("ratios", []).append(made["loss"])
+        self.__dict__.setdefault("parts", []).append(made["loss"])
         return made
 
     def total(self, *call: Any) -> tuple[float, float]:
-        """The numerator and the denominator of a call."""
-        self.__dict__["ratios"] = []
+        """The sum and the number of a call."""
+        self.__dict__["parts"] = []
         self(*call)
-        ratios: list[Ratio] = self.__dict__["ratios"]
-        return sum(float(r.numerator.detach()) for r in ratios), sum(float(r.denominator) for r in ratios)
+        parts: list[Part] = self.__dict__["parts"]
+        return sum(float(p.losses.detach().sum()) for p in parts), sum(float(p.counts.sum()) for p in parts)
 
 
 def enumerated(loss: CountedTriplets, mat: Tensor, labels: Tensor, ref_labels: Tensor | None) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""Miners: which pairs they keep."""
+"""The multi-similarity miner, and what is asked of any miner's input."""
 
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +58,21 @@ def test_pairs_come_in_order() -> None:
         listed = list(zip(anchors.tolist(), others.tolist(), strict=True))
         assert len(listed) > 12
         assert listed == sorted(set(listed))
+
+
+def test_anchor_of_a_second_view_is_no_pair_of_its_own() -> None:
+    """With ref_emb and one set of labels, reference i is anchor i; PML makes it a positive and a negative of itself."""
+    torch.manual_seed(0)
+    embeddings, views, labels = torch.randn(8, 4), torch.randn(8, 4), torch.randint(3, (8,))
+    s = distances.CosineSimilarity()(embeddings, views).tolist()
+    kept: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
+    for a in range(8):
+        positives = [b for b in range(8) if labels[b] == labels[a] and b != a]
+        negatives = [b for b in range(8) if labels[b] != labels[a]]
+        kept[0].extend((a, p) for p in positives if any(s[a][p] - 0.1 < s[a][n] for n in negatives))
+        kept[1].extend((a, n) for n in negatives if any(s[a][n] + 0.1 > s[a][p] for p in positives))
+    assert kept[0]
+    assert pairs(miners.MultiSimilarityMiner()(embeddings, labels, views)) == kept
 
 
 def test_mining_takes_no_gradient_and_no_half_precision() -> None:

@@ -4,51 +4,73 @@
 quicker where the matrix fits a tile anyway, and is chosen there; `using` forces a choice for a block of code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from gradbank.engine.anchors import Anchors, Gathered, Positives
-from gradbank.engine.below import Below, first_not_above
+from gradbank.engine.anchors import Anchors, Gathered, Part, Positives
 from gradbank.engine.block import sweep
 from gradbank.engine.declaration import Declaration
-from gradbank.engine.dense import dense
-from gradbank.engine.eager import by_autograd, eager
-from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices
-from gradbank.engine.listed import listed_distances
-from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, MinedPairs, Pairs
+from gradbank.engine.dense import dense, listed
+from gradbank.engine.each import every_pair, every_positive, triplets_of
+from gradbank.engine.eager import at_once, by_autograd, eager
+from gradbank.engine.hinge import Hinge
+from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices, named_weight
+from gradbank.engine.named import listed_distances, of_triplets
+from gradbank.engine.pairs import ChosenPairs, JoinedPairs, LabelledPairs, ListedPairs, MinedPairs, Pairs
 from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
-from gradbank.engine.statistics import LogSumExp, Reduced, Statistic
+from gradbank.engine.separable import Separable
+from gradbank.engine.statistics import Each, Linear, LogSumExp, Number, Running, Statistic, Sum
+from gradbank.engine.thresholds import Buckets, first_not_above
 from gradbank.engine.tiled import Bounds, tiled
+from gradbank.engine.triplets import Triplets
 
 __all__ = [
     "Anchors",
-    "Below",
     "Bounds",
+    "Buckets",
+    "ChosenPairs",
     "Declaration",
+    "Each",
     "Gathered",
+    "Hinge",
     "Indices",
     "JoinedPairs",
     "LabelledPairs",
+    "Linear",
     "ListedPairs",
     "LogSumExp",
     "MinedPairs",
+    "Number",
     "Pairs",
+    "Part",
     "Positives",
-    "Reduced",
     "References",
+    "Running",
+    "Separable",
     "Statistic",
+    "Sum",
+    "Triplets",
     "as_pairs",
     "as_triplets",
+    "at_once",
     "check_indices",
     "evaluate",
     "first_not_above",
     "full_precision",
+    "evaluate_triplets",
+    "every_pair",
+    "every_positive",
     "listed_distances",
+    "named_weight",
     "sweep",
+    "triplets_of",
     "using",
     "widened",
 ]
@@ -72,23 +94,58 @@ def using(engine: str, bounds: Bounds | None = None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def evaluate(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-    """The loss of `(B, D)` embeddings, `widened`, against references, as a scalar that backpropagates to both."""
+def evaluate(
+    loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs, learned: Sequence[Tensor] = ()
+) -> Any:
+    """The loss of `(B, D)` embeddings, `widened`, against references: a scalar that backpropagates to both.
+
+    Args:
+        learned: parameters of the loss, to which it backpropagates too.
+    """
+    if loss.reducer.needs_list:
+        return listed(loss, embeddings, references, pairs)
     engine, bounds = _forced.get()
     if engine == "auto":
-        engine = "dense" if _fits_a_tile(loss, len(embeddings), len(references)) else "tiled"
+        engine = "dense" if len(embeddings) * len(references) <= _small(loss, embeddings, pairs) else "tiled"
 
     def with_inputs(inputs: tuple[Tensor, ...]) -> tuple[Tensor, References]:
-        return inputs[0], References(inputs[1:], references.labels)
+        return inputs[0], replace(references, pieces=inputs[1 : 1 + len(references.pieces)])
 
-    def in_tiles(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor]]:
-        return tiled(loss, *with_inputs(inputs), pairs, needed, bounds)
+    def in_tiles(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+        return tiled(loss, *with_inputs(inputs), pairs, list(learned), needed, bounds)
 
-    whole = by_autograd(lambda inputs: dense(loss, *with_inputs(inputs), pairs))
-    return eager(whole if engine == "dense" else in_tiles, (embeddings, *references.pieces))
+    def whole(inputs: tuple[Tensor, ...]) -> Tensor:
+        return dense(loss, *with_inputs(inputs), pairs)
+
+    evaluation = by_autograd(whole, 1 + len(references.pieces)) if engine == "dense" else in_tiles
+    return eager(evaluation, (embeddings, *references.pieces, *learned), owned=engine == "tiled")
 
 
-def _fits_a_tile(loss: Declaration, anchors: int, references: int) -> bool:
-    """Whether the whole matrix is no larger than a tile, and no statistic needs more than the matrix."""
-    small = anchors * references <= Bounds().tile
-    return small and not any(statistic.needs_positives for statistic in loss.negatives().values())
+def evaluate_triplets(
+    loss: Declaration,
+    embeddings: Tensor,
+    references: References,
+    triplets: tuple[Tensor, Tensor, Tensor],
+    labels: Tensor | None = None,
+    learned: Sequence[Tensor] = (),
+) -> Any:
+    """The loss of triplets `(a, p, n)` that were named one by one, as `evaluate`."""
+    if loss.reducer.needs_list:
+        return of_triplets(loss, embeddings, references, triplets, labels)
+
+    def whole(inputs: tuple[Tensor, ...]) -> Tensor:
+        made: Tensor = of_triplets(loss, inputs[0], replace(references, pieces=inputs[1:]), triplets, labels)
+        return made
+
+    copied = 1 + len(references.pieces)
+    return eager(by_autograd(whole, copied), (embeddings, *references.pieces, *learned))
+
+
+def _small(loss: Declaration, embeddings: Tensor, pairs: Pairs) -> int:
+    """How large a matrix may be to be worth holding whole: not at all where a statistic would hold more than that."""
+    none = embeddings.new_zeros(0)
+    nothing, place = Positives(none, none.long(), none, none.long()), slice(0, len(embeddings))
+    anchors = Anchors(len(embeddings), pairs.anchor_labels, embeddings.detach(), nothing, place=place)
+    with torch.no_grad():
+        wanted = loss.negatives(anchors).values()
+    return 2**12 if any(statistic.needs_positives for statistic in wanted) else 2**18

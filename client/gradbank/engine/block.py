@@ -1,21 +1,29 @@
-"""A block of anchors: its two sweeps over the references, and the loss written between them."""
+"""A block of anchors and its sweeps over the references."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from gradbank.distances import Distance
-from gradbank.engine.anchors import Anchors, Positives
+from gradbank.engine.anchors import Anchors, Gathered, Positives
 from gradbank.engine.declaration import Declaration
+from gradbank.engine.gradients import Gradients
+from gradbank.engine.negatives import Holes, Masked, Negatives
 from gradbank.engine.pairs import Pairs, TilePairs
 from gradbank.engine.references import References
 from gradbank.engine.statistics import Running
-from gradbank.reducers import Ratio
+from gradbank.engine.tile import Tile
+
+_GATHERED_AT_ONCE = 2**21  # numbers of the positives' vectors held at a time
 
 
 class Block:
-    """A block of anchors: its first sweep, the loss written on what that found, and its second sweep."""
+    """A block of `b` anchors: its first sweep finds positives and statistics, its second spreads gradients.
+
+    Where only the anchors want a gradient and their positives are few, the first sweep gathers it too, and there is
+    no second one.
+    """
 
     def __init__(
         self,
@@ -25,95 +33,186 @@ class Block:
         pairs: Pairs,
         rows: slice,
         width: int,
+        gathers: bool,
+        keeps: bool,
     ) -> None:
-        self.loss, self.references, self.pairs, self.rows = loss, references, pairs, rows
-        self.width = width
+        self.loss, self.references, self.pairs, self.rows, self.width = loss, references, pairs, rows, width
+        self.keeps = keeps
         with torch.enable_grad():
-            self.embeddings = embeddings.clone().requires_grad_()
+            self.embeddings = embeddings.detach().requires_grad_()
             self.queries = loss.distance.prepare(self.embeddings)
-        self.wanted = loss.negatives()
-        self.running: dict[str, Running] = {}
-        self.listed: list[Tensor] = []  # the positions of each tile's positives, kept for the second sweep
-
-    def terms(self) -> Mapping[str, Ratio]:
-        """The loss's terms, differentiable in the positives' distances and the statistics' values."""
-        like, size = self.queries.detach(), len(self.embeddings)
-        early = None
-        if any(statistic.needs_positives for statistic in self.wanted.values()):
-            early = self._positives((s, tile) for _, s, tile in self._sweep())
-            self.listed.clear()
-        self.running = {name: wanted.begin(size, like, early) for name, wanted in self.wanted.items()}
-
-        def first_sweep() -> Iterator[tuple[Tensor, TilePairs]]:
-            for _, s, tile in self._sweep():
-                for running in self.running.values():
-                    running.add(s, tile.negatives)
-                yield s, tile
-
-        positives = self._positives(first_sweep())
-        found = {name: running.finish() for name, running in self.running.items()}
-        weight = self.pairs.anchor_weight
+        self.size = len(embeddings)
+        self.listing = None
+        few = int(pairs.most_positives()[rows].sum()) * 16 <= self.size * len(references) if len(references) else True
+        if few and keeps:
+            edges = [columns.start for columns, _, _ in references.tiles(width)] + [len(references)]
+            self.listing = pairs.listing(rows, torch.tensor(edges, device=embeddings.device))
         with torch.enable_grad():
-            self.leaves = [positives.s.requires_grad_(), *(f.value.requires_grad_() for f in found.values())]
-            anchors = Anchors(size, positives, found, None if weight is None else weight[self.rows])
-            return self.loss.terms(anchors)
+            none = embeddings.new_zeros(0)
+            nothing = Positives(none, none.long(), none, none.long())
+            wanted = loss.negatives(self._anchors(nothing, {}))
+        for name, each in wanted.items():
+            each.reduced_by(loss.reducer.of(name))
+        early = self._positives() if any(each.needs_positives for each in wanted.values()) else None
+        like = self.queries.detach()
+        self.running: dict[str, Running] = {name: each.begin(self.size, like, early) for name, each in wanted.items()}
+        gathers = gathers and self.listing is not None
+        self.gathers = gathers and all(r.by_anchor and not r.learns(like) for r in self.running.values())
+        self.positives = self._sweep()
+        self.leaves = {name: running.leaf() for name, running in self.running.items()}
+        if not keeps:
+            self.positives = None
 
-    def backpropagate(self, goal: Tensor, into: list[Tensor | None]) -> None:
-        """Adds the gradient of `goal` to `into`: of the embeddings, then of each piece of references, where wanted."""
-        if not goal.requires_grad:
-            return
-        gradients = torch.autograd.grad(goal, self.leaves, allow_unused=True, retain_graph=True)
-        of_positives, *of_statistics = gradients
-        spread = {n: g for n, g in zip(self.running, of_statistics) if g is not None}
+    def anchors(self, leaves: Mapping[str, Tensor], positives: Positives) -> Anchors:
+        """The block's anchors with their statistics, as functions of their leaves and of the positives."""
+        found = {name: running.gathered(leaves[name], positives) for name, running in self.running.items()}
+        return self._anchors(positives, found)
+
+    def positives_again(self) -> Positives:
+        """The positives that the first sweep found."""
+        return self._positives() if self.positives is None else self.positives
+
+    def backpropagate(self, of_positives: Tensor | None, of_leaves: Mapping[str, Tensor], into: Gradients) -> None:
+        """Adds to `into` what the gradient of the positives and of the leaves comes to."""
+        way = self._from_gathered if self.gathers else self._from_sweep
+        of_queries = way(of_positives, of_leaves, into)
+        if into.embeddings is not None:
+            (chained,) = torch.autograd.grad(self.queries, self.embeddings, of_queries, retain_graph=True)
+            into.embeddings[self.rows] += chained
+
+    def _anchors(self, positives: Positives, found: Mapping[str, Gathered]) -> Anchors:
+        labels, weight = self.pairs.anchor_labels, self.pairs.anchor_weight
+        return Anchors(
+            self.size,
+            None if labels is None else labels[self.rows],
+            self.embeddings,
+            positives,
+            self.references.are_anchors,
+            None if weight is None else weight[self.rows],
+            self.rows,
+            self.pairs.interval,
+            found,
+        )
+
+    def _sweep(self) -> Positives:
+        """Adds every tile to the running statistics, and collects the positives."""
+        queries = self.queries.detach().requires_grad_(self.gathers)
+        found: list[Tensor] = []
+        masked: list[tuple[TilePairs, slice]] = []
+        for index, columns, rows in self._rows():
+            tile = Tile(self.loss.distance, queries, rows)
+            flat, negatives, pairs = self._pairs(index, columns)
+            with torch.set_grad_enabled(self.gathers):
+                for running in self.running.values():
+                    running.add(tile, negatives)
+            if self.keeps:
+                found.append(tile.s.detach().reshape(-1)[flat])
+                if pairs is not None:
+                    masked.append((pairs, columns))
+        return self._collected(found, masked) if self.keeps else self._collected([], [])
+
+    def _positives(self) -> Positives:
+        """The positives alone."""
+        queries = self.queries.detach()
+        found: list[Tensor] = []
+        masked: list[tuple[TilePairs, slice]] = []
+        for index, columns, rows in self._rows():
+            flat, _, pairs = self._pairs(index, columns)
+            with torch.no_grad():
+                found.append(self.loss.distance.matrix(queries, rows).reshape(-1)[flat])
+            if pairs is not None:
+                masked.append((pairs, columns))
+        return self._collected(found, masked)
+
+    def _rows(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """The tiles: their number, their columns, and their references, prepared."""
+        for index, (columns, piece, part) in enumerate(self.references.tiles(self.width)):
+            with torch.no_grad():
+                rows = self.references.pieces[piece][part].to(self.queries.dtype)
+                yield index, columns, self.loss.distance.prepare(rows)
+
+    def _pairs(self, index: int, columns: slice) -> tuple[Tensor, Negatives, TilePairs | None]:
+        if self.listing is not None:
+            flat, holes = self.listing.tile(index)
+            return flat, Holes(holes), None
+        pairs = self.pairs.tile(self.rows, columns)
+        return pairs.positives, Masked(pairs.negatives), pairs
+
+    def _collected(self, found: list[Tensor], masked: list[tuple[TilePairs, slice]]) -> Positives:
+        none = self.queries.new_zeros(0).detach()
+        s = torch.cat(found) if found else none
+        if self.listing is not None:
+            row, column = self.listing.positives()
+            return Positives(s, row, torch.ones_like(s), column)
+        if not masked:
+            return Positives(none, none.long(), none, none.long())
+        row, column, times = [], [], []
+        for pairs, columns in masked:
+            width = columns.stop - columns.start
+            row.append(torch.div(pairs.positives, width, rounding_mode="floor"))
+            column.append(pairs.positives % width + columns.start)
+            once = pairs.counts is None
+            times.append(s.new_ones(len(pairs.positives)) if once else pairs.counts.to(s.dtype))  # type: ignore[union-attr]
+        return Positives(s, torch.cat(row), torch.cat(times), torch.cat(column))
+
+    def _from_gathered(self, of_positives: Tensor | None, of_leaves: Mapping[str, Tensor], into: Gradients) -> Tensor:
         done = torch.zeros_like(self.queries)
+        for name, gradient in of_leaves.items():
+            running = self.running[name]
+            if running.kept is None:
+                continue
+            of_query, *of_row = (kept * gradient.to(kept.dtype)[:, None] for kept in running.kept)
+            done += of_query
+            for each in of_row:
+                into.chain(running.given, each)
+        if of_positives is None:
+            return done
+        assert self.positives is not None
+        distance, queries = self.loss.distance, self.queries.detach()
+        step = max(1, _GATHERED_AT_ONCE // max(queries.shape[1], 1))
+        for anchor, other, gradient in zip(
+            self.positives.anchor.split(step), self.positives.other.split(step), of_positives.split(step)
+        ):
+            with torch.enable_grad():
+                mine = queries[anchor].requires_grad_()
+                with torch.no_grad():
+                    rows = distance.prepare(self.references.take(other).to(queries.dtype))
+                s = distance.pairs(mine, rows)
+            (made,) = torch.autograd.grad(s, mine, gradient)
+            done.index_add_(0, anchor, made)
+        return done
+
+    def _from_sweep(self, of_positives: Tensor | None, of_leaves: Mapping[str, Tensor], into: Gradients) -> Tensor:
+        done, distance, start = torch.zeros_like(self.queries), self.loss.distance, 0
         queries = self.queries.detach().requires_grad_()
-        start = 0
-        for flat, (columns, piece, part) in zip(self.listed, self.references.tiles(self.width)):
-            stop = start + len(flat)
-            target = into[1 + piece]
+        spread = {self.running[name]: gradient for name, gradient in of_leaves.items()}
+        with_row = [running for running in spread if running.row is not None]
+        leaves = [running.row for running in with_row] + into.parameters
+        for index, (columns, piece, part) in enumerate(self.references.tiles(self.width)):
+            target = into.pieces[piece]
             with torch.enable_grad():
                 rows = self.references.pieces[piece][part].to(queries.dtype).requires_grad_(target is not None)
-                s = self.loss.distance.matrix(queries, self.loss.distance.prepare(rows))
-                negatives = self.pairs.tile(self.rows, columns).negatives
-                outputs = [self.running[n].spread(s, negatives, g) for n, g in spread.items()]
-            own = None if of_positives is None else of_positives[start:stop]
-            start = stop
-            if not outputs and own is None:
-                continue
-            of_s = _of_tile(s, outputs)
-            if own is not None:
-                of_s.view(-1).index_add_(0, flat, own)
-            made = torch.autograd.grad(s, [queries] if target is None else [queries, rows], of_s)
-            done += made[0]
+                s = distance.matrix(queries, distance.prepare(rows))
+                flat, negatives, _ = self._pairs(index, columns)
+                leaf = s.detach().requires_grad_()
+                outputs = [running.spread(leaf, negatives, gradient) for running, gradient in spread.items()]
+            of_s = None
+            if outputs:
+                values, weights = zip(*outputs)
+                made, *others = torch.autograd.grad(values, [leaf, *leaves], weights, allow_unused=True)
+                of_s = None if made is None else made.contiguous()
+                for running, each in zip(with_row, others):
+                    into.chain(running.given, each)
+                into.add_to_parameters(others[len(with_row) :])
+            of_s = torch.zeros_like(s) if of_s is None else of_s
+            if of_positives is not None:
+                of_s.view(-1).index_add_(0, flat, of_positives[start : start + len(flat)])
+                start += len(flat)
+            of_queries, *of_rows = torch.autograd.grad(s, [queries] if target is None else [queries, rows], of_s)
+            done += of_queries
             if target is not None:
-                target[part] += made[1]
-        if into[0] is not None:
-            (chained,) = torch.autograd.grad(self.queries, self.embeddings, done, retain_graph=True)
-            into[0][self.rows] += chained
-
-    def _sweep(self) -> Iterator[tuple[slice, Tensor, TilePairs]]:
-        yield from sweep(self.loss.distance, self.queries.detach(), self.references, self.pairs, self.rows, self.width)
-
-    def _positives(self, tiles: Iterable[tuple[Tensor, TilePairs]]) -> Positives:
-        """The positives of the tiles gone through, in that order."""
-        s, anchor, count = [], [], []
-        for mat, (flat, counts, _) in tiles:
-            s.append(mat.reshape(-1)[flat])
-            anchor.append(torch.div(flat, max(mat.shape[1], 1), rounding_mode="floor"))
-            count.append(mat.new_ones(len(flat)) if counts is None else counts.to(mat.dtype))
-            self.listed.append(flat)
-        if not s:
-            empty = self.queries.new_zeros(0).detach()
-            return Positives(empty, empty.long(), empty)
-        return Positives(torch.cat(s), torch.cat(anchor), torch.cat(count))
-
-
-def _of_tile(s: Tensor, outputs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """What `(output, weight)` pairs bring down to the tile, to be added to in place."""
-    if not outputs:
-        return torch.zeros_like(s)
-    (made,) = torch.autograd.grad([output for output, _ in outputs], [s], [weight for _, weight in outputs])
-    return made.contiguous()
+                into.add_to_piece(piece, part, of_rows[0])
+        return done
 
 
 def sweep(

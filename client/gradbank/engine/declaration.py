@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from gradbank.distances import Distance
-from gradbank.engine.anchors import Anchors
+from gradbank.engine.anchors import Anchors, Part
 from gradbank.engine.statistics import Statistic
-from gradbank.reducers import Ratio
+from gradbank.reducers import Reducer
 
 
 class Declaration(Protocol):
@@ -16,11 +16,13 @@ class Declaration(Protocol):
     """
 
     distance: Distance
+    reducer: Reducer
+    joins_anchors: bool  # whether a part of the loss is written on several anchors together
 
-    def negatives(self) -> Mapping[str, Statistic]:
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         """The statistics of each anchor's negatives that `terms` will use, by name."""
         ...
 
-    def terms(self, anchors: Anchors) -> Mapping[str, Ratio]:
-        """The named parts of the loss of a block of anchors; the loss is the sum of their values."""
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        """The named parts of the loss, before they are reduced and added."""
         ...

@@ -1,5 +1,8 @@
 """The whole matrix at once, differentiated by autograd: the readable reference, and the quickest for small batches."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,21 +10,73 @@ from gradbank.engine.anchors import Anchors, Positives
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
+from gradbank.engine.statistics import EveryPair
+
+LISTED_AT_MOST = 2**26  # losses that a reducer which wants a list may be given
 
 
 def dense(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
     """The loss of `(B, D)` embeddings; memory grows as `B * M`, or worse where a statistic says so."""
-    queries = loss.distance.prepare(embeddings)
+    s, anchors, negatives = _whole(loss, embeddings, references, pairs)
+    found = {}
+    for name, wanted in loss.negatives(anchors).items():
+        wanted.reduced_by(loss.reducer.of(name))
+        found[name] = wanted.dense(s, negatives, anchors.positives)
+    anchors = replace(anchors, found=found)
+    parts = [anchors.reduce(part, loss.reducer.of(name)).value() for name, part in loss.terms(anchors).items()]
+    return torch.stack(parts).sum().to(embeddings.dtype)
+
+
+def listed(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
+    """What a reducer that must see every loss makes of them: each is listed, with its indices.
+
+    Raises:
+        ValueError: more losses than can be listed.
+    """
+    s, anchors, negatives = _whole(loss, embeddings, references, pairs)
+    _check_number(loss, s.numel(), "pairs")
+    a2, n = negatives.nonzero(as_tuple=True)
+    if negatives.dtype != torch.bool:
+        times = negatives[a2, n].long()
+        a2, n = a2.repeat_interleave(times), n.repeat_interleave(times)
+    p = anchors.positives
+    times = p.times.long()
+    p = Positives(*(x.repeat_interleave(times) for x in (p.s, p.anchor, p.times, p.other)))
+    anchors = replace(anchors, positives=p._replace(times=torch.ones_like(p.times)))
+    pair = EveryPair(p.anchor, p.other, a2, n)
+    found = {}
+    for name, wanted in loss.negatives(anchors).items():
+        found[name] = wanted.listed(s, pair) or wanted.dense(s, negatives, p)
+    anchors = replace(anchors, found=found)
+    parts = {name: anchors.listing(part) for name, part in loss.terms(anchors).items()}
+    return loss.reducer(parts, embeddings, anchors.labels)
+
+
+def _whole(
+    loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs
+) -> tuple[Tensor, Anchors, Tensor]:
+    """The `(B, M)` matrix, the anchors with their positives, and which entries are negatives."""
     rows, columns = slice(0, len(embeddings)), slice(0, len(references))
     whole = references.whole().to(embeddings.dtype)
-    s = loss.distance.matrix(queries, loss.distance.prepare(whole))
+    s = loss.distance.matrix(loss.distance.prepare(embeddings), loss.distance.prepare(whole))
     flat, counts, negatives = pairs.tile(rows, columns)
+    width = max(len(whole), 1)
     positives = Positives(
         s.reshape(-1)[flat],
-        torch.div(flat, max(len(whole), 1), rounding_mode="floor"),
+        torch.div(flat, width, rounding_mode="floor"),
         torch.ones_like(flat, dtype=s.dtype) if counts is None else counts.to(s.dtype),
+        flat % width,
     )
-    found = {name: wanted.dense(s, negatives, positives) for name, wanted in loss.negatives().items()}
-    terms = loss.terms(Anchors(len(embeddings), positives, found, pairs.anchor_weight))
-    total = torch.stack([ratio.value() for ratio in terms.values()]).sum()
-    return total.to(embeddings.dtype)
+    labels, weight = pairs.anchor_labels, pairs.anchor_weight
+    anchors = Anchors(
+        len(embeddings), labels, embeddings, positives, references.are_anchors, weight, rows, pairs.interval
+    )
+    return s, anchors, negatives
+
+
+def _check_number(loss: Declaration, number: int, what: str) -> None:
+    if number > LISTED_AT_MOST:
+        raise ValueError(
+            f"{type(loss.reducer).__name__} wants every loss listed, and there are {number} {what}, more than "
+            f"{LISTED_AT_MOST}: use a reducer of gradbank's, a smaller bank or a miner"
+        )

@@ -10,28 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Evaluation = Callable[[tuple[Tensor, ...], tuple[bool, ...]], tuple[Tensor, list[Tensor]]]
+Evaluation = Callable[[tuple[Tensor, ...], tuple[bool, ...]], tuple[Tensor, list[Tensor | None]]]
 
 
-def eager(evaluation: Evaluation, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The value of `evaluation(inputs, needed)`, which also gives the gradient of each input that needs one."""
+def eager(evaluation: Evaluation, inputs: tuple[Tensor, ...], owned: bool = False) -> Tensor:
+    """The value of `evaluation(inputs, needed)`, which also gives the gradient of each input that needs one.
+
+    Args:
+        owned: whether no gradient shares its memory with anything: then a backward pass that is the last writes to
+            them, and those of large weights are not held twice.
+    """
     if not torch.is_grad_enabled():  # then autograd would still say that gradients are needed
         inputs = tuple(each.detach() for each in inputs)
-    return _Eager.apply(evaluation, *inputs)  # type: ignore[no-untyped-call, no-any-return]
+    return _Eager.apply(evaluation, owned, *inputs)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def by_autograd(whole: Callable[[tuple[Tensor, ...]], Tensor]) -> Evaluation:
-    """The evaluation that differentiates `whole(inputs)` by autograd."""
+def at_once(whole: Callable[[tuple[Tensor, ...]], Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+    """The value of `whole(inputs)`, with its gradients computed now."""
+    return eager(by_autograd(whole, len(inputs)), inputs)
 
-    def evaluation(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor]]:
-        leaves = tuple(each.detach().requires_grad_(need) for each, need in zip(inputs, needed))
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+def by_autograd(whole: Callable[[tuple[Tensor, ...]], Tensor], copied: int) -> Evaluation:
+    """The evaluation that differentiates `whole(inputs)` by autograd.
+
+    Args:
+        copied: how many of the inputs `whole` takes from its argument; the others it has by itself, as a loss has its
+            parameters.
+    """
+
+    def evaluation(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+        leaves = tuple(each.detach().requires_grad_(need) for each, need in zip(inputs[:copied], needed))
+        wanted = [leaf for leaf, need in zip((*leaves, *inputs[copied:]), needed) if need]
         with torch.set_grad_enabled(bool(wanted)):
             value = whole(leaves)
         if not value.requires_grad:  # nothing of the inputs reached the loss, or nothing is wanted
             return value, [torch.zeros_like(leaf) for leaf in wanted]
         made = torch.autograd.grad(value, wanted, allow_unused=True)
-        return value.detach(), [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, made)]
+        own = sum(needed[:copied])
+        return value.detach(), [
+            torch.zeros_like(w) if g is None and i < own else g for i, (w, g) in enumerate(zip(wanted, made))
+        ]
 
     return evaluation
 
@@ -48,8 +66,9 @@ def refuse_second_derivatives() -> None:
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, evaluation: Evaluation, *inputs: Tensor) -> Tensor:
-        value, gradients = evaluation(inputs, ctx.needs_input_grad[1:])
+    def forward(ctx: Any, evaluation: Evaluation, owned: bool, *inputs: Tensor) -> Tensor:
+        value, gradients = evaluation(inputs, ctx.needs_input_grad[2:])
+        ctx.owned = owned
         ctx.save_for_backward(*gradients)
         return value
 
@@ -57,4 +76,9 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         gradients = iter(ctx.saved_tensors)
-        return None, *(next(gradients) * grad_output if need else None for need in ctx.needs_input_grad[1:])
+        made = (next(gradients) if need else None for need in ctx.needs_input_grad[2:])
+        if ctx.owned and not torch._C._autograd._get_current_graph_task_keep_graph():
+            if grad_output.device.type == "cpu" and grad_output == 1:
+                return None, None, *made
+            return None, None, *(None if each is None else each.mul_(grad_output) for each in made)
+        return None, None, *(None if each is None else each * grad_output for each in made)

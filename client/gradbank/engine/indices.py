@@ -35,6 +35,25 @@ def as_triplets(indices: Indices, shape: tuple[int, int], device: torch.device) 
     return a, p, n
 
 
+def named_weight(indices: Indices, embeddings: Tensor, anchors_only: bool = False) -> Tensor | None:
+    """How often `indices` names each of the `B` embeddings, over the most that any is named; None if none is.
+
+    Args:
+        anchors_only: count only as what anchors they are named, since the others are references.
+    """
+    four = as_pairs(indices, embeddings.device)
+    a1, p, a2, n = four
+    if anchors_only:
+        named = torch.cat((a1, a2) if len(indices) == 4 else (a1,))
+    else:
+        named = torch.cat(four if len(indices) == 4 else (a1, p, n))
+    check_indices("embedding", named, len(embeddings))
+    if not len(named):
+        return None
+    times = torch.bincount(named, minlength=len(embeddings)).to(embeddings.dtype)
+    return times / times.max()
+
+
 def check_indices(kind: str, index: Tensor, size: int) -> None:
     """Refuses an index that is not in `0 .. size - 1`.
 

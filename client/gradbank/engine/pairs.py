@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 from gradbank.engine.indices import Indices, check_indices
+from gradbank.engine.listing import Listing
+
+
+# From (P,) distances of positives to the (P, 2) bounds of their negatives', low <= v < high. Larger is farther.
+Interval = Callable[[Tensor], Tensor]
 
 
 class TilePairs(NamedTuple):
@@ -23,7 +28,10 @@ class TilePairs(NamedTuple):
 class Pairs:
     """Every positive and negative pair of `B` anchors and `M` references."""
 
+    anchor_labels: Tensor | None = None  # (B,)
     anchor_weight: Tensor | None = None  # (B,) what the losses of an anchor are multiplied by
+    names_positives: bool = True  # whether there are positives at all, or negatives only
+    interval: "Interval | None" = None  # which negatives make a triplet with each positive; None is all
 
     def tile(self, rows: slice, columns: slice) -> TilePairs:
         raise NotImplementedError
@@ -31,6 +39,15 @@ class Pairs:
     def most_positives(self) -> Tensor:
         """`(B,)`: a number that each anchor's positives do not exceed; what a block of anchors may need."""
         raise NotImplementedError
+
+    def listing(self, rows: slice, edges: Tensor) -> Listing | None:
+        """The positives of some anchors, and the entries that are not their negatives, listed by tile: for pairs where
+        both are few. None where only `tile` can tell.
+
+        Args:
+            edges: `(T + 1,)` the columns at which the tiles start, and the last one's end.
+        """
+        return None
 
 
 class LabelledPairs(Pairs):
@@ -41,6 +58,7 @@ class LabelledPairs(Pairs):
         ref_labels: `(M,)` the references'.
         own: `(B,)` each anchor's own column, never its positive: `arange(B)` for a batch against itself,
             the written slots for a queue; None where no reference is an anchor.
+        positives: whether to name positives at all.
     """
 
     def __init__(
@@ -49,9 +67,18 @@ class LabelledPairs(Pairs):
         ref_labels: Tensor,
         own: Tensor | None = None,
         anchor_weight: Tensor | None = None,
+        positives: bool = True,
     ) -> None:
         self.labels, self.ref_labels, self.own = labels, ref_labels, own
+        self.anchor_labels = labels
         self.anchor_weight = anchor_weight
+        self.names_positives = positives
+        # each label as its place among the batch's own, in which few references have one
+        self.known, self.group = labels.unique(return_inverse=True)
+        place = torch.searchsorted(self.known, ref_labels).clamp(max=max(len(self.known) - 1, 0))
+        hit = self.known[place] == ref_labels if len(self.known) else torch.zeros_like(ref_labels, dtype=torch.bool)
+        self.met = hit.nonzero().squeeze(1)  # the references that are positives of some anchor, by column
+        self.met_group = place[self.met]
 
     def tile(self, rows: slice, columns: slice) -> TilePairs:
         same = self.labels[rows, None] == self.ref_labels[columns]
@@ -60,12 +87,47 @@ class LabelledPairs(Pairs):
             column = self.own[rows] - columns.start
             inside = (column >= 0) & (column < same.shape[1])
             same[inside.nonzero(as_tuple=True)[0], column[inside]] = False
+        same = same if self.names_positives else same[:0]
         return TilePairs(same.view(-1).nonzero().squeeze(1), None, negatives)
 
     def most_positives(self) -> Tensor:
-        ordered = self.ref_labels.sort().values
-        above = torch.searchsorted(ordered, self.labels, right=True)
-        return above - torch.searchsorted(ordered, self.labels)
+        return torch.bincount(self.met_group, minlength=len(self.known))[self.group]
+
+    def listing(self, rows: slice, edges: Tensor) -> Listing | None:
+        # the anchors in order of their group, then each met reference with all anchors of its group
+        group = self.group[rows]
+        order = group.argsort()
+        size = torch.bincount(group, minlength=len(self.known))
+        start = size.cumsum(0) - size
+        times = size[self.met_group]
+        column = self.met.repeat_interleave(times)
+        within = torch.arange(len(column), device=column.device) - (times.cumsum(0) - times).repeat_interleave(times)
+        row = order[start[self.met_group].repeat_interleave(times) + within]
+        own = None if self.own is None else column == self.own[rows][row]
+        own = own if self.names_positives else torch.ones_like(column, dtype=torch.bool)
+        return Listing.of(row, column, own, edges)
+
+    def draw(self, times: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`times` random triplets of each anchor that has any, from torch's generator."""
+        order = self.ref_labels.argsort(stable=True)
+        ordered = self.ref_labels[order]
+        start, stop = (torch.searchsorted(ordered, self.labels, right=right) for right in (False, True))
+        number = stop - start
+        among = number.clone()  # of the anchor's label, itself left out
+        place = torch.full_like(start, len(order))  # where the anchor itself lies among those
+        if self.own is not None:
+            rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            mine = self.ref_labels[self.own] == self.labels
+            place = torch.where(mine, rank[self.own] - start, place)
+            among -= mine.long()
+        some = ((among > 0) & (number < len(order))).nonzero().squeeze(1)
+        a = some.repeat_interleave(times)
+        p = (torch.rand(len(a), device=a.device) * among[a]).long().clamp_(max=among[a] - 1)
+        p += (p >= place[a]).long()
+        rest = len(order) - number[a]
+        n = (torch.rand(len(a), device=a.device) * rest).long().clamp_(max=rest - 1)
+        n += torch.where(n >= start[a], number[a], 0)
+        return a, order[start[a] + p], order[n]
 
 
 class ListedPairs(Pairs):
@@ -74,13 +136,17 @@ class ListedPairs(Pairs):
     Args:
         indices: four int64 tensors; a pair listed twice counts twice, unless `once`.
         shape: `(B, M)`, for the range check.
+        labels: `(B,)`, for what else a loss may want of them.
 
     Raises:
         ValueError: an index outside the batch or the references, or lists of different lengths.
     """
 
-    def __init__(self, indices: Indices, shape: tuple[int, int], once: bool = False) -> None:
+    def __init__(
+        self, indices: Indices, shape: tuple[int, int], once: bool = False, labels: Tensor | None = None
+    ) -> None:
         a1, p, a2, n = indices
+        self.anchor_labels = labels
         self.positives = _sorted_pairs("positive", a1, p, shape, once)
         self.negatives = _sorted_pairs("negative", a2, n, shape, once)
         self.shape = shape
@@ -101,6 +167,7 @@ class JoinedPairs(Pairs):
 
     def __init__(self, first: Pairs, second: Pairs, once: bool) -> None:
         self.first, self.second, self.once = first, second, once
+        self.anchor_labels = first.anchor_labels
 
     def tile(self, rows: slice, columns: slice) -> TilePairs:
         one, two = self.first.tile(rows, columns), self.second.tile(rows, columns)
@@ -120,6 +187,7 @@ class MinedPairs(Pairs):
 
     def __init__(self, base: Pairs, keep: Callable[[slice, slice], tuple[Tensor, Tensor]]) -> None:
         self.base, self.keep = base, keep
+        self.anchor_labels = base.anchor_labels
 
     def tile(self, rows: slice, columns: slice) -> TilePairs:
         positives, counts, negatives = self.base.tile(rows, columns)
@@ -129,6 +197,24 @@ class MinedPairs(Pairs):
 
     def most_positives(self) -> Tensor:
         return self.base.most_positives()
+
+
+class ChosenPairs(Pairs):
+    """The pairs of `base` that `chosen` names too, as often as it does."""
+
+    def __init__(self, base: Pairs, chosen: Pairs) -> None:
+        self.base, self.chosen = base, chosen
+        self.anchor_labels = base.anchor_labels
+
+    def tile(self, rows: slice, columns: slice) -> TilePairs:
+        mine, theirs = self.base.tile(rows, columns), self.chosen.tile(rows, columns)
+        kept = torch.isin(theirs.positives, mine.positives)
+        counts = None if theirs.counts is None else theirs.counts[kept]
+        both = theirs.negatives & mine.negatives if theirs.negatives.dtype == torch.bool else theirs.negatives
+        return TilePairs(theirs.positives[kept], counts, both)
+
+    def most_positives(self) -> Tensor:
+        return torch.minimum(self.base.most_positives(), self.chosen.most_positives())
 
 
 def _sorted_pairs(

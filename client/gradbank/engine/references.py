@@ -1,7 +1,7 @@
 """The rows that anchors are compared with."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,16 +14,18 @@ class References:
     Attributes:
         pieces: tensors of `(M_k, D)`; a piece that requires a gradient gets one.
         labels: `(M,)`, or None when pairs are listed instead of read off labels.
+        are_anchors: whether they are the anchors themselves, reference i being anchor i.
     """
 
     pieces: tuple[Tensor, ...]
     labels: Tensor | None = None
+    are_anchors: bool = False
 
     def __len__(self) -> int:
         return sum(len(piece) for piece in self.pieces)
 
     def detach(self) -> "References":
-        return References(tuple(piece.detach() for piece in self.pieces), self.labels)
+        return replace(self, pieces=tuple(piece.detach() for piece in self.pieces))
 
     def tiles(self, width: int) -> Iterator[tuple[slice, int, slice]]:
         """At most `width` rows at a time: their columns, the piece they lie in, and where in that piece."""
@@ -49,3 +51,19 @@ class References:
         if not parts:
             return self.pieces[0][:0]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def take(self, index: Tensor) -> Tensor:
+        """The rows at some places, `(N,)`: a copy."""
+        if len(self.pieces) == 1:
+            return self.pieces[0][index]
+        edges = torch.tensor([len(piece) for piece in self.pieces], device=index.device).cumsum(0)
+        order = None if bool((index[1:] >= index[:-1]).all()) else index.argsort()
+        ordered = index if order is None else index[order]
+        ends = torch.searchsorted(ordered, edges).tolist()
+        starts = [0, *ends[:-1]]
+        offsets = [0, *edges.tolist()[:-1]]
+        parts = [
+            piece[ordered[start:end] - offset] for piece, start, end, offset in zip(self.pieces, starts, ends, offsets)
+        ]
+        taken = torch.cat(parts)
+        return taken if order is None else torch.empty_like(taken).index_copy(0, order, taken)

@@ -1,18 +1,20 @@
-"""Any loss in bounded memory: blocks of anchors against tiles of references, each tile computed twice.
+"""Any loss in bounded memory: blocks of anchors against tiles of references.
 
-The first sweep over the references gathers, for a block of anchors, the distances of its positives and the
-statistics of its negatives. The loss is then written on those few numbers and differentiated by autograd; the
-second sweep computes each tile again and spreads the gradient over it.
+A first sweep over the references finds, for each block of anchors, the distances of its positives and the statistics
+of its negatives. The loss is then written on those few numbers and differentiated by autograd, and its gradient is
+handed back through the statistics.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gradbank.engine.anchors import Anchors, Gathered, Positives
 from gradbank.engine.block import Block
 from gradbank.engine.declaration import Declaration
+from gradbank.engine.gradients import Gradients
 from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
 from gradbank.reducers import Ratio
@@ -23,21 +25,23 @@ class Bounds:
     """What a step may hold at a time.
 
     Attributes:
-        tile: entries of the distance matrix in a tile; the default is 2 MiB of float32, about a core's cache.
-        rows: anchors in a block, at most.
-        positives: positive pairs of a block, at most (a single anchor may exceed it); each takes some 100 bytes.
+        tile: entries of the distance matrix in a tile; the default is 1 MiB of float32, about half a core's cache.
+        rows: anchors in a block, at most, where there are references enough to fill a tile.
+        positives: positive pairs held, at most; each takes some 50 bytes. Where there are more, blocks of anchors are
+            written one at a time, each (but for a single anchor) with no more than these.
     """
 
-    tile: int = 2**19
+    tile: int = 2**18
     rows: int = 512
-    positives: int = 2**19
+    positives: int = 2**21
 
     def blocks(self, pairs: Pairs, anchors: int, references: int) -> Iterator[slice]:
         """Blocks of anchors; those of a block have room for as many positives as the richest has."""
         few = anchors * references <= self.positives
         richest = 1 if few else int(pairs.most_positives().max())
-        step = max(1, min(self.rows, self.positives // max(richest, 1)))
-        for start in range(0, anchors, step):
+        most = max(self.rows, self.tile // max(references, 1), 1)
+        step = max(1, min(most, self.positives // max(richest, 1)))
+        for start in range(0, max(anchors, 1), step):
             yield slice(start, min(start + step, anchors))
 
     def width(self, rows: slice) -> int:
@@ -50,49 +54,132 @@ def tiled(
     embeddings: Tensor,
     references: References,
     pairs: Pairs,
+    learned: list[Tensor],
     needed: tuple[bool, ...],
     bounds: Bounds | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor | None]]:
     """The loss of `(B, D)` embeddings and its gradients, in memory that does not grow with `B * M`.
 
     Args:
-        needed: whether a gradient is wanted of the embeddings, and of each piece of the references.
+        learned: the parameters of the loss.
+        needed: whether a gradient is wanted of the embeddings, of each piece of the references, and of each parameter.
     """
-    inputs, bounds = (embeddings, *references.pieces), bounds or Bounds()
+    bounds = bounds or Bounds()
     embeddings, references = embeddings.detach(), references.detach()
-    blocks = list(bounds.blocks(pairs, len(embeddings), len(references)))
-    parts: dict[str, Ratio] = {}
-    gradients: dict[str, list[Tensor | None]] = {}
-    for rows in blocks:
-        block = Block(loss, embeddings[rows], references, pairs, rows, bounds.width(rows))
-        terms = block.terms()
-        for name, ratio in terms.items():
-            parts[name] = ratio.detached() if name not in parts else parts[name].plus(ratio.detached())
-        if any(needed):
-            for name, goal in _goals(terms, whole=len(blocks) == 1).items():
-                if name not in gradients:
-                    gradients[name] = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed)]
-                block.backpropagate(goal, gradients[name])
-    value = sum((ratio.value() for ratio in parts.values()), embeddings.new_zeros((), dtype=torch.float64))
-    # what was differentiated by numerator still has to be divided
-    shares = {name: 1.0 / parts[name].divisor() if len(blocks) > 1 else 1.0 for name in gradients}
-    return value.to(embeddings.dtype), [
-        _added([(made[i], shares[name]) for name, made in gradients.items()], x)
-        for i, (x, need) in enumerate(zip(inputs, needed))
-        if need
+    keeps = len(embeddings) * len(references) <= bounds.positives
+    keeps = keeps or not pairs.names_positives or int(pairs.most_positives().sum()) <= bounds.positives
+    gathers = any(needed) and not any(needed[1 : 1 + len(references.pieces)])
+    blocks = [
+        Block(loss, embeddings[rows], references, pairs, rows, bounds.width(rows), gathers, keeps)
+        for rows in bounds.blocks(pairs, len(embeddings), len(references))
     ]
+    written = _Written(loss, embeddings, [blocks] if keeps else [[block] for block in blocks])
+    value = written.value().to(embeddings.dtype)
+    into = Gradients(embeddings, references.pieces, learned, needed)
+    if any(needed):
+        for block, of_positives, of_leaves in written.gradients(into):
+            block.backpropagate(of_positives, of_leaves, into)
+    return value, into.wanted()
 
 
-def _goals(terms: Mapping[str, Ratio], whole: bool) -> dict[str, Tensor]:
-    """What to differentiate: the loss if the block is all there is, else the numerators, whose denominators are not
-    known before the last block."""
-    if not whole:
-        return {name: ratio.numerator for name, ratio in terms.items()}
-    with torch.enable_grad():
-        return {"loss": torch.stack([ratio.value() for ratio in terms.values()]).sum()}
+class _Written:
+    """The loss written on what groups of blocks found: one group where all of it was kept, else each block by itself,
+    once for the value and again for the gradient."""
+
+    def __init__(self, loss: Declaration, embeddings: Tensor, groups: list[list[Block]]) -> None:
+        if len(groups) > 1 and loss.joins_anchors:
+            raise ValueError(
+                f"{type(loss).__name__} needs the positives of every anchor at once, and there are too many to hold; "
+                "give it fewer rows, or labels with fewer positives each"
+            )
+        self.loss, self.whole, self.groups = loss, embeddings, groups
+        self.parts: dict[str, Ratio] = {}
+
+    def value(self) -> Tensor:
+        """The loss, `()` float64."""
+        for group in self.groups:
+            with torch.set_grad_enabled(len(self.groups) == 1):
+                terms = self._write(group)
+            for name, ratio in terms.items():
+                self.parts[name] = ratio if name not in self.parts else self.parts[name].plus(ratio)
+        with torch.set_grad_enabled(len(self.groups) == 1):
+            self.goal = torch.stack([part.value() for part in self.parts.values()]).sum()
+        return self.goal.detach()
+
+    def gradients(self, into: Gradients) -> Iterator[tuple[Block, Tensor | None, dict[str, Tensor]]]:
+        """For each block, the gradient of its positives and of its leaves; that of all else is added to `into`."""
+        for group in self.groups:
+            goal = self.goal
+            if len(self.groups) > 1:
+                with torch.enable_grad():
+                    own = self._write(group)
+                    shares = [Ratio(each.numerator, self.parts[name].denominator) for name, each in own.items()]
+                    goal = torch.stack([share.value() for share in shares]).sum()
+            if goal.requires_grad:
+                yield from self._of(group, goal, into)
+
+    def _write(self, group: list[Block]) -> dict[str, Ratio]:
+        """The parts of the loss of some blocks, whose positives and leaves become differentiable."""
+        self.positives = [block.positives_again() for block in group]
+        self.positives = [p._replace(s=p.s.detach().requires_grad_()) for p in self.positives]
+        self.leaves = [{n: leaf.detach().requires_grad_() for n, leaf in block.leaves.items()} for block in group]
+        self.embeddings = self.whole[_place(group)].detach().requires_grad_()
+        anchors = _joined([b.anchors(leaf, p) for b, leaf, p in zip(group, self.leaves, self.positives)])
+        anchors = replace(anchors, embeddings=self.embeddings)
+        reducer = self.loss.reducer
+        return {name: anchors.reduce(part, reducer.of(name)) for name, part in self.loss.terms(anchors).items()}
+
+    def _of(
+        self, group: list[Block], goal: Tensor, into: Gradients
+    ) -> Iterator[tuple[Block, Tensor | None, dict[str, Tensor]]]:
+        asked = [positives.s for positives in self.positives]
+        asked += [leaf for leaves in self.leaves for leaf in leaves.values()]
+        asked += [self.embeddings, *into.parameters]
+        # kept, for what the statistics take of the parameters is differentiated again
+        made = iter(torch.autograd.grad(goal, asked, allow_unused=True, retain_graph=True))
+        of_positives = [next(made) for _ in group]
+        of_leaves = [{name: next(made) for name in leaves} for leaves in self.leaves]
+        own = next(made)
+        if own is not None and into.embeddings is not None:
+            into.embeddings[_place(group)] += own
+        into.add_to_parameters(list(made))
+        for block, own_positives, leaves in zip(group, of_positives, of_leaves):
+            yield block, own_positives, {name: gradient for name, gradient in leaves.items() if gradient is not None}
 
 
-def _added(parts: list[tuple[Tensor | None, Tensor | float]], like: Tensor) -> Tensor:
-    """The sum of the parts, each times its share."""
-    scaled = [part.mul_(share) for part, share in parts if part is not None]
-    return torch.zeros_like(like) if not scaled else sum(scaled[1:], scaled[0])
+def _place(blocks: list[Block]) -> slice:
+    """Which of the batch's anchors are those of some blocks."""
+    return slice(blocks[0].rows.start, blocks[-1].rows.stop)
+
+
+def _joined(blocks: list[Anchors]) -> Anchors:
+    """The anchors of several blocks as one, but for their embeddings."""
+    if len(blocks) == 1:
+        return blocks[0]
+    offsets = [sum(block.size for block in blocks[:i]) for i in range(len(blocks))]
+    first = blocks[0]
+    positives = Positives(
+        torch.cat([block.positives.s for block in blocks]),
+        torch.cat([block.positives.anchor + offset for block, offset in zip(blocks, offsets)]),
+        torch.cat([block.positives.times for block in blocks]),
+        torch.cat([block.positives.other for block in blocks]),
+    )
+    found = {
+        name: Gathered(
+            torch.cat([block.found[name].value for block in blocks]),
+            None if first.found[name].number is None else torch.cat([block.found[name].number for block in blocks]),  # type: ignore[misc]
+        )
+        for name in first.found
+    }
+    labels, weight = first.labels, first.weight
+    return Anchors(
+        sum(block.size for block in blocks),
+        None if labels is None else torch.cat([block.labels for block in blocks]),  # type: ignore[misc]
+        first.embeddings,
+        positives,
+        first.among_themselves,
+        None if weight is None else torch.cat([block.weight for block in blocks]),  # type: ignore[misc]
+        slice(first.place.start, blocks[-1].place.stop),
+        first.interval,
+        found,
+    )

@@ -1,29 +1,24 @@
-"""What every loss shares: the call, its checks, the regularizer, and the loss of pairs."""
+"""What every loss shares: the call, its checks, and the regularizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from gradbank.checks import check_batch
 from gradbank.component import Component, foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import (
-    Anchors,
     Indices,
-    LabelledPairs,
-    ListedPairs,
     Pairs,
     References,
-    Statistic,
-    as_pairs,
-    evaluate,
+    every_pair,
     full_precision,
     widened,
 )
-from gradbank.reducers import MeanReducer, Ratio, Reducer
+from gradbank.mismatch import Mismatch
+from gradbank.reducers import LossDict, MeanReducer, Reducer
 from gradbank.regularizers import Regularizer
 
 
@@ -54,20 +49,26 @@ class Loss(Component):
         """The call, without its effects; a loss that remembers something overrides this one."""
         return Staged(self(*args, **kwargs), lambda: None)
 
-    def regularized(self, loss: Tensor, embeddings: Tensor) -> Tensor:
+    def regularized(self, loss: Any, embeddings: Tensor) -> Any:
         """`loss` with the cost of the `(B, D)` embeddings added, if the loss has a regularizer."""
-        if self.embedding_regularizer is None:
+        return self.with_cost(loss, "embedding", self.embedding_regularizer, embeddings, self.embedding_reg_weight)
+
+    def with_cost(self, loss: Any, name: str, regularizer: Regularizer | None, rows: Tensor, weight: float) -> Any:
+        """`loss` with the weighted cost of some rows added to it, or to its parts if it was not reduced."""
+        if regularizer is None:
             return loss
-        cost: Tensor = self.embedding_regularizer(embeddings)
-        return loss + cost * self.embedding_reg_weight
+        cost = regularizer(rows) * weight
+        if isinstance(loss, Tensor):
+            return loss + cost
+        return {**loss, f"{name}_reg_loss": {"losses": cost, "indices": None, "reduction_type": "already_reduced"}}
 
 
 @foundation
-class PairLoss(Loss):
-    """A loss that compares anchors with references: the batch itself, `ref_emb`, or a queue.
+class BaseMetricLossFunction(Loss):
+    """A loss over pairs or triplets, of a batch with itself, with `ref_emb` or with a queue.
 
-    A subclass declares which statistics of an anchor's negatives it needs, and writes its terms on those and
-    on the positives; the engines do the rest, in bounded memory, for any number of references.
+    A loss of your own defines `compute_loss`, as in pytorch-metric-learning, and holds whatever that holds; or it is a
+    `PairLoss`, which declares what a pair costs and is computed in bounded memory.
 
     Args:
         distance: how far apart embeddings are.
@@ -77,19 +78,47 @@ class PairLoss(Loss):
     distance: Distance = field(default_factory=LpDistance, kw_only=True)
     reducer: Reducer = field(default_factory=MeanReducer, kw_only=True)
 
-    counts_repeats: ClassVar[bool] = True
-    """Whether a pair that `indices_tuple` names twice counts twice, as in PML's pair-based losses."""
+    takes_references: ClassVar[bool] = True
+    """Whether the batch may be compared with `ref_emb` or a queue, in place of itself."""
 
     learns_references: ClassVar[bool] = False
     """Whether the batch is compared with parameters of the loss, rather than with what the caller chooses."""
 
-    def negatives(self) -> Mapping[str, Statistic]:
-        """The statistics of each anchor's negatives that `terms` uses, by name."""
-        raise NotImplementedError(f"{type(self).__name__} must define negatives")
+    needs_labels: ClassVar[bool] = False
+    """Whether labels are needed even where `indices_tuple` names the pairs."""
 
-    def terms(self, anchors: Anchors) -> Mapping[str, Ratio]:
-        """The named parts of the loss of a block of anchors, reduced."""
-        raise NotImplementedError(f"{type(self).__name__} must define terms")
+    sees_own: ClassVar[bool] = False
+    """Whether an anchor's own row in a queue is one of its positives."""
+
+    use_of_indices: ClassVar[Literal["pairs", "weights", "refused"]] = "pairs"
+    """What `indices_tuple` says: which pairs count, or how much each anchor's loss does."""
+
+    counts_repeats: ClassVar[bool] = True
+    """Whether a pair that `indices_tuple` names twice counts twice, as in PML's pair-based losses."""
+
+    @property
+    def takes_interval(self) -> bool:
+        """Whether the loss is of triplets and can be told, by an interval of distances, which of them count."""
+        return False
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> LossDict:
+        """The losses by part, each `{"losses": ..., "indices": ..., "reduction_type": ...}`, for the reducer."""
+        raise NotImplementedError(f"{type(self).__name__} must define compute_loss")
+
+    def zero_losses(self) -> LossDict:
+        """What `compute_loss` returns where nothing is to be compared."""
+        names = self._sub_loss_names()
+        return {name: {"losses": 0, "indices": None, "reduction_type": "already_reduced"} for name in names}
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["loss"]
 
     def forward(
         self,
@@ -99,61 +128,50 @@ class PairLoss(Loss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss, a scalar.
+        """The loss, a scalar; `compute_loss` gets what was passed, with the batch in place of references left out.
 
         Args:
-            embeddings: `(B, D)` floats.
-            labels: `(B,)`; may be left out where `indices_tuple` is given.
-            indices_tuple: `(a, p, n)` or `(a1, p, a2, n)`, int64, in place of all pairs that the labels make.
-            ref_emb: `(M, D)` references; without them the batch is compared with itself.
-            ref_labels: `(M,)`. Without them, or if they are the very object `labels`, reference i is anchor i,
-                and no anchor is its own positive.
+            embeddings: `(B, D)` floats, and labels: `(B,)`.
+            ref_emb: `(M, D)` references, and ref_labels: `(M,)`.
 
         Raises:
-            ValueError: a shape that does not fit, or neither labels nor indices.
+            ValueError: a shape that does not fit, or an argument that the loss does not take.
         """
         check_batch(embeddings, labels)
-        embeddings, ref_emb = widened(embeddings), None if ref_emb is None else widened(ref_emb)
         if ref_emb is not None:
-            self.distance.check_shapes(embeddings, ref_emb)
-        elif ref_labels is not None and ref_labels is not labels:
-            raise ValueError("ref_labels are the labels of ref_emb: pass both, or neither")
-        if labels is None and indices_tuple is None:
-            raise ValueError(f"{type(self).__name__} needs labels, or an indices_tuple")
-        is_self = ref_labels is None or ref_labels is labels
-        references = References((embeddings if ref_emb is None else ref_emb,), labels if is_self else ref_labels)
-        labels = None if labels is None else labels.to(embeddings.device)
-        if references.labels is not None:
-            references = References(references.pieces, references.labels.to(embeddings.device))
-            if references.labels.shape != (len(references),):  # type: ignore[union-attr]
-                raise ValueError(
-                    f"ref_labels must be ({len(references)},), one per row of ref_emb, got "
-                    f"{tuple(references.labels.shape)}"  # type: ignore[union-attr]
-                )
-        if indices_tuple is not None:
-            return self.compare_listed(embeddings, references, indices_tuple)
-        assert labels is not None
-        assert references.labels is not None
-        own = torch.arange(len(embeddings), device=embeddings.device) if is_self else None
-        return self.compare(embeddings, references, LabelledPairs(labels, references.labels, own))
+            check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels")
+        rows = widened(embeddings)
+        here = None if labels is None else labels.to(rows.device)
+        others = rows if ref_emb is None or ref_emb is embeddings else widened(ref_emb)
+        theirs = here if ref_labels is None or ref_labels is labels else ref_labels.to(rows.device)
+        with full_precision(rows.device):
+            parts = self.compute_loss(rows, here, indices_tuple, others, theirs)
+            return self.regularized(self.reducer(parts, rows, here), rows)  # type: ignore[no-any-return]
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-        """The loss of `(B, D)` embeddings over the given pairs with references."""
-        if not self.learns_references and next(self.parameters(), None) is not None:
-            raise ValueError(
-                f"{type(self).__name__} has parameters, which would get no gradient: a loss of pairs learns its "
-                "references (as ArcFaceLoss does), and nothing else so far"
-            )
-        with full_precision(embeddings.device):
-            return self.regularized(evaluate(self, embeddings, references, pairs), embeddings)
+        """The loss of `(B, D)` embeddings over the given pairs with references: those of a queue."""
+        listed = tuple(every_pair(pairs, len(embeddings), references))
+        return self.compare_listed(embeddings, references, listed, pairs.anchor_labels)
 
-    def compare_listed(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:
+    def compare_listed(
+        self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
+    ) -> Tensor:
         """The loss over pairs, or triplets, that were named one by one."""
-        listed = as_pairs(indices, embeddings.device)
-        once = not self.counts_repeats
-        return self.compare(embeddings, references, ListedPairs(listed, (len(embeddings), len(references)), once))
+        rows = references.whole()
+        rows = rows if rows.requires_grad else rows.clone()  # a queue may change before the backward pass
+        with full_precision(embeddings.device):
+            parts = self.compute_loss(embeddings, labels, indices, rows, references.labels)
+            return self.regularized(self.reducer(parts, embeddings, labels), embeddings)  # type: ignore[no-any-return]
 
+    def require_distance(self, kind: type[Distance], **settings: Any) -> None:
+        """Refuses a distance that the loss's formula does not fit.
 
-def softplus(x: Tensor) -> Tensor:
-    """`log(1 + exp(x))` without torch's cut-off at 20, which is wrong in the tenth digit."""
-    return torch.logaddexp(x, torch.zeros_like(x))
+        Raises:
+            ValueError: one that is not a `kind` with these settings.
+        """
+        fits = type(self.distance) is kind and all(getattr(self.distance, n) == v for n, v in settings.items())
+        if not fits:
+            listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+            raise Mismatch(
+                f"{type(self).__name__} needs distance={kind.__name__}({listed}), got {self.distance}: leave it out"
+            )

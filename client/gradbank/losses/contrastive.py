@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import field
+from typing import ClassVar
 
+import torch
 from torch import Tensor, relu
 
 from gradbank.component import component
-from gradbank.engine import Anchors, Reduced, Statistic
-from gradbank.losses.base import PairLoss
-from gradbank.reducers import AvgNonZeroReducer, Ratio, Reducer
+from gradbank.distances import CosineSimilarity, Distance, SNRDistance
+from gradbank.engine import Anchors, Each, Pairs, Part, References, Statistic, Sum, evaluate, full_precision
+from gradbank.losses.pair import PairLoss
+from gradbank.reducers import AvgNonZeroReducer, MeanReducer, Reducer
 
 
 @component
@@ -28,15 +31,135 @@ class ContrastiveLoss(PairLoss):
     neg_margin: float = 1.0
     reducer: Reducer = field(default_factory=AvgNonZeroReducer, kw_only=True)
 
-    def negatives(self) -> Mapping[str, Statistic]:
-        return {"near": Reduced(self._too_near, self.reducer)}
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"neg_loss": Each(lambda s: relu(self.distance.margin(self.neg_margin, s)))}
 
-    def _too_near(self, s: Tensor) -> Tensor:
-        return relu(self.distance.margin(self.neg_margin, s))
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        too_far = relu(self.distance.margin(anchors.s, self.pos_margin))
+        return {"pos_loss": anchors.per_positive(too_far), "neg_loss": anchors.per_negative("neg_loss")}
 
-    def terms(self, anchors: Anchors) -> Mapping[str, Ratio]:
-        s, _, times = anchors.positives
-        return {
-            "pos_loss": self.reducer(relu(self.distance.margin(s, self.pos_margin)), times),
-            "neg_loss": anchors.found["near"].ratio(),
-        }
+
+@component
+class SignalToNoiseRatioContrastiveLoss(ContrastiveLoss):
+    """`ContrastiveLoss` of the noise-to-signal ratio: how much the difference of two embeddings varies, over how much
+    the anchor does.
+
+        pos_loss[a, p] = relu(Var(a - p) / Var(a) - pos_margin)
+        neg_loss[a, n] = relu(neg_margin - Var(a - n) / Var(a))
+
+    Raises:
+        ValueError: a distance other than `SNRDistance`.
+
+    Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR 2019.
+    """
+
+    distance: Distance = field(default_factory=SNRDistance, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.require_distance(SNRDistance)
+
+
+@component
+class ThresholdConsistentMarginLoss(PairLoss):
+    """Keeps similarities on their side of one threshold: a penalty on hard pairs that makes one threshold do for all
+    classes, added to another loss.
+
+        loss = lambda_plus  * mean of (margin_plus - s[a, p])  over the positives with s[a, p] <= margin_plus
+             + lambda_minus * mean of (s[a, n] - margin_minus) over the negatives with s[a, n] >= margin_minus
+
+    Unlike PML's it takes `ref_emb` and queues: PML looks a reference's position up in the batch.
+
+    Raises:
+        ValueError: a distance other than `CosineSimilarity`.
+
+    Zhang et al., "Learning for Transductive Threshold Calibration in Open-World Recognition", 2023 (arXiv 2307.04047).
+    """
+
+    lambda_plus: float = 1.0
+    lambda_minus: float = 1.0
+    margin_plus: float = 0.9
+    margin_minus: float = 0.5
+    distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
+
+    joins_anchors: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.require_distance(CosineSimilarity)
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"near": Sum(lambda s: s - self.margin_minus, weigh=self._counts)}
+
+    def _counts(self, excess: Tensor, weight: Tensor | None) -> Tensor:
+        counted = (excess >= 0).to(excess.dtype)
+        return counted if weight is None else counted * weight
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        lacking = self.margin_plus - anchors.s
+        counted = (lacking >= 0) * anchors.positives.times
+        far = (lacking * counted).sum(dtype=torch.float64) / counted.sum(dtype=torch.float64).clamp(min=1)
+        excess, number, _ = anchors.found["near"]
+        near = excess.sum() / number.sum().clamp(min=1)  # type: ignore[union-attr]
+        return {"loss": anchors.reduced(self.lambda_plus * far + self.lambda_minus * near)}
+
+
+@component
+class IntraPairVarianceLoss(PairLoss):
+    """Keeps similarities close to their mean, those of positives from below and those of negatives from above; added
+    to another loss.
+
+        pos_loss[a, p] = relu((1 - pos_eps) * mean of s[a, p] - s[a, p])^2
+        neg_loss[a, n] = relu(s[a, n] - (1 + neg_eps) * mean of s[a, n])^2
+
+    with the means over all positive and all negative pairs. For a distance the two are the other way around.
+
+    Yu and Tao, "Deep Metric Learning with Tuplet Margin Loss", ICCV 2019.
+    """
+
+    pos_eps: float = 0.01
+    neg_eps: float = 0.01
+    distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
+
+    joins_anchors: ClassVar[bool] = True
+
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+        with full_precision(embeddings.device):
+            mean = evaluate(_MeanOfNegatives(self.distance), embeddings, references, pairs)
+            declared = _IntraPairVariance(self, mean)
+            return self.regularized(evaluate(declared, embeddings, references, pairs, [mean]), embeddings)  # type: ignore[no-any-return]
+
+
+class _MeanOfNegatives:
+    joins_anchors = False
+
+    def __init__(self, distance: Distance) -> None:
+        self.distance, self.reducer = distance, MeanReducer()
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"mean": Each(lambda s: s)}
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        return {"mean": anchors.per_negative("mean")}
+
+
+class _IntraPairVariance:
+    joins_anchors = True
+
+    def __init__(self, loss: IntraPairVarianceLoss, mean: Tensor) -> None:
+        self.loss, self.distance, self.reducer, self.mean = loss, loss.distance, loss.reducer, mean
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        def spread(s: Tensor, mean: Tensor) -> Tensor:
+            return _past(s, mean, self.loss.neg_eps, not self.distance.is_inverted)
+
+        return {"neg_loss": Each(spread, row=self.mean.expand(anchors.size, 1))}
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        s, times = anchors.s, anchors.positives.times
+        mean = (s * times).sum() / times.sum().clamp(min=1)
+        spread = _past(s, mean, self.loss.pos_eps, self.distance.is_inverted)
+        return {"pos_loss": anchors.per_positive(spread), "neg_loss": anchors.per_negative("neg_loss")}
+
+
+def _past(s: Tensor, mean: Tensor, eps: float, is_low: bool) -> Tensor:
+    """The squares of how far each lies below (or above) its mean, which is lowered (or raised) by a share `eps`."""
+    return relu((1 - eps) * mean - s if is_low else s - (1 + eps) * mean) ** 2

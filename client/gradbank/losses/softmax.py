@@ -1,5 +1,6 @@
 """Losses that classify each positive against the anchor's other references."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from typing import ClassVar
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gradbank.component import component
-from gradbank.distances import CosineSimilarity, Distance
-from gradbank.engine import Anchors, LogSumExp, Statistic
-from gradbank.losses.base import PairLoss, softplus
-from gradbank.reducers import AvgNonZeroReducer, Ratio, Reducer
+from gradbank.distances import CosineSimilarity, Distance, LpDistance
+from gradbank.engine import Anchors, Linear, LogSumExp, Part, Statistic
+from gradbank.losses.pair import PairLoss, softplus
+from gradbank.reducers import AvgNonZeroReducer, Reducer
 
 
 @component
@@ -30,16 +31,16 @@ class NTXentLoss(PairLoss):
     temperature: float = 0.07
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
 
-    def negatives(self) -> Mapping[str, Statistic]:
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         return {"near": LogSumExp(self._logit)}
 
-    def _logit(self, s: Tensor) -> Tensor:
-        return self.distance.closeness(s) / self.temperature
+    @property
+    def _logit(self) -> Linear:
+        return Linear(self.distance.sign / self.temperature)
 
-    def terms(self, anchors: Anchors) -> Mapping[str, Ratio]:
-        s, _, times = anchors.positives
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         near = anchors.each(anchors.found["near"].value)
-        return {"loss": self.reducer(softplus(near - self._logit(s)), times)}
+        return {"loss": anchors.per_positive(softplus(near - self._logit(anchors.s)))}
 
 
 @component
@@ -59,16 +60,91 @@ class SupConLoss(PairLoss):
 
     counts_repeats: ClassVar[bool] = False
 
-    def negatives(self) -> Mapping[str, Statistic]:
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         return {"near": LogSumExp(self._logit)}
 
-    def _logit(self, s: Tensor) -> Tensor:
-        return self.distance.closeness(s) / self.temperature
+    @property
+    def _logit(self) -> Linear:
+        return Linear(self.distance.sign / self.temperature)
 
-    def terms(self, anchors: Anchors) -> Mapping[str, Ratio]:
-        logit = self._logit(anchors.positives.s)
-        number = anchors.sum(torch.ones_like(logit))
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        logit, number = self._logit(anchors.s), anchors.number()
         positives = torch.where(number > 0, anchors.logsumexp(logit), 0)
         everyone = torch.logaddexp(anchors.found["near"].value, positives)
         loss = everyone - anchors.sum(logit) / number.clamp(min=1)
-        return {"loss": self.reducer(torch.where(number > 0, loss, 0))}
+        return {"loss": anchors.per_anchor(torch.where(number > 0, loss, 0))}
+
+
+@component
+class NCALoss(PairLoss):
+    """How unlikely an anchor is to choose one of its class when it chooses a neighbour at random.
+
+        loss[a] = -log(sum_p e(a, p) / sum_b e(a, b)),   e(a, b) = exp(-softmax_scale * d[a, b])
+
+    with b over all references; anchors without a positive have no loss. `SupConLoss` averages the logarithms of the
+    positives, this one takes the logarithm of their sum.
+
+    With `ref_emb` or in a queue, as in PML, an anchor's own row is one of its positives. An `indices_tuple` says how
+    much each anchor's loss counts: how often it was named, over the most that any was.
+
+    Goldberger et al., "Neighbourhood Components Analysis", NIPS 2004.
+    """
+
+    softmax_scale: float = 1.0
+    distance: Distance = field(default_factory=lambda: LpDistance(power=2), kw_only=True)
+
+    needs_labels: ClassVar[bool] = True
+    sees_own: ClassVar[bool] = True
+    use_of_indices: ClassVar = "weights"
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"near": LogSumExp(self._logit)}
+
+    @property
+    def _logit(self) -> Linear:
+        return Linear(self.distance.sign * self.softmax_scale)
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        some = anchors.number() > 0
+        positives = torch.where(some, anchors.logsumexp(self._logit(anchors.s)), 0)
+        loss = softplus(anchors.found["near"].value - positives)
+        return {"loss": anchors.per_anchor(torch.where(some, loss, 0), kept=some)}
+
+
+@component
+class TupletMarginLoss(PairLoss):
+    """`NTXentLoss` on angles, with a margin that is taken off each positive's.
+
+        loss[a, p] = log(1 + sum_n exp(scale * (cos t[a, n] - cos(t[a, p] - margin))))
+
+    where t is the angle between two embeddings.
+
+    Args:
+        margin: in degrees.
+        scale: the inverse temperature.
+
+    Raises:
+        ValueError: a distance other than `CosineSimilarity`.
+
+    Yu and Tao, "Deep Metric Learning with Tuplet Margin Loss", ICCV 2019.
+    """
+
+    margin: float = 5.73
+    scale: float = 64.0
+    distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.require_distance(CosineSimilarity)
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"near": LogSumExp(Linear(self.scale))}
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        nearer = (angle(anchors.s) - math.radians(self.margin)).cos() * self.scale
+        return {"loss": anchors.per_positive(softplus(anchors.each(anchors.found["near"].value) - nearer))}
+
+
+def angle(cosine: Tensor) -> Tensor:
+    """The angle of a cosine, in radians. At 1 its derivative would be infinite: a hair below, it is 0 instead."""
+    most = 1 - torch.finfo(cosine.dtype).eps
+    return cosine.clamp(-most, most).acos()

@@ -2,42 +2,84 @@
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, relu
+from torch import Tensor, nn, relu
 
-from gradbank.component import component
+from gradbank.component import component, foundation
 from gradbank.engine import (
     Anchors,
-    Below,
+    Hinge,
     Indices,
+    LabelledPairs,
+    Pairs,
+    Part,
     References,
+    Separable,
     Statistic,
+    Triplets,
     as_triplets,
-    first_not_above,
+    check_indices,
+    evaluate_triplets,
+    every_pair,
     full_precision,
-    listed_distances,
+    triplets_of,
 )
-from gradbank.losses.base import PairLoss
-from gradbank.reducers import AvgNonZeroReducer, Ratio, Reducer
+from gradbank.losses.by_pair import swapped, swapped_triplets
+from gradbank.losses.pair import PairLoss, softplus
+from gradbank.reducers import AvgNonZeroReducer, DivisorReducer, Reducer
+
+
+@foundation
+class TripletLoss(PairLoss):
+    """A loss whose triplets may also be listed, one by one, or drawn, in place of all that the labels make."""
+
+    if TYPE_CHECKING:
+        triplets_per_anchor: int | Literal["all"]  # an argument of each subclass, at a place of its own
+
+    def compare_listed(
+        self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
+    ) -> Tensor:
+        """Triplets `(a, p, n)` as they are listed; pairs `(a1, p, a2, n)` are joined on equal anchors."""
+        if len(indices) == 4:
+            return super().compare_listed(embeddings, references, indices, labels)
+        with full_precision(embeddings.device):
+            triplets = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
+            value = self.of_triplets(embeddings, references, triplets, labels)
+            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+
+    def of_triplets(
+        self, embeddings: Tensor, references: References, triplets: tuple[Tensor, Tensor, Tensor], labels: Tensor | None
+    ) -> Any:
+        """The loss of triplets `(a, p, n)`, without its regularizer."""
+        return evaluate_triplets(self, embeddings, references, triplets, labels, self.learned())
+
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+        if self.triplets_per_anchor == "all" or not isinstance(pairs, LabelledPairs):
+            return super().compare(embeddings, references, pairs)
+        drawn = pairs.draw(int(self.triplets_per_anchor))
+        return self.compare_listed(embeddings, references, drawn, pairs.anchor_labels)
+
+    def check_triplets_per_anchor(self, number: int | str) -> None:
+        if number != "all" and (isinstance(number, str) or number < 1):
+            raise ValueError(f'triplets_per_anchor must be "all" or a number above 0, got {number!r}')
 
 
 @component
-class TripletMarginLoss(PairLoss):
+class TripletMarginLoss(TripletLoss):
     """Asks that an anchor's positive be closer than its negative, by a margin.
 
         loss[a, p, n] = relu(d[a, p] - d[a, n] + margin)
 
-    over all triplets, exactly, without making them: see `gradbank.engine.below`. With a similarity in place of
-    a distance the difference changes sign.
+    over all triplets, exactly, without making them: see `gradbank.engine.hinge`. With a similarity in place of a
+    distance the difference changes sign.
 
     Args:
         margin: by how much.
-        swap, smooth_loss, triplets_per_anchor: as in PML; only the defaults are computed so far.
-
-    Raises:
-        ValueError: an argument that asks for a variant which is not computed yet.
+        swap: whether the positive's distance to the negative takes the place of the anchor's where it is smaller.
+        smooth_loss: `log(1 + exp(...))` in place of `relu(...)`.
+        triplets_per_anchor: how many triplets of each anchor to draw at random (from torch's generator), or "all".
 
     Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", CVPR 2015.
     """
@@ -49,60 +91,120 @@ class TripletMarginLoss(PairLoss):
     reducer: Reducer = field(default_factory=AvgNonZeroReducer, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, only in (("swap", False), ("smooth_loss", False), ("triplets_per_anchor", "all")):
-            if getattr(self, name) != only:
-                raise ValueError(f"TripletMarginLoss computes {name}={only!r} only, got {getattr(self, name)!r}")
+        self.check_triplets_per_anchor(self.triplets_per_anchor)
 
-    def negatives(self) -> Mapping[str, Statistic]:
-        return {"nearer": Below(self._distance, self._thresholds)}
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+        if not self.swap or (self.triplets_per_anchor != "all" and isinstance(pairs, LabelledPairs)):
+            return super().compare(embeddings, references, pairs)
+        if not isinstance(pairs, LabelledPairs):
+            listed = triplets_of(every_pair(pairs, len(embeddings), references))
+            return self.compare_listed(embeddings, references, listed, pairs.anchor_labels)
+        with full_precision(embeddings.device):
+            value = swapped(self, embeddings, references, pairs, self.cost)
+            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+
+    @property
+    def takes_interval(self) -> bool:
+        return not self.swap and not self.smooth_loss and self.triplets_per_anchor == "all"
+
+    def of_triplets(
+        self, embeddings: Tensor, references: References, triplets: tuple[Tensor, Tensor, Tensor], labels: Tensor | None
+    ) -> Any:
+        if not self.swap:
+            return super().of_triplets(embeddings, references, triplets, labels)
+        return swapped_triplets(self, embeddings, references, triplets, labels, self.cost)
+
+    def cost(self, near: Tensor, far: Tensor) -> Tensor:
+        """What triplets cost whose positives are `near` and whose negatives are `far`."""
+        violation = self.distance.margin(near, far) + self.margin
+        return softplus(violation) if self.smooth_loss else relu(violation)
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        if self.smooth_loss:
+            return {"loss": Triplets(self.cost)}
+        return {"loss": Hinge(self._distance, self.margin, anchors.interval)}
 
     def _distance(self, s: Tensor) -> Tensor:
-        return -self.distance.closeness(s)
+        return -s if self.distance.is_inverted else s
 
-    def _violation(self, positive: Tensor, negative: Tensor) -> Tensor:
-        return positive - negative + self.margin
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        return {"loss": anchors.per_triplet("loss")}
 
-    def _thresholds(self, s: Tensor) -> Tensor:
-        """`(P, K)`: below which distance a negative violates, counts, and is past the reducer's `high`."""
-        u = self._distance(s)
-        low, high = self.reducer.bounds
-        bound = max(low, 0.0) if low is not None else 0.0
 
-        def first(bound: float, strict: bool) -> Tensor:
-            # a few roundings of the terms, each of which is at most this large
-            slack = 8 * torch.finfo(u.dtype).eps * (u.abs() + abs(self.margin) + abs(bound))
-            return first_not_above(lambda t: self._violation(u, t), u + self.margin - bound, slack, bound, strict)
+@component
+class MarginLoss(TripletLoss):
+    """Asks positives to be nearer than a boundary, and negatives to be farther, each by a margin.
 
-        every = torch.full_like(u, torch.inf)
-        if high is not None and high <= bound:  # nothing lies between the bounds
-            return torch.stack([every] * 3, 1)
-        adding = first(bound, strict=True)
-        asked = [adding, every if low is None or low < 0 else adding]
-        if high is not None:
-            asked.append(first(high, strict=False))
-        return torch.stack(asked, 1)
+        margin_loss[a, p, n] = relu(d[a, p] - beta + margin) + relu(beta - d[a, n] + margin)
+        beta_reg_loss[a, p, n] = beta * nu,   if beta is learned
 
-    def terms(self, anchors: Anchors) -> Mapping[str, Ratio]:
-        s, _, times = anchors.positives
-        sums, counts = anchors.found["nearer"]
-        assert counts is not None
-        adding, counted, total = counts[:, 0], counts[:, 1], sums[:, 0]
-        if counts.shape[1] == 3:
-            adding, counted, total = adding - counts[:, 2], counted - counts[:, 2], total - sums[:, 2]
-        losses = adding * (self._distance(s).double() + self.margin) - total
-        return {"loss": Ratio((losses * times).sum(), (counted * times).sum())}
+    The divisor of both is the number of terms above 0 among those of the triplets.
 
-    def compare_listed(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:
-        """Triplets `(a, p, n)` as they are listed; pairs `(a1, p, a2, n)` are joined on equal anchors."""
-        if len(indices) == 4:
-            return super().compare_listed(embeddings, references, indices)
-        with full_precision(embeddings.device):
-            return self._of_triplets(embeddings, references, indices)
+    Args:
+        margin: by how much.
+        nu: what the regularization of a learned beta is multiplied by.
+        beta: the boundary, at first.
+        triplets_per_anchor: how many triplets of each anchor to draw at random, or "all".
+        learn_beta: whether `beta` is a parameter.
+        num_classes: C, for a boundary of each class, by the anchor's label; None is one for all.
 
-    def _of_triplets(self, embeddings: Tensor, references: References, indices: Indices) -> Tensor:
-        a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
-        near = listed_distances(self.distance, embeddings, references, a, p)
-        far = listed_distances(self.distance, embeddings, references, a, n)
-        losses = relu(self._violation(self._distance(near), self._distance(far)))
-        ratio: Ratio = self.reducer(losses)
-        return self.regularized(ratio.value().to(embeddings.dtype), embeddings)
+    Attributes:
+        beta: `(1,)` or `(C,)`, a parameter if it is learned.
+
+    Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017.
+    """
+
+    margin: float = 0.2
+    nu: float = 0.0
+    beta: Any = 1.2
+    triplets_per_anchor: int | Literal["all"] = "all"
+    learn_beta: bool = False
+    num_classes: int | None = None
+    reducer: Reducer = field(default_factory=DivisorReducer, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.check_triplets_per_anchor(self.triplets_per_anchor)
+        self._first_beta = float(self.beta)
+        beta = torch.full((self.num_classes or 1,), self._first_beta)
+        self.beta = nn.Parameter(beta) if self.learn_beta else beta
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "beta": self._first_beta}
+
+    def _row(self, anchors: Anchors) -> Tensor:
+        """`(b, 1)`: each anchor's boundary."""
+        beta = self.beta.to(anchors.embeddings)
+        if len(beta) == 1:
+            return beta.expand(anchors.size, 1)
+        if anchors.labels is None:
+            raise ValueError("MarginLoss with num_classes has a beta for each label: pass labels")
+        check_indices("label", anchors.labels, len(beta))
+        return beta[anchors.labels][:, None]
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        row = self._row(anchors)
+        far, near = self._too_far, self._too_near
+        return {
+            "margin_loss": Separable(far, near, row),
+            "active": Separable(
+                lambda s, beta: far(s, beta).sign(), lambda s, beta: near(s, beta).sign(), row.detach(), plain=True
+            ),
+        }
+
+    def _too_far(self, s: Tensor, beta: Tensor) -> Tensor:
+        return relu(self.distance.margin(s, beta) + self.margin)
+
+    def _too_near(self, s: Tensor, beta: Tensor) -> Tensor:
+        return relu(self.distance.margin(beta, s) + self.margin)
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        active, number, _ = anchors.found["active"]
+        divisor = active.detach().sum()
+        loss = anchors.per_triplet("margin_loss", divisor)
+        if not self.learn_beta:
+            return {"margin_loss": loss}
+        assert number is not None
+        if len(self.beta) == 1:
+            return {"margin_loss": loss, "beta_reg_loss": anchors.reduced(self.beta.sum() * self.nu, number.sum())}
+        cost = Part("element", self._row(anchors).squeeze(1) * self.nu, number, divisor=divisor)
+        return {"margin_loss": loss, "beta_reg_loss": cost}

@@ -1,5 +1,6 @@
-"""What every miner shares: the call, and pairs that are kept without being listed."""
+"""What every miner shares: the call, its checks, and what it counts."""
 
+import dataclasses
 from dataclasses import field
 
 import torch
@@ -8,22 +9,44 @@ from torch import Tensor
 from gradbank.checks import check_batch
 from gradbank.component import Component, foundation
 from gradbank.distances import Distance, LpDistance
-from gradbank.engine import Bounds, LabelledPairs, MinedPairs, Pairs, References, full_precision
+from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision
 
 
 @foundation
 class Miner(Component):
-    """Chooses pairs by their distance, anchor by anchor.
+    """Chooses the pairs or triplets that are worth their gradient.
 
-    A subclass writes `mine`, whose answer tells tile by tile which pairs are kept; a queue uses that directly, and
-    calling the miner lists the pairs.
+    A miner of your own defines `mine`, which lists them. One that can tell a tile of pairs which of them it keeps
+    defines `select` instead (see `MultiSimilarityMiner`), so that a queue needs no list.
+
+    Args:
+        distance: how far apart embeddings are.
+        collect_stats: whether `mine` also writes the statistics that the class names; None is no.
+
+    Attributes:
+        num_pos_pairs, num_neg_pairs, num_triplets: how many of each the last call listed.
     """
 
     distance: Distance = field(default_factory=LpDistance, kw_only=True)
+    collect_stats: bool | None = field(default=None, kw_only=True)
+    num_pos_pairs: int = field(default=0, init=False)
+    num_neg_pairs: int = field(default=0, init=False)
+    num_triplets: int = field(default=0, init=False)
 
-    def mine(self, embeddings: Tensor, references: References, pairs: Pairs) -> MinedPairs:
-        """Those of `pairs` that the miner keeps."""
+    def __post_init__(self) -> None:
+        self.reset_stats()
+
+    def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
+        """The chosen `(a, p, n)` or `(a1, p, a2, n)`, int64: anchors are rows of `embeddings`, others of `ref_emb`.
+
+        A batch mined by itself comes as the very same objects: then no anchor is its own positive.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define mine")
+
+    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> Pairs | Indices:
+        """What is chosen of the pairs that labels make, for a queue: pairs, or listed triplets `(a, p, n)`."""
+        chosen = self._listed(embeddings, pairs.labels, references.whole(), pairs.ref_labels)
+        return chosen if len(chosen) == 3 else ListedPairs(chosen, (len(embeddings), len(references)))
 
     def forward(
         self,
@@ -31,12 +54,14 @@ class Miner(Component):
         labels: Tensor,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The kept pairs as `(a1, p, a2, n)`, int64; pass them to a loss as its `indices_tuple`.
+    ) -> Indices:
+        """The chosen `(a, p, n)` or `(a1, p, a2, n)`, int64; pass them to a loss as its `indices_tuple`.
 
         Args:
             embeddings: `(B, D)` floats, and labels: `(B,)`.
-            ref_emb: `(M, D)` references, and ref_labels: `(M,)`; without them the batch is mined by itself.
+            ref_emb: `(M, D)` references, and ref_labels: `(M,)`. Without the embeddings, the batch's own are meant;
+                without the labels, or if they are the very object `labels`, reference i is anchor i, and no anchor is
+                its own positive.
 
         Raises:
             ValueError: a shape that does not fit.
@@ -46,27 +71,49 @@ class Miner(Component):
             self.distance.check_shapes(embeddings, ref_emb)
         is_self = ref_labels is None or ref_labels is labels
         labels = labels.to(embeddings.device)
-        known = labels if is_self or ref_labels is None else ref_labels.to(embeddings.device)
+        ref_emb = embeddings if ref_emb is None else ref_emb
+        ref_labels = labels if is_self or ref_labels is None else ref_labels.to(embeddings.device)
+        check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels")
+        return self._listed(embeddings, labels, ref_emb, ref_labels)
+
+    def reset_stats(self) -> None:
+        """Sets the counts to 0, and the statistics too if they are collected."""
+        for each in dataclasses.fields(self):
+            if not each.init and (each.default == 0 or (each.default is None and self.collect_stats)):
+                setattr(self, each.name, 0)
+
+    def _listed(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
+        self.reset_stats()
         with torch.no_grad(), full_precision(embeddings.device):
-            references = References((embeddings if ref_emb is None else ref_emb,), known)
-            own = torch.arange(len(embeddings), device=embeddings.device) if is_self else None
-            mined = self.mine(embeddings, references, LabelledPairs(labels, known, own))
-            return list_pairs(mined, len(embeddings), references)
+            chosen = self.mine(embeddings, labels, ref_emb, ref_labels)
+        self._count(chosen)
+        return chosen
+
+    def _count(self, chosen: Indices) -> None:
+        name = f"{type(self).__name__}.mine"
+        if len(chosen) not in (3, 4):
+            raise TypeError(f"{name} must return (a, p, n) or (a1, p, a2, n), got {len(chosen)} tensors")
+        sizes = [len(index) for index in chosen]
+        if len(chosen) == 3:
+            self.num_triplets = sizes[0]
+            fits = sizes[0] == sizes[1] == sizes[2]
+        else:
+            self.num_pos_pairs, self.num_neg_pairs = sizes[0], sizes[2]
+            fits = sizes[0] == sizes[1] and sizes[2] == sizes[3]
+        if not fits:
+            raise ValueError(f"{name} must return an anchor for each of the others, got lists of {sizes}")
 
 
-def list_pairs(pairs: Pairs, anchors: int, references: References) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every pair of `pairs`, as `(a1, p, a2, n)`."""
-    found: list[list[Tensor]] = [[], [], [], []]
-    bounds = Bounds()
-    for rows in bounds.blocks(pairs, anchors, len(references)):
-        for columns, _, _ in references.tiles(bounds.width(rows)):
-            flat, _, negatives = pairs.tile(rows, columns)
-            width = columns.stop - columns.start
-            a2, n = negatives.nonzero(as_tuple=True)
-            for out, index, start in zip(found, (flat // width, flat % width, a2, n), (rows.start, columns.start) * 2):
-                out.append(index + start)
-    none = torch.zeros(0, dtype=torch.int64, device=references.pieces[0].device)
-    a1, p, a2, n = (torch.cat(part) if part else none for part in found)
-    by_pair = (a1 * max(len(references), 1) + p).argsort()
-    by_negative = (a2 * max(len(references), 1) + n).argsort()
-    return a1[by_pair], p[by_pair], a2[by_negative], n[by_negative]
+BaseMiner = Miner  # what PML calls it
+
+
+def check_unit_euclidean(miner: Miner) -> None:
+    """Refuses any distance but the Euclidean one of unit vectors.
+
+    Raises:
+        ValueError: the miner's distance is another one.
+    """
+    distance = miner.distance
+    wanted = isinstance(distance, LpDistance) and distance.normalize_embeddings
+    if not wanted or (distance.p, distance.power) != (2, 1):
+        raise ValueError(f"{type(miner).__name__} works on LpDistance(True, p=2, power=1) only, got {distance}")

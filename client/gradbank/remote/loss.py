@@ -17,6 +17,9 @@ from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import TensorReader, describe, torch_dtype
 
 
+_SENT = {"embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels", "enqueue_mask", "enqueue_idx"}
+
+
 class RemoteLoss(nn.Module):
     """A loss hosted by a server; call it as you would call the loss itself.
 
@@ -106,6 +109,8 @@ class RemoteLoss(nn.Module):
 
     def _request(self, bound: dict[str, Any]) -> tuple[step_pb2.StepInput, list[memoryview], Tensor, Tensor | None]:
         """The message of a call, its payload, and the two tensors that may want a gradient."""
+        for argument in bound.keys() - _SENT:
+            raise InvalidRequest(f"{argument} cannot be sent to a server: call the loss here, or without it")
         embeddings, labels, ref_emb = bound["embeddings"], bound.get("labels"), bound.get("ref_emb")
         # the wire cannot carry that two labels are one object, which says that reference i is anchor i
         ref_labels = None if bound.get("ref_labels") is labels else bound.get("ref_labels")
@@ -117,7 +122,8 @@ class RemoteLoss(nn.Module):
         for name, tensor in named.items():
             if tensor is not None:
                 getattr(step, name).CopyFrom(_described(name, tensor, payload))
-        for i, index in enumerate(bound.get("indices_tuple") or ()):
+        indices = bound.get("indices_tuple")
+        for i, index in enumerate((indices,) if isinstance(indices, Tensor) else indices or ()):
             step.indices.append(_described(f"indices_tuple[{i}]", index, payload))
         mask = _mask(bound)
         if mask is not None:

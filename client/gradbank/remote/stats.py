@@ -84,16 +84,20 @@ class SessionInfo:
 
 @dataclass(frozen=True)
 class ComponentInfo:
-    """A component that a server can build; `arguments` are `(name, type, default)`, the default None if required."""
+    """A component that a server can build; `arguments` are `(name, type, default)`, the default None if required.
+
+    `paper` is where it was published, one publication a line.
+    """
 
     name: str
     kind: str
     documentation: str
     arguments: tuple[tuple[str, str, str | None], ...]
+    paper: str = ""
 
     @staticmethod
     def of(message: catalog_pb2.ComponentInfo) -> "ComponentInfo":
         arguments = tuple(
             (each.name, each.type, each.default if each.HasField("default") else None) for each in message.arguments
         )
-        return ComponentInfo(message.name, message.kind, message.documentation, arguments)
+        return ComponentInfo(message.name, message.kind, message.documentation, arguments, message.paper)

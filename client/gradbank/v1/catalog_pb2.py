@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gradbank/v1/catalog.proto\x12\x0bgradbank.v1\"\x17\n\x15ListComponentsRequest\"H\n\x16ListComponentsResponse\x12.\n\ncomponents\x18\x01 \x03(\x0b\x32\x1a.gradbank.v1.ComponentInfo\"p\n\rComponentInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x15\n\rdocumentation\x18\x03 \x01(\t\x12,\n\targuments\x18\x04 \x03(\x0b\x32\x19.gradbank.v1.ArgumentInfo\"L\n\x0c\x41rgumentInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x14\n\x07\x64\x65\x66\x61ult\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_default2k\n\x0e\x43\x61talogService\x12Y\n\x0eListComponents\x12\".gradbank.v1.ListComponentsRequest\x1a#.gradbank.v1.ListComponentsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19gradbank/v1/catalog.proto\x12\x0bgradbank.v1\"\x17\n\x15ListComponentsRequest\"H\n\x16ListComponentsResponse\x12.\n\ncomponents\x18\x01 \x03(\x0b\x32\x1a.gradbank.v1.ComponentInfo\"\x7f\n\rComponentInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x15\n\rdocumentation\x18\x03 \x01(\t\x12,\n\targuments\x18\x04 \x03(\x0b\x32\x19.gradbank.v1.ArgumentInfo\x12\r\n\x05paper\x18\x05 \x01(\t\"L\n\x0c\x41rgumentInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x14\n\x07\x64\x65\x66\x61ult\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_default2k\n\x0e\x43\x61talogService\x12Y\n\x0eListComponents\x12\".gradbank.v1.ListComponentsRequest\x1a#.gradbank.v1.ListComponentsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,9 +36,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCOMPONENTSRESPONSE']._serialized_start=67
   _globals['_LISTCOMPONENTSRESPONSE']._serialized_end=139
   _globals['_COMPONENTINFO']._serialized_start=141
-  _globals['_COMPONENTINFO']._serialized_end=253
-  _globals['_ARGUMENTINFO']._serialized_start=255
-  _globals['_ARGUMENTINFO']._serialized_end=331
-  _globals['_CATALOGSERVICE']._serialized_start=333
-  _globals['_CATALOGSERVICE']._serialized_end=440
+  _globals['_COMPONENTINFO']._serialized_end=268
+  _globals['_ARGUMENTINFO']._serialized_start=270
+  _globals['_ARGUMENTINFO']._serialized_end=346
+  _globals['_CATALOGSERVICE']._serialized_start=348
+  _globals['_CATALOGSERVICE']._serialized_end=455
 # @@protoc_insertion_point(module_scope)

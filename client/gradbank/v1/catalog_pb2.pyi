@@ -69,12 +69,15 @@ class ComponentInfo(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     DOCUMENTATION_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
+    PAPER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     kind: _builtins.str
-    """"loss", "distance", "miner", "reducer" or "regularizer"."""
+    """"loss", "distance", "miner", "reducer", "regularizer", or the name of another base class in lower case."""
     documentation: _builtins.str
-    """What it computes: formula, paper, arguments, errors."""
+    """What it computes: formula, arguments, errors."""
+    paper: _builtins.str
+    """Where it was published: authors, title, venue and year, one publication a line. Empty if nowhere."""
     @_builtins.property
     def arguments(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArgumentInfo]:
         """What its constructor takes, in order."""
@@ -86,10 +89,11 @@ class ComponentInfo(_message.Message):
         kind: _builtins.str = ...,
         documentation: _builtins.str = ...,
         arguments: _abc.Iterable[Global___ArgumentInfo] | None = ...,
+        paper: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "documentation", b"documentation", "kind", b"kind", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "documentation", b"documentation", "kind", b"kind", "name", b"name", "paper", b"paper"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

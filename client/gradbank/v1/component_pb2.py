@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from gradbank.v1 import tensor_pb2 as gradbank_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgradbank/v1/component.proto\x12\x0bgradbank.v1\x1a\x18gradbank/v1/tensor.proto\"\x9c\x01\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x38\n\targuments\x18\x02 \x03(\x0b\x32%.gradbank.v1.Component.ArgumentsEntry\x1aG\n\x0e\x41rgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradbank.v1.Argument:\x02\x38\x01\"\x90\x02\n\x08\x41rgument\x12\x0e\n\x04none\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x66lag\x18\x02 \x01(\x08H\x00\x12\x11\n\x07integer\x18\x03 \x01(\x03H\x00\x12\x10\n\x06number\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12%\n\x06tensor\x18\x06 \x01(\x0b\x32\x13.gradbank.v1.TensorH\x00\x12+\n\tcomponent\x18\x07 \x01(\x0b\x32\x16.gradbank.v1.ComponentH\x00\x12)\n\x04list\x18\x08 \x01(\x0b\x32\x19.gradbank.v1.ArgumentListH\x00\x12\'\n\x03map\x18\t \x01(\x0b\x32\x18.gradbank.v1.ArgumentMapH\x00\x42\x07\n\x05value\"4\n\x0c\x41rgumentList\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.gradbank.v1.Argument\"\x86\x01\n\x0b\x41rgumentMap\x12\x32\n\x05items\x18\x01 \x03(\x0b\x32#.gradbank.v1.ArgumentMap.ItemsEntry\x1a\x43\n\nItemsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradbank.v1.Argument:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgradbank/v1/component.proto\x12\x0bgradbank.v1\x1a\x18gradbank/v1/tensor.proto\"\x9c\x01\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x38\n\targuments\x18\x02 \x03(\x0b\x32%.gradbank.v1.Component.ArgumentsEntry\x1aG\n\x0e\x41rgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradbank.v1.Argument:\x02\x38\x01\"\x90\x02\n\x08\x41rgument\x12\x0e\n\x04none\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x66lag\x18\x02 \x01(\x08H\x00\x12\x11\n\x07integer\x18\x03 \x01(\x03H\x00\x12\x10\n\x06number\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12%\n\x06tensor\x18\x06 \x01(\x0b\x32\x13.gradbank.v1.TensorH\x00\x12+\n\tcomponent\x18\x07 \x01(\x0b\x32\x16.gradbank.v1.ComponentH\x00\x12)\n\x04list\x18\x08 \x01(\x0b\x32\x19.gradbank.v1.ArgumentListH\x00\x12\'\n\x03map\x18\t \x01(\x0b\x32\x18.gradbank.v1.ArgumentMapH\x00\x42\x07\n\x05value\"4\n\x0c\x41rgumentList\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.gradbank.v1.Argument\"\x95\x01\n\x0b\x41rgumentMap\x12\x32\n\x05items\x18\x01 \x03(\x0b\x32#.gradbank.v1.ArgumentMap.ItemsEntry\x12\r\n\x05order\x18\x02 \x03(\t\x1a\x43\n\nItemsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradbank.v1.Argument:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,7 +45,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARGUMENTLIST']._serialized_start=504
   _globals['_ARGUMENTLIST']._serialized_end=556
   _globals['_ARGUMENTMAP']._serialized_start=559
-  _globals['_ARGUMENTMAP']._serialized_end=693
-  _globals['_ARGUMENTMAP_ITEMSENTRY']._serialized_start=626
-  _globals['_ARGUMENTMAP_ITEMSENTRY']._serialized_end=693
+  _globals['_ARGUMENTMAP']._serialized_end=708
+  _globals['_ARGUMENTMAP_ITEMSENTRY']._serialized_start=641
+  _globals['_ARGUMENTMAP_ITEMSENTRY']._serialized_end=708
 # @@protoc_insertion_point(module_scope)

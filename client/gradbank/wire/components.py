@@ -62,7 +62,10 @@ def _argument(value: Any, where: str) -> v1.Argument:
         items = [_argument(item, f"{where}[{i}]") for i, item in enumerate(value)]
         return v1.Argument(list=v1.ArgumentList(items=items))
     if isinstance(value, Mapping):
-        return v1.Argument(map=v1.ArgumentMap(items=argument_messages(value, where)))
+        odd = [key for key in value if not isinstance(key, str)]
+        if odd:
+            raise InvalidComponent(f"{where} has the key {odd[0]!r}, and only strings can be sent as keys")
+        return v1.Argument(map=v1.ArgumentMap(items=argument_messages(value, where), order=list(value)))
     raise InvalidComponent(f"{where} is a {type(value).__name__}, which cannot be sent to a server")
 
 
@@ -79,7 +82,8 @@ def _value(message: v1.Argument, where: str, depth: int) -> Any:
         case "list":
             return [_value(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(message.list.items)]
         case "map":
-            return argument_values(message.map.items, where, depth + 1)
+            values, order = argument_values(message.map.items, where, depth + 1), list(message.map.order)
+            return {key: values[key] for key in order} if sorted(order) == list(values) else values
         case None:
             raise InvalidComponent(f"{where} has no value")
         case kind:

@@ -24,7 +24,7 @@ from gradbank.wire import (
     nbytes,
     spec_of,
 )
-from gradbank_server.build import build_loss
+from gradbank_server.build import build_loss, import_components
 from gradbank_server.service.catalog import component_infos
 from gradbank_server.service.steps import answer_message, batch_of, tensors_of
 from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions
@@ -39,6 +39,7 @@ class Service:
     """Sessions, spoken to in messages."""
 
     def __init__(self, settings: ServerSettings, device: torch.device, storage: Storage | None = None) -> None:
+        import_components(settings.components)
         self.settings, self.device = settings, device
         self.boot_id = secrets.token_hex(8)
         limits = Limits(settings.max_sessions, settings.max_session_bytes)

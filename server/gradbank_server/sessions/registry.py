@@ -1,15 +1,16 @@
 """The open sessions, by name, and what each of them may hold."""
 
+import itertools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradbank.component import Spec
+from gradbank.component import Spec, same
 from gradbank.errors import InvalidRequest, LimitExceeded, SessionConflict, SessionNotFound
 from gradbank.losses.base import Loss
 from gradbank_server.sessions.session import Clock, Session
@@ -69,7 +70,9 @@ class Sessions:
             )
         check_size(spec, self._limits.session_bytes)
         with torch.device("meta"):  # the spec with every default, at the price of no weights
-            asked = self._build(spec).spec()
+            made = self._build(spec)
+        check_weights(made, self._limits.session_bytes)
+        asked = made.spec()
         with self._changed:
             while name in self._coming:
                 self._changed.wait()
@@ -146,25 +149,47 @@ def check_size(spec: Spec, limit: int) -> None:
                 f"in float32, and a session may take {limit:,}: the largest {rows} that fits is "
                 f"{limit // (4 * dimension):,}"
             )
-    for value in arguments.values():
-        if isinstance(value, Spec):
-            check_size(value, limit)
+    for inner in _inner(arguments):
+        check_size(inner, limit)
 
 
-def difference(known: Spec, asked: Spec, where: str = "") -> str:
-    """The first place in which two specs differ, in words."""
-    if known.name != asked.name:
-        return f"{where or 'the loss'} is a {known.name} there, and a {asked.name} here"
-    for name in sorted(known.arguments | asked.arguments):
-        a, b = known.arguments.get(name), asked.arguments.get(name)
-        path = f"{where}.{name}" if where else name
-        if a != b:
-            return (
-                difference(a, b, path)
-                if isinstance(a, Spec) and isinstance(b, Spec)
-                else f"{path} is {_said(a)} there, and {_said(b)} here"
-            )
-    return "they are equal"
+def _inner(value: Any) -> Iterator[Spec]:
+    """The specs in an argument: itself, or those in its lists and dictionaries."""
+    if isinstance(value, Spec):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _inner(item)
+
+
+def check_weights(loss: Loss, limit: int) -> None:
+    """The same by what was made, for weights that no `num_classes` tells; `loss` is on the meta device.
+
+    Raises:
+        LimitExceeded: the message names the size and the limit.
+    """
+    size = sum(tensor.nbytes for tensor in itertools.chain(loss.parameters(), loss.buffers()))
+    if size > limit:
+        raise LimitExceeded(
+            f"the weights of {type(loss).__name__} take {size:,} bytes, and a session may take {limit:,}"
+        )
+
+
+def difference(known: Any, asked: Any, where: str = "") -> str:
+    """The first place in which two specs, or arguments of theirs, differ, in words."""
+    if isinstance(known, Spec) and isinstance(asked, Spec):
+        if known.name != asked.name:
+            return f"{where or 'the loss'} is a {known.name} there, and a {asked.name} here"
+        there, here, prefix = known.arguments, asked.arguments, f"{where}." if where else ""
+        parts = {prefix + name: (there.get(name), here.get(name)) for name in sorted(there | here)}
+    elif isinstance(known, list) and isinstance(asked, list) and len(known) == len(asked):
+        parts = {f"{where}[{i}]": pair for i, pair in enumerate(zip(known, asked))}
+    elif isinstance(known, dict) and isinstance(asked, dict) and known.keys() == asked.keys():
+        parts = {f"{where}[{key!r}]": (known[key], asked[key]) for key in known}
+    else:
+        return f"{where} is {_said(known)} there, and {_said(asked)} here"
+    differing = [difference(*pair, path) for path, pair in parts.items() if not same(*pair)]
+    return differing[0] if differing else "they are equal"
 
 
 def _said(value: Any) -> str:

@@ -1,0 +1,64 @@
+"""How far an anchor's negatives are short of a distance, the shortest weighing most."""
+
+import torch
+from torch import Tensor
+
+from gradbank.engine.anchors import Gathered, Positives
+from gradbank.engine.negatives import Negatives
+from gradbank.engine.statistics import Running, Statistic
+from gradbank.engine.tile import Tile
+
+
+class Gaps(Statistic):
+    """The sums of `w` and of `w * gap` over each anchor's negatives, `(b, 2)`, and how many negatives there are.
+
+        gap = edge - s_n,   w = exp(temperature * gap),   for the negatives with gap > 0 and s_n > 0
+
+    One statistic in place of two sums, for its gradient is `-w * (temperature * (g_0 + g_1 * gap) + g_1)`.
+    """
+
+    def __init__(self, edge: float, temperature: float) -> None:
+        self.edge, self.temperature = edge, temperature
+
+    def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
+        return _RunningGaps(self, anchors, like)
+
+    def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
+        number = negatives.to(s.dtype)
+        gap, weight = self.weighed(s)
+        sums = torch.stack([(x * number).sum(1, dtype=torch.float64) for x in (weight, weight * gap)], 1)
+        return Gathered(sums, number.sum(1, dtype=torch.float64))
+
+    def weighed(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The gap of each value, and its weight: 0 where it does not count."""
+        gap = (self.edge - s).clamp(min=0)
+        counts = (gap * s).detach().clamp_(min=0).sign_()  # by signs, for masks are slow
+        return gap, (gap * self.temperature).exp() * counts
+
+
+class _RunningGaps(Running):
+    by_anchor = False
+
+    def __init__(self, gaps: Gaps, anchors: int, like: Tensor) -> None:
+        super().__init__(torch.zeros_like)
+        self.gaps = gaps
+        self.sums = like.new_zeros(anchors, 2, dtype=torch.float64)
+        self.number = like.new_zeros(anchors, dtype=torch.float64)
+
+    def add(self, tile: Tile, negatives: Negatives) -> None:
+        gap, weight = self.gaps.weighed(tile.s.detach())
+        weight = negatives.weighed(weight)
+        self.sums += torch.stack([weight.sum(1), gap.mul_(weight).sum(1)], 1)
+        self.number += negatives.weighed(torch.ones_like(weight)).sum(1)
+
+    def leaf(self) -> Tensor:
+        return self.sums
+
+    def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
+        return Gathered(leaf, self.number)
+
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gap, weight = self.gaps.weighed(s.detach())
+        of_weight, of_cost = gradient.to(s.dtype)[:, :1], gradient.to(s.dtype)[:, 1:]
+        slope = gap.mul_(-self.gaps.temperature * of_cost).sub_(self.gaps.temperature * of_weight + of_cost)
+        return s, negatives.weighed(slope.mul_(weight))

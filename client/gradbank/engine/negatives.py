@@ -1,0 +1,70 @@
+"""Which entries of a tile are negatives: all but a few, or those of a mask."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Negatives(Protocol):
+    """The negatives of a `(b, w)` tile."""
+
+    def logged(self, values: Tensor) -> Tensor:
+        """The values, raised by the log of how often each counts, -inf where there is no negative; may write to them."""
+        ...
+
+    def weighed(self, weight: Tensor) -> Tensor:
+        """The floating weights, times how often each counts; may write to them."""
+        ...
+
+    def beyond(self, values: Tensor) -> Tensor:
+        """A copy of the values, the largest float where there is no negative."""
+        ...
+
+    def times(self) -> Tensor | None:
+        """How often each entry counts as a negative, or None where none does more than once."""
+        ...
+
+
+class Holes:
+    """Every entry is a negative, once, but those at these places of the flattened tile."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+
+    def logged(self, values: Tensor) -> Tensor:
+        values.view(-1).index_fill_(0, self.flat, -torch.inf)
+        return values
+
+    def weighed(self, weight: Tensor) -> Tensor:
+        weight.view(-1).index_fill_(0, self.flat, 0)
+        return weight
+
+    def beyond(self, values: Tensor) -> Tensor:
+        copy = values.clone(memory_format=torch.contiguous_format)
+        copy.view(-1).index_fill_(0, self.flat, torch.finfo(values.dtype).max)
+        return copy
+
+    def times(self) -> Tensor | None:
+        return None
+
+
+class Masked:
+    """The negatives are where a `(b, w)` mask is true, or as often as it counts."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def logged(self, values: Tensor) -> Tensor:
+        if self.mask.dtype == torch.bool:
+            return values.masked_fill_(~self.mask, -torch.inf)
+        return values + self.mask.to(values.dtype).log()
+
+    def weighed(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+    def beyond(self, values: Tensor) -> Tensor:
+        return values.masked_fill(self.mask == 0, torch.finfo(values.dtype).max)
+
+    def times(self) -> Tensor | None:
+        return None if self.mask.dtype == torch.bool else self.mask

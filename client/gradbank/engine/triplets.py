@@ -1,0 +1,126 @@
+"""Losses of triplets: any function of an anchor's distances to a positive and to a negative."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradbank.engine.anchors import Gathered, Positives
+from gradbank.engine.each import triplets_of
+from gradbank.engine.negatives import Negatives
+from gradbank.engine.statistics import EveryPair, Running, Statistic
+from gradbank.engine.tile import Tile
+from gradbank.reducers import MeanReducer, Reducer
+
+Kernel = Callable[..., Tensor]  # distances of positives and negatives, and the anchors' row -> losses
+
+_AT_ONCE = 2**20  # triplets of a tile held at a time
+
+
+class Triplets(Statistic):
+    """`kernel(s_p, s_n)` over each anchor's triplets, as the reducer counts them: their sum.
+
+    Its name is that of the part of the loss that it is. Every triplet is computed, a few at a time; where the kernel
+    is simple enough to be summed without, a subclass does that.
+
+    Args:
+        kernel: elementwise, of tensors that broadcast.
+        row: `(b, 1)` numbers of the anchors that the kernel also takes; they get a gradient.
+    """
+
+    needs_positives = True
+
+    def __init__(self, kernel: Kernel, row: Tensor | None = None) -> None:
+        self.kernel, self.row = kernel, row
+        self.reducer: Reducer = MeanReducer()
+
+    def reduced_by(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+
+    def losses(self, anchor: Tensor, positive: Tensor, negative: Tensor, row: Tensor | None) -> Tensor:
+        made: Tensor = self.kernel(positive, negative) if row is None else self.kernel(positive, negative, row[anchor])
+        return made
+
+    def within(self, positive: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
+        """The weights of triplets, 0 for those that are not asked for."""
+        return weight
+
+    def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
+        assert positives is not None  # needs_positives says so to the engine
+        return RunningTriplets(self, anchors, positives)
+
+    def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
+        anchor = positives.anchor
+        losses = self.losses(anchor, positives.s[:, None], s[anchor], self.row)  # (P, M)
+        weight = negatives.to(losses.dtype)[anchor] * positives.times[:, None]
+        weight = self.reducer.weigh(losses.detach(), self.within(positives.s[:, None], s[anchor], weight))
+        sums, counts = (losses * weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64)
+        return Gathered(*(x.new_zeros(len(s)).index_add(0, anchor, x) for x in (sums, counts)))
+
+    def listed(self, s: Tensor, pairs: EveryPair) -> Gathered:
+        a, p, n = triplets_of(pairs)
+        return self.of_list(s[a, p], s[a, n], (a, p, n), len(s))
+
+    def of_list(self, near: Tensor, far: Tensor, triplets: tuple[Tensor, Tensor, Tensor], anchors: int) -> Gathered:
+        """The statistic of `(T,)` triplets `(a, p, n)`, given the distances of their positives and negatives."""
+        anchor = triplets[0]
+        row = None if self.row is None else self.row.squeeze(1)
+        losses = self.losses(anchor, near, far, row)
+        weight = self.reducer.weigh(losses.detach(), torch.ones_like(losses))
+        sums = (x.new_zeros(anchors, dtype=torch.float64) for x in (losses, weight))
+        value, number = (x.index_add(0, anchor, y.double()) for x, y in zip(sums, (losses * weight, weight)))
+        return Gathered(value, number, (losses, triplets))
+
+
+class RunningTriplets(Running):
+    """Every triplet of a block of anchors, a few positives at a time."""
+
+    def __init__(self, triplets: Triplets, anchors: int, positives: Positives) -> None:
+        super().__init__(triplets.kernel, triplets.row)
+        self.triplets, self.positives = triplets, positives
+        self.order = positives.anchor.argsort(stable=True)
+        self.of_positives = torch.zeros_like(positives.s)  # of each anchor's sum
+        self.total = positives.s.new_zeros(anchors, dtype=torch.float64)
+        self.count = torch.zeros_like(self.total)
+
+    def learns(self, like: Tensor) -> bool:
+        return False  # what a kernel learns is in its row
+
+    def add(self, tile: Tile, negatives: Negatives) -> None:
+        of_s, of_row = torch.zeros_like(tile.s), None if self.row is None else torch.zeros_like(self.row)
+        for part in self.order.split(max(1, _AT_ONCE // max(tile.s.shape[1], 1))):
+            anchor, times = self.positives.anchor[part], self.positives.times[part]
+            with torch.enable_grad():
+                leaves = [self.positives.s[part, None].requires_grad_(), tile.s.detach()[anchor].requires_grad_()]
+                row = None if self.row is None else self.row.detach().requires_grad_()
+                leaves += [] if row is None else [row]
+                losses = self.triplets.losses(anchor, *leaves[:2], row)
+            weight = negatives.weighed(torch.ones_like(tile.s))[anchor] * times[:, None]
+            weight = self.triplets.reducer.weigh(losses.detach(), weight)
+            self.total.index_add_(0, anchor, (losses.detach() * weight).sum(1, dtype=torch.float64))
+            self.count.index_add_(0, anchor, weight.sum(1, dtype=torch.float64))
+            made = torch.autograd.grad(losses, leaves, weight)
+            self.of_positives[part] += made[0].squeeze(1)
+            of_s.index_add_(0, anchor, made[1])
+            if of_row is not None:
+                of_row += made[2]
+        if tile.gathers:
+            self.keep([tile.pull(of_s, few=True)] + ([] if of_row is None else [of_row]))
+
+    def leaf(self) -> Tensor:
+        return self.total
+
+    def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
+        # worth nothing, but with the gradient of the positives
+        change = (positives.s - positives.s.detach()).double() * self.of_positives
+        return Gathered(leaf + torch.zeros_like(leaf).index_add(0, positives.anchor, change), self.count)
+
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.zeros_like(s[:, 0])
+        for part in self.order.split(max(1, _AT_ONCE // max(s.shape[1], 1))):
+            anchor, times = self.positives.anchor[part], self.positives.times[part]
+            losses = self.triplets.losses(anchor, self.positives.s[part, None], s[anchor], self.row)
+            weight = negatives.weighed(torch.ones_like(s))[anchor] * times[:, None]
+            weight = self.triplets.reducer.weigh(losses.detach(), weight)
+            total = total.index_add(0, anchor, (losses * weight).sum(1))
+        return total, gradient.to(s.dtype)

@@ -1,0 +1,131 @@
+"""Scores of ranked answers, query by query.
+
+A score takes `(Q, k)` bool matches, the nearest reference first, and `(Q,)` R: how many references match the query
+at all, at least one. It gives `(Q,)` float64.
+"""
+
+from collections.abc import Callable, Sequence
+from math import nan
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gradbank.evaluation.labels import EQUALITY, Comparison, distinct, ids_among, matching, relevant_per_label
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+class Averaging(Protocol):
+    """What a score needs to know of its calculator."""
+
+    avg_of_avgs: bool
+    return_per_class: bool
+    label_comparison_fn: Comparison
+
+
+def precision_at_1(matches: Tensor, relevant: Tensor) -> Tensor:
+    """1 where the nearest reference matches."""
+    return matches[:, 0].double()
+
+
+def r_precision(matches: Tensor, relevant: Tensor) -> Tensor:
+    """The part of the R nearest references that match."""
+    within = _first(relevant, matches)
+    return (matches & within).sum(1).double() / within.sum(1)
+
+
+def mean_average_precision(matches: Tensor, relevant: Tensor) -> Tensor:
+    """The precision at each match among all k, summed, over R."""
+    rank = torch.arange(1, matches.shape[1] + 1, device=matches.device)
+    precision = matches.cumsum(1) / rank.double()
+    return precision.mul_(matches).sum(1) / relevant
+
+
+def mean_average_precision_at_r(matches: Tensor, relevant: Tensor) -> Tensor:
+    """The precision at each match among the R nearest, summed, over R.
+
+    Musgrave et al., "A Metric Learning Reality Check", ECCV 2020.
+    """
+    return mean_average_precision(matches & _first(relevant, matches), relevant)
+
+
+def mean_reciprocal_rank(matches: Tensor, relevant: Tensor) -> Tensor:
+    """One over the rank of the first match; 0 without a match among all k."""
+    first = matches.byte().argmax(1)
+    return matches.any(1) / (first + 1).double()
+
+
+SCORES: dict[str, Score] = {
+    each.__name__: each
+    for each in (
+        precision_at_1,
+        r_precision,
+        mean_average_precision,
+        mean_average_precision_at_r,
+        mean_reciprocal_rank,
+    )
+}
+
+
+def average(scores: Tensor, labels: Tensor, avg_of_avgs: bool, return_per_class: bool) -> float | list[float]:
+    """The mean of `(Q,)` scores, or the mean of each label's mean, or those means in the order of the labels."""
+    if not (avg_of_avgs or return_per_class):
+        return float(scores.mean())
+    unique, ids = distinct(labels)
+    sums = torch.zeros(len(unique), dtype=scores.dtype, device=scores.device).index_add_(0, ids, scores)
+    means = sums / ids.bincount(minlength=len(unique))
+    return means.tolist() if return_per_class else float(means.mean())
+
+
+def nothing(labels: int, return_per_class: bool) -> float | list[float]:
+    """What stands for a mean where no query has a match among the references."""
+    return [nan] * labels if return_per_class else nan
+
+
+def calculation(name: str) -> Callable[..., float | list[float]]:
+    """The score of that name as a calculator's method, for neighbours that are all at hand."""
+    score = SCORES[name]
+
+    def calculate(
+        self: Averaging,
+        knn_labels: Tensor,
+        query_labels: Tensor,
+        not_lone_query_mask: Tensor,
+        label_counts: tuple[Sequence[Any] | Tensor, Sequence[int] | Tensor],
+        ref_includes_query: bool = False,
+        **kwargs: Any,
+    ) -> float | list[float]:
+        if not bool(not_lone_query_mask.any()):
+            return nothing(len(label_counts[0]), self.return_per_class)
+        knn_labels, labels = knn_labels[not_lone_query_mask], query_labels[not_lone_query_mask]
+        unique, counts = (torch.as_tensor(each, device=labels.device) for each in label_counts)
+        relevant = relevant_per_label((unique, counts), ref_includes_query, self.label_comparison_fn)
+        matches = matching(self.label_comparison_fn, labels[:, None], knn_labels)
+        scores = score(matches, relevant[ids_among(unique, labels)])
+        return average(scores, labels, self.avg_of_avgs, self.return_per_class)
+
+    calculate.__doc__ = score.__doc__
+    return calculate
+
+
+def precision_at_k(
+    knn_labels: Tensor,
+    gt_labels: Tensor,
+    k: int,
+    avg_of_avgs: bool = False,
+    return_per_class: bool = False,
+    label_comparison_fn: Comparison = EQUALITY,
+) -> float | list[float]:
+    """The part of the k nearest references that match, for metrics of your own.
+
+    Args:
+        knn_labels: `(Q, K)` labels of the neighbours, K at least k, and gt_labels: `(Q, 1)` of the queries.
+    """
+    matches = matching(label_comparison_fn, gt_labels, knn_labels[:, :k])
+    return average(matches.sum(1).double() / k, gt_labels[:, 0], avg_of_avgs, return_per_class)
+
+
+def _first(count: Tensor, matches: Tensor) -> Tensor:
+    """A mask like `matches` of the first `count` columns of each row."""
+    return torch.arange(matches.shape[1], device=matches.device) < count[:, None]

@@ -1,0 +1,137 @@
+"""Losses that classify each anchor among as many others."""
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradbank.component import component, foundation
+from gradbank.distances import CosineSimilarity, Distance, DotProductSimilarity
+from gradbank.engine import (
+    Anchors,
+    Indices,
+    LabelledPairs,
+    LogSumExp,
+    Pairs,
+    Part,
+    References,
+    Statistic,
+    as_pairs,
+    check_indices,
+    evaluate,
+    full_precision,
+)
+from gradbank.losses.pair import PairLoss, softplus
+from gradbank.reducers import LossDict
+
+
+@foundation
+class OwnClassLoss(PairLoss):
+    """Cross-entropy of each anchor's one reference against all references."""
+
+    takes_references: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = True
+
+    def logit(self, s: Tensor) -> Tensor:
+        return self.distance.closeness(s)
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"others": LogSumExp(self.logit)}
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        others = anchors.each(anchors.found["others"].value)
+        return {"loss": anchors.per_anchor(anchors.sum(softplus(others - self.logit(anchors.s))))}
+
+
+@component
+class InstanceLoss(OwnClassLoss):
+    """Cross-entropy of each row's similarities to all rows, itself included, as logits.
+
+        loss[a] = -log(exp(gamma s[a, t]) / sum_b exp(gamma s[a, b])),   t = the rank of the label of a
+
+    with b over all of the batch. The target is, as in PML, the row whose number is the label's rank among the labels
+    present: meant for batches in which every label is different and rows are in order of their labels, where it is the
+    row itself.
+
+    Raises:
+        ValueError: a distance other than `CosineSimilarity`.
+
+    Zheng et al., "Dual-Path Convolutional Image-Text Embeddings with Instance Loss", TOMM 2020.
+    """
+
+    gamma: float = 64
+    distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
+
+    use_of_indices: ClassVar = "refused"
+
+    def __post_init__(self) -> None:
+        self.require_distance(CosineSimilarity)
+
+    def logit(self, s: Tensor) -> Tensor:
+        return s * self.gamma
+
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+        labels = pairs.anchor_labels
+        assert labels is not None  # needs_labels
+        return super().compare(embeddings, references, _own(torch.unique(labels, return_inverse=True)[1], labels))
+
+
+@component
+class NPairsLoss(OwnClassLoss):
+    """Cross-entropy of one anchor of each class among one positive of each class.
+
+        loss[i] = -log(exp(s[a_i, p_i]) / sum_j exp(s[a_i, p_j]))
+
+    over one pair `(a_i, p_i)` of each label that at least two rows have: its first two rows, or the first pair of it
+    that `indices_tuple` lists. A distance is negated. `NPairLoss` draws the pairs at random and takes rows of length 1.
+
+    Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016.
+    """
+
+    distance: Distance = field(default_factory=DotProductSimilarity, kw_only=True)
+
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+        labels = pairs.anchor_labels
+        assert labels is not None  # needs_labels
+        order = labels.argsort(stable=True)
+        next_of_class = labels[order[1:]] == labels[order[:-1]]
+        return self._of_pairs(embeddings, labels, order[:-1][next_of_class], order[1:][next_of_class])
+
+    def compare_listed(
+        self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
+    ) -> Tensor:
+        assert labels is not None  # needs_labels
+        a, p, _, _ = as_pairs(indices, embeddings.device)
+        for kind, index in (("anchor", a), ("positive", p)):
+            check_indices(kind, index, len(embeddings))
+        return self._of_pairs(embeddings, labels, a, p)
+
+    def _of_pairs(self, embeddings: Tensor, labels: Tensor, a: Tensor, p: Tensor) -> Tensor:
+        order = labels[a].argsort(stable=True)
+        ordered = labels[a][order]
+        first = order[F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(ordered)]]
+        a, p = a[first], p[first]
+        with full_precision(embeddings.device):
+            if not len(a):
+                value = self.reducer(self.zero_losses(), embeddings, labels)
+            elif self.reducer.needs_list:
+                value = self.reducer(self._listed(embeddings, a, p), embeddings, labels)
+            else:
+                pairs = _own(torch.arange(len(a), device=a.device), labels[a])
+                value = evaluate(self, embeddings[a], References((embeddings[p],)), pairs)
+            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+
+    def _listed(self, embeddings: Tensor, a: Tensor, p: Tensor) -> LossDict:
+        logits = self.logit(self.distance(embeddings[a], embeddings[p]))
+        losses = F.cross_entropy(logits, torch.arange(len(a), device=a.device), reduction="none")
+        return {"loss": {"losses": losses, "indices": a, "reduction_type": "element"}}
+
+
+def _own(target: Tensor, labels: Tensor) -> LabelledPairs:
+    """The pairs of anchors whose one positive is the reference of that number."""
+    pairs = LabelledPairs(target, torch.arange(len(target), device=target.device))
+    pairs.anchor_labels = labels  # what reducers go by
+    return pairs

@@ -1,0 +1,149 @@
+"""Losses that say what pairs cost, and leave it to the engines to go through them."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradbank.checks import check_batch
+from gradbank.component import foundation
+from gradbank.engine import (
+    Anchors,
+    Indices,
+    LabelledPairs,
+    ListedPairs,
+    Pairs,
+    Part,
+    References,
+    Statistic,
+    as_pairs,
+    evaluate,
+    full_precision,
+    named_weight,
+    widened,
+)
+from gradbank.losses.base import BaseMetricLossFunction
+
+
+@foundation
+class PairLoss(BaseMetricLossFunction):
+    """A loss that compares anchors with references: the batch itself, `ref_emb`, or a queue.
+
+    A subclass declares which statistics of an anchor's negatives it needs, and writes its parts on those and on the
+    positives; the engines do the rest, in bounded memory, for any number of references.
+    """
+
+    joins_anchors: ClassVar[bool] = False
+    """Whether a part is written on several anchors together, rather than on each by itself."""
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        """The statistics of each anchor's negatives that `terms` uses, by name."""
+        return {}
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        """The named parts of the loss: what each anchor, pair or triplet costs."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms")
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Indices | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            embeddings: `(B, D)` floats.
+            labels: `(B,)`; may be left out where `indices_tuple` is given, by most losses.
+            indices_tuple: `(a, p, n)` or `(a1, p, a2, n)`, int64, in place of all pairs that the labels make.
+            ref_emb: `(M, D)` references; without them the batch is compared with itself.
+            ref_labels: `(M,)`. Without them, or if they are the very object `labels`, reference i is anchor i,
+                and no anchor is its own positive.
+
+        Raises:
+            ValueError: a shape that does not fit, an argument that the loss does not take, or neither labels nor
+                indices.
+        """
+        self._check_arguments(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        is_self = ref_labels is None or ref_labels is labels
+        among_themselves = ref_emb is None or ref_emb is embeddings
+        embeddings = widened(embeddings)
+        labels = None if labels is None else labels.to(embeddings.device)
+        known = labels if is_self or ref_labels is None else ref_labels.to(embeddings.device)
+        rows = embeddings if among_themselves or ref_emb is None else widened(ref_emb)
+        if known is not None and len(known) != len(rows):
+            raise ValueError(f"ref_labels must be ({len(rows)},), one per row of ref_emb, got {tuple(known.shape)}")
+        references = References((rows,), known, among_themselves)
+        weight = None
+        if indices_tuple is not None and self.use_of_indices == "weights":
+            weight = named_weight(indices_tuple, embeddings, not among_themselves)
+        elif indices_tuple is not None:
+            return self.compare_listed(embeddings, references, indices_tuple, labels)
+        assert labels is not None
+        assert known is not None
+        own = torch.arange(len(embeddings), device=embeddings.device)
+        leaves_out = among_themselves if self.sees_own else is_self
+        return self.compare(
+            embeddings, references, LabelledPairs(labels, known, own if leaves_out else None, anchor_weight=weight)
+        )
+
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+        """The loss of `(B, D)` embeddings over the given pairs with references."""
+        with full_precision(embeddings.device):
+            value = evaluate(self, embeddings, references, pairs, self.learned())
+            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+
+    def compare_listed(
+        self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
+    ) -> Tensor:
+        """The loss over pairs, or triplets, that were named one by one."""
+        listed = as_pairs(indices, embeddings.device)
+        shape = (len(embeddings), len(references))
+        return self.compare(
+            embeddings, references, ListedPairs(listed, shape, once=not self.counts_repeats, labels=labels)
+        )
+
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that the declaration uses, and which so get a gradient."""
+        return [each for each in self.parameters() if each.requires_grad]
+
+    def _check_arguments(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices: Indices | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+    ) -> None:
+        name = type(self).__name__
+        check_batch(embeddings, labels)
+        if labels is None and (self.needs_labels or indices is None):
+            raise ValueError(f"{name} needs labels" + ("" if self.needs_labels else ", or an indices_tuple"))
+        if indices is not None and self.use_of_indices == "refused":
+            raise ValueError(f"{name} compares all pairs that the labels make: it takes no indices_tuple")
+        given = (ref_emb is not None and ref_emb is not embeddings) or (
+            ref_labels is not None and ref_labels is not labels
+        )
+        if given and not self.takes_references:
+            raise ValueError(f"{name} compares the batch with itself: it takes no ref_emb or ref_labels")
+        if ref_emb is not None:
+            self.distance.check_shapes(embeddings, ref_emb)
+        elif ref_labels is not None and ref_labels is not labels:
+            raise ValueError("ref_labels are the labels of ref_emb: pass both, or neither")
+        if ref_emb is not None and ref_labels is not None and ref_labels.shape != ref_emb.shape[:1]:
+            raise ValueError(
+                f"ref_labels must be ({len(ref_emb)},), one per row of ref_emb, got {tuple(ref_labels.shape)}"
+            )
+
+
+def softplus(x: Tensor) -> Tensor:
+    """`log(1 + exp(x))` without torch's cut-off at 20, which is wrong in the tenth digit."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def or_zero(logsumexp: Tensor) -> Tensor:
+    """A log-sum-exp, with 0 for that of nothing, as PML has it."""
+    return torch.where(logsumexp > -torch.inf, logsumexp, 0)

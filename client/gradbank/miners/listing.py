@@ -1,0 +1,89 @@
+"""Pairs and triplets, listed block by block in little more memory than the lists take."""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from gradbank.distances import Distance
+from gradbank.engine import Indices, Pairs, References
+from gradbank.miners.rows import blocks, matrix
+
+
+class PairList:
+    """Pairs `(anchor, other)`, held as positions in the flattened `(B, M)` matrix until the end."""
+
+    def __init__(self, references: int, device: torch.device) -> None:
+        self.references = references
+        self.parts = [torch.zeros(0, dtype=torch.int64, device=device)]
+
+    def add(self, flat: Tensor, start: int) -> None:
+        """Adds the pairs at these positions of a block that begins with anchor `start`."""
+        self.parts.append(flat + start * self.references)
+
+    def flat(self) -> Tensor:
+        """All pairs so far, as positions."""
+        self.parts = [torch.cat(self.parts)]
+        return self.parts[0]
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """All pairs so far, as anchors and others."""
+        return unflattened(self.flat(), self.references)
+
+
+class TripletList:
+    """Triplets `(a, p, n)`, held as the negatives of each positive pair until the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.parts: deque[tuple[Tensor, ...]] = deque()
+
+    def add(self, a: Tensor, p: Tensor, counts: Tensor, n: Tensor) -> None:
+        """Adds positive pairs `(a, p)`: the first `counts[0]` of the negatives `n` go with the first, and so on."""
+        self.parts.append((a, p, counts, n.int()))  # half the memory, until they are put together
+
+    def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All triplets, which the list then holds no longer."""
+        size = sum(len(part[-1]) for part in self.parts)
+        made = [torch.empty(size, dtype=torch.int64, device=self.device) for _ in range(3)]
+        start = 0
+        while self.parts:
+            a, p, counts, n = self.parts.popleft()
+            own = slice(start, start + len(n))
+            pair = torch.arange(len(a), device=self.device).repeat_interleave(counts, output_size=len(n))
+            for whole, part in zip(made, (a[pair], p[pair], n)):
+                whole[own] = part
+            start = own.stop
+        return made[0], made[1], made[2]
+
+
+def unflattened(flat: Tensor, references: int) -> tuple[Tensor, Tensor]:
+    """Positions in the flattened `(B, M)` matrix, as rows and columns."""
+    row = torch.div(flat, max(references, 1), rounding_mode="floor")
+    return row, flat - row * references
+
+
+def list_pairs(pairs: Pairs, anchors: int, references: References) -> Indices:
+    """Every pair of `pairs`, as `(a1, p, a2, n)` in order."""
+    number, device = len(references), references.pieces[0].device
+    positives, negatives = PairList(number, device), PairList(number, device)
+    for rows in blocks(anchors, number):
+        tile = pairs.tile(rows, slice(0, number))
+        positives.add(tile.positives, rows.start)
+        negatives.add(tile.negatives.reshape(-1).nonzero().squeeze(1), rows.start)
+    return *positives.pairs(), *negatives.pairs()
+
+
+def every_pair(
+    distance: Distance, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """All positive pairs, and all negative pairs: their positions in the flattened `(B, M)` matrix, and distances."""
+    number, device = len(ref_emb), embeddings.device
+    lists = [PairList(number, device), PairList(number, device)]
+    values: list[list[Tensor]] = [[], []]
+    for rows, d, *masks in matrix(distance, embeddings, labels, ref_emb, ref_labels):
+        for found, parts, mask in zip(lists, values, masks):
+            found.add(mask.view(-1).nonzero().squeeze(1), rows.start)
+            parts.append(d[mask])
+    none = embeddings.new_zeros(0)
+    return [(found.flat(), torch.cat(parts) if parts else none) for found, parts in zip(lists, values)]

@@ -1,0 +1,110 @@
+"""Miners that decide pair by pair, so that a queue needs no list of what they keep."""
+
+from dataclasses import field
+
+import torch
+from torch import Tensor
+
+from gradbank.component import component, foundation
+from gradbank.distances import CosineSimilarity, Distance
+from gradbank.engine import Bounds, Indices, LabelledPairs, MinedPairs, References, full_precision, sweep, widened
+from gradbank.miners.base import Miner
+from gradbank.miners.listing import list_pairs
+from gradbank.miners.rows import matrix
+
+
+@foundation
+class PairMiner(Miner):
+    """A miner whose `select` tells tile by tile which pairs are kept; calling it lists them."""
+
+    def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
+        own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
+        references = References((ref_emb.detach(),), ref_labels)
+        kept = self.select(embeddings.detach(), references, LabelledPairs(labels, ref_labels, own))
+        return list_pairs(kept, len(embeddings), references)
+
+    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+        """Those of `pairs` that the miner keeps."""
+        raise NotImplementedError(f"{type(self).__name__} must define select")
+
+
+@component
+class MultiSimilarityMiner(PairMiner):
+    """Keeps the positives that are not clearly closer than the hardest negative, and the reverse.
+
+        (a, p) is kept if  s[a, p] - epsilon < max_n s[a, n]
+        (a, n) is kept if  s[a, n] + epsilon > min_p s[a, p]
+
+    Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019.
+    """
+
+    epsilon: float = 0.1
+    distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
+
+    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+        distance = self.distance
+        with full_precision(embeddings.device):
+            queries = distance.prepare(widened(embeddings.detach()))
+        references = references.detach()
+        nearest_negative = queries.new_full((len(queries),), -torch.inf)
+        farthest_positive = queries.new_full((len(queries),), torch.inf)
+        bounds = Bounds()
+        for rows in bounds.blocks(pairs, len(queries), len(references)):
+            width = bounds.width(rows)
+            for _, s, tile in sweep(distance, queries[rows], references, pairs, rows, width):
+                s = distance.closeness(s)
+                row = torch.div(tile.positives, s.shape[1], rounding_mode="floor") + rows.start
+                farthest_positive.scatter_reduce_(0, row, s.reshape(-1)[tile.positives], "amin")
+                negatives = s.masked_fill(tile.negatives == 0, -torch.inf).amax(1)
+                torch.maximum(nearest_negative[rows], negatives, out=nearest_negative[rows])
+
+        def keep(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+            tile = distance.prepare(references.rows(columns).to(queries.dtype))
+            s = distance.closeness(distance.matrix(queries[rows], tile))
+            as_positive = s - self.epsilon < nearest_negative[rows, None]
+            return as_positive, s + self.epsilon > farthest_positive[rows, None]
+
+        return MinedPairs(pairs, keep)
+
+
+@component
+class PairMarginMiner(PairMiner):
+    """Keeps the positives that are too far and the negatives that are too close.
+
+        (a, p) is kept if  d[a, p] > pos_margin
+        (a, n) is kept if  d[a, n] < neg_margin
+
+    With a similarity in place of a distance both signs are reversed.
+
+    Attributes:
+        pos_pair_dist, neg_pair_dist: with `collect_stats`, the mean over all positive and all negative pairs.
+    """
+
+    pos_margin: float = 0.2
+    neg_margin: float = 0.8
+    pos_pair_dist: float | None = field(default=None, init=False)
+    neg_pair_dist: float | None = field(default=None, init=False)
+
+    def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
+        if self.collect_stats:
+            sums = torch.zeros(2, 2, dtype=torch.float64)
+            for _, d, *masks in matrix(self.distance, embeddings, labels, ref_emb, ref_labels):
+                for of_kind, mask in zip(sums, masks):
+                    of_kind += torch.tensor([d[mask].sum(dtype=torch.float64), mask.sum()])
+            self.pos_pair_dist, self.neg_pair_dist = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+        return super().mine(embeddings, labels, ref_emb, ref_labels)
+
+    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+        distance = self.distance
+        with full_precision(embeddings.device):
+            queries = distance.prepare(widened(embeddings.detach()))
+        references = references.detach()
+
+        def keep(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+            tile = distance.prepare(references.rows(columns).to(queries.dtype))
+            d = distance.matrix(queries[rows], tile)
+            if distance.is_inverted:
+                return d < self.pos_margin, d > self.neg_margin
+            return d > self.pos_margin, d < self.neg_margin
+
+        return MinedPairs(pairs, keep)

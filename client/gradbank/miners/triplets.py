@@ -1,0 +1,134 @@
+"""Miners of triplets."""
+
+from dataclasses import field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradbank.component import component
+from gradbank.engine import Indices, first_not_above
+from gradbank.miners.base import Miner
+from gradbank.miners.listing import TripletList
+from gradbank.miners.rows import matrix
+
+
+@component
+class TripletMarginMiner(Miner):
+    """Takes the triplets by how much farther the negative is than the positive.
+
+        margin[a, p, n] = d[a, n] - d[a, p]
+
+        all       margin[a, p, n] <= margin
+        hard      margin[a, p, n] <= margin  and  margin[a, p, n] <= 0
+        semihard  margin[a, p, n] <= margin  and  margin[a, p, n] > 0
+        easy      margin[a, p, n] > margin
+
+    With a similarity in place of a distance the difference changes sign. The triplets of a positive pair are those
+    whose negative lies in one `interval` of distances, found by bisection among the anchor's sorted negatives.
+
+    Attributes:
+        avg_triplet_margin, pos_pair_dist, neg_pair_dist: with `collect_stats`, the means of the margin and of both
+            distances over all triplets that could be made; 0 if none.
+
+    Raises:
+        ValueError: another type of triplets.
+
+    Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", CVPR 2015.
+    """
+
+    margin: float = 0.2
+    type_of_triplets: Literal["all", "hard", "semihard", "easy"] = "all"
+    avg_triplet_margin: float | None = field(default=None, init=False)
+    pos_pair_dist: float | None = field(default=None, init=False)
+    neg_pair_dist: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.type_of_triplets not in ("all", "hard", "semihard", "easy"):
+            raise ValueError(f"type_of_triplets must be all, hard, semihard or easy, got {self.type_of_triplets!r}")
+
+    def interval(self, u: Tensor) -> Tensor:
+        """Which distances of a negative make a triplet with each positive: `(P,)` gives `(P, 2)`, `low <= v < high`.
+
+        Distances are such that larger is farther (a similarity is negated). The thresholds are floats of the same
+        dtype, and exact: a negative lies between them just when the rounded difference meets the condition.
+        """
+        everything = torch.full_like(u, torch.inf)
+        above_zero, above_margin = self._first_above(u, 0.0), self._first_above(u, self.margin)
+        low, high = {
+            "all": (-everything, above_margin),
+            "hard": (-everything, torch.minimum(above_zero, above_margin)),
+            "semihard": (above_zero, torch.maximum(above_zero, above_margin)),
+            "easy": (above_margin, everything),
+        }[self.type_of_triplets]
+        return torch.stack([low, high], 1)
+
+    def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
+        found = TripletList(embeddings.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=embeddings.device)
+        for rows, d, positives, negatives in matrix(self.distance, embeddings, labels, ref_emb, ref_labels):
+            u = -d if self.distance.is_inverted else d
+            row, p = positives.nonzero(as_tuple=True)
+            near, far = u[row, p], u.masked_fill(~negatives, torch.inf)
+            if self.collect_stats:
+                sums += _sums(u, positives, negatives)
+            ordered, column = far.sort(1)
+            start, stop = _below(ordered, row, self.interval(near)).unbind(1)
+            counts = stop - start
+            total = int(counts.sum())
+            first = row * u.shape[1] + start - (counts.cumsum(0) - counts)
+            place = torch.arange(total, device=row.device)
+            place += first.repeat_interleave(counts, output_size=total)
+            found.add(row + rows.start, p, counts, column.view(-1)[place])
+        if self.collect_stats:
+            self._set_stats(*sums.tolist())
+        return found.triplets()
+
+    def _first_above(self, u: Tensor, margin: float) -> Tensor:
+        """The smallest `v` for which the rounded `v - u` exceeds the margin."""
+        if margin == 0:
+            return torch.nextafter(u, torch.full_like(u, torch.inf))
+        slack = 8 * torch.finfo(u.dtype).eps * (u.abs() + abs(margin))
+        return first_not_above(lambda v: u - v, u + margin, slack, -margin, strict=False)
+
+    def _set_stats(self, near: float, far: float, number: float) -> None:
+        near, far = near / max(number, 1), far / max(number, 1)
+        sign = -1 if self.distance.is_inverted else 1
+        self.avg_triplet_margin, self.pos_pair_dist, self.neg_pair_dist = far - near, sign * near, sign * far
+
+
+@component
+class EmbeddingsAlreadyPackagedAsTriplets(Miner):
+    """Takes rows 0, 1 and 2 as anchor, positive and negative, rows 3, 4 and 5 as the next, and so on.
+
+    Raises:
+        ValueError: when it is called, a number of rows that is no multiple of three.
+    """
+
+    def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
+        if len(embeddings) % 3:
+            raise ValueError(f"triplets are three rows each, got {len(embeddings)} rows of embeddings")
+        a, p, n = torch.arange(len(embeddings), device=embeddings.device).view(-1, 3).unbind(1)
+        return a, p, n
+
+
+def _below(ordered: Tensor, row: Tensor, thresholds: Tensor) -> Tensor:
+    """How many of its row's ascending values, `(b, M)`, are below each of the `(P, 2)` thresholds.
+
+    Args:
+        row: `(P,)` the row of each, ascending.
+    """
+    number = torch.bincount(row, minlength=len(ordered))
+    slot = torch.arange(len(row), device=row.device) - (number.cumsum(0) - number)[row]
+    table = ordered.new_zeros(len(ordered), int(number.max()), 2)
+    table[row, slot] = thresholds
+    return torch.searchsorted(ordered, table.flatten(1)).view(table.shape)[row, slot]
+
+
+def _sums(u: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """Over all triplets of a block of anchors: the sum of their positives' and negatives' distances, their number."""
+    number_p, number_n = positives.sum(1), negatives.sum(1)
+    near = u.masked_fill(~positives, 0).sum(1, dtype=torch.float64)
+    far = u.masked_fill(~negatives, 0).sum(1, dtype=torch.float64)
+    return torch.stack([near @ number_n.double(), far @ number_p.double(), (number_p * number_n).sum().double()])

@@ -1,0 +1,108 @@
+"""Several losses of one batch."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from gradbank.component import component
+from gradbank.engine import Indices
+from gradbank.losses.base import Loss, Staged
+from gradbank.miners.base import Miner
+from gradbank.mismatch import Mismatch
+
+
+@component
+class MultipleLosses(Loss):
+    """The weighted sum of several losses of one batch: `sum_k weights[k] * losses[k](embeddings, labels)`.
+
+    A call that fails leaves what any of them remembers as it was.
+
+    Args:
+        losses: a list, or a dictionary by name.
+        miners: likewise; each chooses the pairs of the loss in the same place. In a list None is no miner, in a
+            dictionary a name may be left out.
+        weights: likewise; one for each loss. None is 1 for all.
+
+    Raises:
+        ValueError: no losses, or miners or weights that do not belong to them.
+    """
+
+    losses: list[Loss] | dict[str, Loss]
+    miners: list[Miner | None] | dict[str, Miner] | None = None
+    weights: list[float] | dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.losses):
+            raise ValueError("MultipleLosses needs at least one loss")
+        if self.miners:
+            self._check("miners", self.miners)
+        if self.weights is None:
+            self.weights = dict.fromkeys(self._keys(), 1.0) if self.is_dict else [1.0] * len(self.losses)
+        self._check("weights", self.weights)
+
+    @property
+    def is_dict(self) -> bool:
+        """Whether the losses have names."""
+        return isinstance(self.losses, dict | nn.ModuleDict)
+
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Indices | None = None) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            embeddings: `(B, D)` floats, and labels: `(B,)`.
+            indices_tuple: what each of the losses takes; only if there are no miners.
+
+        Raises:
+            ValueError: indices in addition to miners, or whatever one of the losses refuses.
+        """
+        staged = self.stage(embeddings, labels, indices_tuple)
+        staged.commit()
+        return staged.loss
+
+    def stage(self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Indices | None = None) -> Staged:
+        if self.miners and indices_tuple is not None:
+            raise Mismatch("MultipleLosses was built with miners, which choose the pairs: leave indices_tuple out")
+        losses, weights = cast("dict[Any, Loss]", self.losses), cast("dict[Any, float]", self.weights)
+        total: Any = 0
+        commits = []
+        for key in self._keys():
+            miner = self._miner(key)
+            chosen = indices_tuple if miner is None else miner(embeddings, labels)
+            staged = _staged(losses[key], embeddings, labels, chosen)
+            total = total + staged.loss * weights[key]
+            commits.append(staged.commit)
+
+        def commit() -> None:
+            for each in commits:
+                each()
+
+        return Staged(self.regularized(total, embeddings), commit)
+
+    def _keys(self) -> list[Any]:
+        """What the losses are looked up by: names, or positions."""
+        return list(cast("dict[str, Loss]", self.losses)) if self.is_dict else list(range(len(self.losses)))
+
+    def _miner(self, key: Any) -> Miner | None:
+        if not self.miners or (self.is_dict and key not in self.miners):
+            return None
+        return cast("dict[Any, Miner | None]", self.miners)[key]
+
+    def _check(self, what: str, given: Any) -> None:
+        """Refuses miners or weights that do not belong to the losses."""
+        named = isinstance(given, dict | nn.ModuleDict)
+        if self.is_dict != named:
+            form = "a dictionary" if self.is_dict else "a list"
+            raise Mismatch(f"losses are {form}, so {what} must be one too, got {type(given).__name__}")
+        if not named and len(given) != len(self.losses):
+            raise Mismatch(f"there are {len(self.losses)} losses, so there must be as many {what}, got {len(given)}")
+        if named and not set(given) <= set(self._keys()):
+            raise Mismatch(f"{what} are given for {sorted(set(given) - set(self._keys()))}, which no loss is called")
+        if named and what == "weights" and set(given) != set(self._keys()):
+            raise Mismatch(f"weights are missing for {sorted(set(self._keys()) - set(given))}")
+
+
+def _staged(loss: nn.Module, embeddings: Tensor, labels: Tensor | None, indices: Indices | None) -> Staged:
+    """The call of a loss without its effects; a module that is not one of gradbank's is simply called."""
+    if isinstance(loss, Loss):
+        return loss.stage(embeddings, labels, indices)
+    return Staged(loss(embeddings, labels, indices), lambda: None)

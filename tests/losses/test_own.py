@@ -1,0 +1,170 @@
+"""A user's own losses and reducers, written for pytorch-metric-learning, run here as they ran there."""
+
+from typing import Any
+
+import pytest
+import pytorch_metric_learning.losses as pml_losses
+import pytorch_metric_learning.reducers as pml_reducers
+import torch
+from torch import Tensor
+
+import gradbank
+from gradbank import component, losses, miners, reducers
+
+
+def mat_based(library: Any) -> Any:
+    class MeanGap(library.GenericPairLoss):  # type: ignore[misc]
+        def __init__(self, gap: float, **kwargs: Any) -> None:
+            super().__init__(mat_based_loss=True, **kwargs)
+            self.gap = gap
+
+        def _compute_loss(self, mat: Tensor, pos_mask: Tensor, neg_mask: Tensor) -> Any:
+            near = (mat * pos_mask).sum(1) / pos_mask.sum(1).clamp(min=1)
+            far = (mat * neg_mask).sum(1) / neg_mask.sum(1).clamp(min=1)
+            cost = torch.relu(near - far + self.gap)
+            return {"loss": {"losses": cost, "indices": torch.arange(len(mat)), "reduction_type": "element"}}
+
+    return MeanGap(0.5)
+
+
+def pair_based(library: Any) -> Any:
+    class Squares(library.GenericPairLoss):  # type: ignore[misc]
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(mat_based_loss=False, **kwargs)
+
+        def _compute_loss(self, pos_pair: Tensor, neg_pair: Tensor, indices_tuple: Any) -> Any:
+            a1, p, a2, n = indices_tuple
+            return {
+                "pos_loss": {"losses": pos_pair**2, "indices": (a1, p), "reduction_type": "pos_pair"},
+                "neg_loss": {"losses": torch.relu(1 - neg_pair) ** 2, "indices": (a2, n), "reduction_type": "neg_pair"},
+            }
+
+        def _sub_loss_names(self) -> list[str]:
+            return ["pos_loss", "neg_loss"]
+
+        def get_default_reducer(self) -> Any:
+            return (reducers if library is losses else pml_reducers).AvgNonZeroReducer()
+
+    return Squares()
+
+
+def from_nothing(library: Any) -> Any:
+    class Lengths(library.BaseMetricLossFunction):  # type: ignore[misc]
+        def compute_loss(
+            self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
+        ) -> Any:
+            cost = embeddings.norm(dim=1) * (1 + labels) + ref_emb.mean()
+            return {"loss": {"losses": cost, "indices": torch.arange(len(cost)), "reduction_type": "element"}}
+
+    return Lengths()
+
+
+def batch(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size, 6, dtype=torch.float64, generator=generator)
+    return rows, torch.randint(4, (size,), generator=generator)
+
+
+def call(loss: Any, embeddings: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    leaf = embeddings.clone().requires_grad_()
+    value = loss(leaf, *rest, **named)
+    value.backward()
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+OWN = [mat_based, pair_based, from_nothing]
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("how", ["by itself", "with references", "pairs of a miner"])
+def test_a_loss_written_for_pml_is_the_same_here(own: Any, how: str) -> None:
+    embeddings, labels = batch(0)
+    rest: dict[str, Any] = {}
+    if how == "with references":
+        rest = dict(zip(("ref_emb", "ref_labels"), batch(1, 20)))
+    if how == "pairs of a miner":
+        rest = {"indices_tuple": miners.MultiSimilarityMiner()(embeddings, labels)}
+    found, wanted = (call(own(library), embeddings, labels, **rest) for library in (losses, pml_losses))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_it_runs_in_a_queue(own: Any) -> None:
+    """Against all of the queue, each anchor's own row left out: as with the same rows passed as references."""
+    bank = losses.CrossBatchMemory(own(losses), 6, 32).double()
+    first, second = batch(2), batch(3)
+    bank(*first)
+    found = call(bank, *second)
+    rows, labels = (torch.cat(each) for each in zip(first, second))
+    own_pair = torch.arange(16) + 16
+    same = second[1][:, None] == labels
+    a2, n = (~same).nonzero(as_tuple=True)
+    same[torch.arange(16), own_pair] = False
+    a1, p = same.nonzero(as_tuple=True)
+    wanted = call(own(losses), *second, (a1, p, a2, n), ref_emb=rows, ref_labels=labels)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+def median(library: Any) -> Any:
+    class Median(library.BaseReducer):  # type: ignore[misc]
+        def element_reduction(self, losses: Tensor, indices: Any, embeddings: Tensor, labels: Tensor) -> Tensor:
+            return losses.median()
+
+        pos_pair_reduction = neg_pair_reduction = triplet_reduction = element_reduction
+
+    return Median()
+
+
+@pytest.mark.parametrize(
+    "name", ["ContrastiveLoss", "NTXentLoss", "MultiSimilarityLoss", "TripletMarginLoss", "MarginLoss", "NCALoss"]
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_reducer_written_for_pml_sees_every_loss(name: str, listed: bool) -> None:
+    embeddings, labels = batch(4)
+    rest = (miners.TripletMarginMiner()(embeddings, labels),) if listed else ()
+    found, wanted = (
+        call(getattr(library, name)(reducer=median(of)), embeddings, labels, *rest)
+        for library, of in ((losses, reducers), (pml_losses, pml_reducers))
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ContrastiveLoss", "TripletMarginLoss", "SupConLoss", "LiftedStructureLoss"])
+def test_a_reducer_that_does_nothing_gives_the_losses(name: str) -> None:
+    embeddings, labels = batch(5)
+    found = getattr(losses, name)(reducer=reducers.DoNothingReducer())(embeddings, labels)
+    wanted = getattr(pml_losses, name)(reducer=pml_reducers.DoNothingReducer())(embeddings, labels)
+    assert found.keys() == wanted.keys()
+    for part, theirs in wanted.items():
+        mine = found[part]
+        assert mine["reduction_type"] == theirs["reduction_type"]
+        for each in ("losses", "indices"):
+            for a, b in zip(*(x[each] if isinstance(x[each], tuple) else (x[each],) for x in (mine, theirs))):
+                torch.testing.assert_close(
+                    a.flatten().sort().values, b.flatten().sort().values, rtol=1e-9, atol=1e-12, check_dtype=False
+                )
+
+
+@component
+class OfTheMean(losses.BaseMetricLossFunction):
+    """A user's own loss, small enough to hold the matrix: loss[a] = relu(scale * (mean_p d[a, p] - mean_n d[a, n]))."""
+
+    scale: float = 1.0
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):  # type: ignore[no-untyped-def]
+        mat = self.distance(embeddings, ref_emb)
+        same = labels[:, None] == ref_labels
+        gap = (mat * same).sum(1) / same.sum(1) - (mat * ~same).sum(1) / (~same).sum(1).clamp(min=1)
+        cost = torch.relu(self.scale * gap)
+        return {"loss": {"losses": cost, "indices": torch.arange(len(cost)), "reduction_type": "element"}}
+
+
+def test_it_runs_on_a_server_that_knows_it(embedded: gradbank.Client, name: str) -> None:
+    here = losses.CrossBatchMemory(OfTheMean(2.0), 6, 24)
+    there = embedded.open(name, here.rebuilt())
+    for seed in (6, 7, 8):
+        rows, labels = batch(seed)
+        found, wanted = call(there, rows.float(), labels), call(here, rows.float(), labels)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])

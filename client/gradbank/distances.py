@@ -45,7 +45,8 @@ class Distance(Component):
         if not self.normalize_embeddings:
             return embeddings
         norms = torch.linalg.vector_norm(embeddings, ord=self.p, dim=-1, keepdim=True)
-        return embeddings * norms.clamp(min=1e-12).reciprocal()  # a division for each row, not for each number
+        scaled: Tensor = embeddings * norms.clamp(min=1e-12).reciprocal()  # a division for each row, not each number
+        return scaled
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
         """The `(B, M)` matrix between prepared embeddings."""
@@ -139,8 +140,8 @@ class _Euclidean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b, d = ctx.saved_tensors
-        # at distance 0, where there is no direction, the gradient is 0
-        return _toward(a, b, (gradient / d).masked_fill_(d == 0, 0), 1, *ctx.needs_input_grad)
+        # at distance 0, where there is no direction and the quotient is not a number, the gradient is 0
+        return _toward(a, b, (gradient / d).nan_to_num_(0, 0, 0), 1, *ctx.needs_input_grad)
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:

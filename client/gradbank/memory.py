@@ -181,7 +181,7 @@ class CrossBatchMemory(Loss):
             and self.miner.distance.arguments() == loss.distance.arguments()
         )
         if mines_intervals and loss.takes_interval and indices is None:
-            pairs.interval = self.miner.interval  # type: ignore[union-attr]
+            pairs.interval = self.miner.interval  # type: ignore[union-attr, assignment]
         elif self.miner is not None:
             # the miner sees each anchor's own row as a positive, as in PML; the loss does not
             with full_precision(embeddings.device):

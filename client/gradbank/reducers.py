@@ -100,7 +100,8 @@ class Reducer(Component):
     def _reduced(self, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Tensor:
         losses, kind = part["losses"], part["reduction_type"]
         if not isinstance(losses, Tensor):
-            return (embeddings * 0).sum() + losses
+            zero: Tensor = (embeddings * 0).sum() + losses
+            return zero
         # methods of a user's own take no divisor
         extra = {"divisor": part["divisor"]} if "divisor" in part and not self.needs_list else {}
         made: Tensor = getattr(self, f"{kind}_reduction")(losses, part["indices"], embeddings, labels, **extra)
@@ -278,10 +279,7 @@ class PerAnchorReducer(Reducer):
         return None, None
 
     def combine(self, kept: Kept) -> Ratio:
-        if kept.kind == "element":
-            some = kept.counts > 0
-        else:
-            some = torch.ones_like(kept.counts, dtype=torch.bool)
+        some = kept.counts > 0 if kept.kind == "element" else torch.ones_like(kept.counts, dtype=torch.bool)
         means = kept.sums / kept.counts.clamp(min=1)
         return self.reducer.combine(
             add_up(self.reducer, "element", means, some.to(means.dtype), None, len(means), kept.labels, kept.divisor)

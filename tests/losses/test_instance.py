@@ -155,3 +155,5 @@ def test_call_that_does_not_fit_is_refused() -> None:
         InstanceLoss(distance=distances.LpDistance())
     with pytest.raises(ValueError, match=r"positives 3 to 14, but must stay within 0\.\.13"):
         NPairsLoss()(embeddings(), LABELS, tuple(torch.tensor(x) for x in ([0, 1], [3, 14], [0, 1])))
+    with pytest.raises(ValueError, match=r"got \(2,\) anchors and \(1,\) references"):
+        NPairsLoss()(embeddings(), LABELS, tuple(torch.tensor(x) for x in ([0, 1], [3], [0, 1])))

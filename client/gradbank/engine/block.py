@@ -58,7 +58,7 @@ class Block:
         self.running: dict[str, Running] = {name: each.begin(self.size, like, early) for name, each in wanted.items()}
         gathers = gathers and self.listing is not None
         self.gathers = gathers and all(r.by_anchor and not r.learns(like) for r in self.running.values())
-        self.positives = self._sweep()
+        self.positives: Positives | None = self._sweep()
         self.leaves = {name: running.leaf() for name, running in self.running.items()}
         if not keeps:
             self.positives = None
@@ -146,14 +146,13 @@ class Block:
             return Positives(s, row, torch.ones_like(s), column)
         if not masked:
             return Positives(none, none.long(), none, none.long())
-        row, column, times = [], [], []
+        anchor, other, times = [], [], []
         for pairs, columns in masked:
-            width = columns.stop - columns.start
-            row.append(torch.div(pairs.positives, width, rounding_mode="floor"))
-            column.append(pairs.positives % width + columns.start)
-            once = pairs.counts is None
-            times.append(s.new_ones(len(pairs.positives)) if once else pairs.counts.to(s.dtype))  # type: ignore[union-attr]
-        return Positives(s, torch.cat(row), torch.cat(times), torch.cat(column))
+            width, flat = columns.stop - columns.start, pairs.positives
+            anchor.append(torch.div(flat, width, rounding_mode="floor"))
+            other.append(flat % width + columns.start)
+            times.append(s.new_ones(len(flat)) if pairs.counts is None else pairs.counts.to(s.dtype))
+        return Positives(s, torch.cat(anchor), torch.cat(times), torch.cat(other))
 
     def _from_gathered(self, of_positives: Tensor | None, of_leaves: Mapping[str, Tensor], into: Gradients) -> Tensor:
         done = torch.zeros_like(self.queries)
@@ -171,7 +170,7 @@ class Block:
         distance, queries = self.loss.distance, self.queries.detach()
         step = max(1, _GATHERED_AT_ONCE // max(queries.shape[1], 1))
         for anchor, other, gradient in zip(
-            self.positives.anchor.split(step), self.positives.other.split(step), of_positives.split(step)
+            *(torch.split(each, step) for each in (self.positives.anchor, self.positives.other, of_positives))
         ):
             with torch.enable_grad():
                 mine = queries[anchor].requires_grad_()
@@ -187,7 +186,7 @@ class Block:
         queries = self.queries.detach().requires_grad_()
         spread = {self.running[name]: gradient for name, gradient in of_leaves.items()}
         with_row = [running for running in spread if running.row is not None]
-        leaves = [running.row for running in with_row] + into.parameters
+        leaves = [running.row for running in with_row if running.row is not None] + into.parameters
         for index, (columns, piece, part) in enumerate(self.references.tiles(self.width)):
             target = into.pieces[piece]
             with torch.enable_grad():

@@ -15,9 +15,16 @@ class Declaration(Protocol):
     Positives are few, so the loss sees each one; negatives are many, so it sees statistics of them.
     """
 
-    distance: Distance
-    reducer: Reducer
-    joins_anchors: bool  # whether a part of the loss is written on several anchors together
+    @property
+    def distance(self) -> Distance: ...
+
+    @property
+    def reducer(self) -> Reducer: ...
+
+    @property
+    def joins_anchors(self) -> bool:
+        """Whether a part of the loss is written on several anchors together."""
+        ...
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         """The statistics of each anchor's negatives that `terms` will use, by name."""

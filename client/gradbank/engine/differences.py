@@ -88,7 +88,7 @@ class _RunningDifferences(Running):
         bucket = self.buckets.of(negatives.beyond(s))
         none = s.new_zeros(self.sums.shape)
         self.counts += none.scatter_add(1, bucket, negatives.weighed(torch.ones_like(s)))
-        self.sums.scatter_add_(1, bucket, negatives.weighed(s.double()))
+        self.sums.scatter_add_(1, bucket, negatives.weighed(s.to(torch.float64, copy=True)))
 
     def leaf(self) -> Tensor:
         """`(1, number + 1)`: the sum of the negatives' distances over all triplets, and over those past each edge."""

@@ -99,21 +99,18 @@ class _RunningHinge(Running):
         self.buckets = Buckets(anchors, positives.anchor.repeat(len(asked)), torch.cat([t for t, _, _ in asked]))
         # how often a value of each bucket is subtracted
         self.share = self.buckets.at_or_above(self.adding * self.times).to(u.dtype)
-        self.counts = torch.zeros_like(self.buckets.table, dtype=torch.float64)
-        self.offset = torch.arange(anchors, device=u.device)[:, None] * self.buckets.size
+        self.counts = self.buckets.nothing_counted()
+        self.share_by_cell = self.buckets.by_cell(self.share)
         self.total = u.new_zeros(anchors, dtype=torch.float64)
         self.number = u.new_zeros(anchors, dtype=torch.float64)  # of negatives
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         values = self.values(tile.s)
         v = negatives.beyond(values.detach())
-        bucket = self.buckets.of(v)
-        times = negatives.times()
-        share = self.share.gather(1, bucket)
+        found, times = self.buckets.find(v), negatives.times()
+        share = self.buckets.lookup(found, self.share, self.share_by_cell)
         share = share if times is None else share * times
-        counted = None if times is None else times.reshape(-1).double()
-        made = torch.bincount((bucket + self.offset).view(-1), counted, self.counts.numel())
-        self.counts += made.view(self.counts.shape)
+        self.buckets.count(found, times, self.counts)
         self.total += (share * v).sum(1)
         if self.hinge.counts_every:
             self.number += negatives.weighed(torch.ones_like(v)).sum(1)
@@ -124,7 +121,7 @@ class _RunningHinge(Running):
         return self.total
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
-        below = self.buckets.below_each(self.counts) * self.times
+        below = self.buckets.below_each(self.buckets.counted(self.counts)) * self.times
         shape, anchor = (len(below) // max(len(positives.s), 1), len(positives.s)), positives.anchor
         u = (self.hinge.f(positives.s).double() + self.hinge.margin) * (below * self.adding).view(shape).sum(0)
         counts = (below * self.counting).view(shape).sum(0)
@@ -135,7 +132,8 @@ class _RunningHinge(Running):
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
         values = self.values(s)
-        share = self.share.gather(1, self.buckets.of(negatives.beyond(values.detach())))
+        found = self.buckets.find(negatives.beyond(values.detach()))
+        share = self.buckets.lookup(found, self.share, self.share_by_cell)
         times = negatives.times()
         share = share if times is None else share * times
         return values, share * gradient.to(share.dtype)[:, None]

@@ -10,7 +10,7 @@ class Negatives(Protocol):
     """The negatives of a `(b, w)` tile."""
 
     def logged(self, values: Tensor) -> Tensor:
-        """The values, raised by the log of how often each counts, -inf where there is no negative; may write to them."""
+        """The values, raised by the log of how often each counts, -inf where no negative is; may write to them."""
         ...
 
     def weighed(self, weight: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 from gradbank.engine.indices import Indices, check_indices
 from gradbank.engine.listing import Listing
 
-
 # From (P,) distances of positives to the (P, 2) bounds of their negatives', low <= v < high. Larger is farther.
 Interval = Callable[[Tensor], Tensor]
 
@@ -74,7 +73,7 @@ class LabelledPairs(Pairs):
         self.anchor_weight = anchor_weight
         self.names_positives = positives
         # each label as its place among the batch's own, in which few references have one
-        self.known, self.group = labels.unique(return_inverse=True)
+        self.known, self.group = torch.unique(labels, return_inverse=True)
         place = torch.searchsorted(self.known, ref_labels).clamp(max=max(len(self.known) - 1, 0))
         hit = self.known[place] == ref_labels if len(self.known) else torch.zeros_like(ref_labels, dtype=torch.bool)
         self.met = hit.nonzero().squeeze(1)  # the references that are positives of some anchor, by column

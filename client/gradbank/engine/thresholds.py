@@ -1,20 +1,29 @@
 """Thresholds: where each value falls among its anchor's, exactly, and the float at which a loss stops counting."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_CELLS = 1024  # of the grid that says roughly where a value falls
-_STEPS = 6  # at most, from there to where it falls exactly; beyond, bisection is quicker
+_CELLS = 1024  # of the grid that says roughly where a value falls, for each anchor
+_STEPS = 24  # thresholds of one cell, at most; where more lie so close together, bisection is quicker
+
+
+class Found(NamedTuple):
+    """Where the values of a tile fall."""
+
+    cell: Tensor  # (b, w) int64: the cell of each, of all anchors' cells
+    crowded: Tensor  # (n,) int64: which values, flattened, share their cell with a threshold
+    bucket: Tensor  # (n,) int64: the bucket of each of those, of all anchors' buckets
 
 
 class Buckets:
-    """Each of `b` anchors' thresholds in ascending order, and which two of them a value lies between.
+    """Each of `b` anchors' thresholds in ascending order, and which two of them a value lies between: its bucket.
 
-    Bisection is slow, so a grid over each anchor's thresholds first says how many lie in lower cells than the value:
-    those in its own cell, few, are then compared with. What the grid rounds it rounds alike for values and
-    thresholds, so the answer is exact.
+    Bisection is slow, so a grid over each anchor's thresholds first says how many lie in lower cells than the value.
+    Most values have a cell without any threshold, and that is their bucket; the others are compared with the few of
+    their own cell. What the grid rounds it rounds alike for values and thresholds, so the answer is exact.
 
     Args:
         anchor: `(Q,)` whose threshold each one is.
@@ -40,26 +49,71 @@ class Buckets:
     def _make_grid(self) -> None:
         finite = self.table.isfinite()
         low = self.table.amin(1, keepdim=True)
-        low = torch.where(low.isfinite(), low, 0)
-        high = torch.where(finite, self.table, low).amax(1, keepdim=True)
-        self.low, self.scale = low, _CELLS / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
-        self.scale = self.scale.clamp(max=torch.finfo(low.dtype).max)
-        cell = torch.where(finite, self._cell(torch.where(finite, self.table, 0)), _CELLS + 1)
-        in_cell = cell.new_zeros(len(cell), _CELLS + 2).scatter_add_(1, cell, finite.long())
-        self.below = in_cell.cumsum(1) - in_cell
-        self.steps = int(in_cell.max()) if in_cell.numel() else 0
+        self.low = torch.where(low.isfinite(), low, 0)
+        high = torch.where(finite, self.table, self.low).amax(1, keepdim=True)
+        limits = torch.finfo(low.dtype)
+        self.cells = min(_CELLS, max(16, 2**19 // max(len(low), 1)))  # no more memory than a tile's
+        self.scale = (self.cells / (high - self.low).clamp(min=limits.tiny)).clamp(max=limits.max)
+        self.row = torch.arange(len(low), device=low.device)[:, None]
+        cell = self._cell(torch.where(finite, self.table, self.low)) - self.row * (self.cells + 2)
+        inside = cell.new_zeros(len(low), self.cells + 2).scatter_add_(1, cell, finite.long())
+        self.below = inside.cumsum(1) - inside + self.row * self.size  # buckets, of all anchors' buckets
+        self.is_crowded = inside.view(-1) > 0
+        self.steps = int(inside.max()) if inside.numel() else 0
 
     def _cell(self, values: Tensor) -> Tensor:
-        return (values - self.low).mul_(self.scale).clamp_(-1, _CELLS).add_(1).long()
+        cell = (values - self.low).mul_(self.scale).clamp_(-1, self.cells).add_(1).long()
+        return cell.add_(self.row * (self.cells + 2))
+
+    def find(self, values: Tensor) -> Found:
+        """Where `(b, w)` values fall."""
+        cell = self._cell(values)
+        if self.steps > _STEPS:
+            bucket = torch.searchsorted(self.table, values, right=True) + self.row * self.size
+            return Found(cell, torch.arange(cell.numel(), device=cell.device), bucket.view(-1))
+        flat = cell.view(-1)  # index_select, for plain indexing is several times slower
+        crowded = self.is_crowded.index_select(0, flat).nonzero().squeeze(1)
+        bucket = self.below.view(-1).index_select(0, flat.index_select(0, crowded))
+        among = values.reshape(-1).index_select(0, crowded)
+        table = self.table.view(-1)
+        for _ in range(self.steps):
+            bucket += table.index_select(0, bucket) <= among
+        return Found(cell, crowded, bucket)
 
     def of(self, values: Tensor) -> Tensor:
         """`(b, w)`: how many of its anchor's thresholds each value is not below."""
-        if self.steps > _STEPS:
-            return torch.searchsorted(self.table, values, right=True)
-        bucket = self.below.gather(1, self._cell(values))
-        for _ in range(self.steps):
-            bucket += self.table.gather(1, bucket) <= values
-        return bucket
+        found = self.find(values)
+        bucket = self.below.view(-1)[found.cell]
+        bucket.view(-1)[found.crowded] = found.bucket
+        return bucket - self.row * self.size
+
+    def by_cell(self, weights: Tensor) -> Tensor:
+        """`(b, buckets)` numbers, as a table of the cells instead."""
+        return weights.view(-1)[self.below]
+
+    def lookup(self, found: Found, weights: Tensor, by_cell: Tensor) -> Tensor:
+        """`(b, w)`: the number of each value's bucket."""
+        made = by_cell.view(-1).index_select(0, found.cell.view(-1))
+        made.index_copy_(0, found.crowded, weights.view(-1).index_select(0, found.bucket))
+        return made.view(found.cell.shape)
+
+    def count(self, found: Found, times: Tensor | None, into: list[Tensor]) -> None:
+        """Adds how many values fall where, each counted so many `times` (None is once)."""
+        flat = None if times is None else times.reshape(-1).double()
+        if self.steps <= _STEPS:
+            into[0] += torch.bincount(found.cell.view(-1), flat, self.below.numel())
+        crowded = None if flat is None else flat.index_select(0, found.crowded)
+        into[1] += torch.bincount(found.bucket, crowded, self.table.numel())
+
+    def nothing_counted(self) -> list[Tensor]:
+        """What `count` is to add to: by cell, and by bucket for the values of crowded cells."""
+        like = self.table.double()
+        return [like.new_zeros(self.below.numel()), like.new_zeros(self.table.numel())]
+
+    def counted(self, counts: list[Tensor]) -> Tensor:
+        """`(b, buckets)`: how many values each bucket has."""
+        cells = torch.where(self.is_crowded, 0, counts[0])
+        return counts[1].index_add(0, self.below.view(-1), cells).view(self.table.shape)
 
     def at_or_above(self, weights: Tensor) -> Tensor:
         """`(b, buckets)`: the `(Q,)` weights of the thresholds that the values of each bucket are below, added up."""

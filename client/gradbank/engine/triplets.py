@@ -55,7 +55,8 @@ class Triplets(Statistic):
         weight = negatives.to(losses.dtype)[anchor] * positives.times[:, None]
         weight = self.reducer.weigh(losses.detach(), self.within(positives.s[:, None], s[anchor], weight))
         sums, counts = (losses * weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64)
-        return Gathered(*(x.new_zeros(len(s)).index_add(0, anchor, x) for x in (sums, counts)))
+        value, number = (x.new_zeros(len(s)).index_add(0, anchor, x) for x in (sums, counts))
+        return Gathered(value, number)
 
     def listed(self, s: Tensor, pairs: EveryPair) -> Gathered:
         a, p, n = triplets_of(pairs)
@@ -88,13 +89,13 @@ class RunningTriplets(Running):
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         of_s, of_row = torch.zeros_like(tile.s), None if self.row is None else torch.zeros_like(self.row)
-        for part in self.order.split(max(1, _AT_ONCE // max(tile.s.shape[1], 1))):
+        for part in torch.split(self.order, max(1, _AT_ONCE // max(tile.s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             with torch.enable_grad():
                 leaves = [self.positives.s[part, None].requires_grad_(), tile.s.detach()[anchor].requires_grad_()]
                 row = None if self.row is None else self.row.detach().requires_grad_()
                 leaves += [] if row is None else [row]
-                losses = self.triplets.losses(anchor, *leaves[:2], row)
+                losses = self.triplets.losses(anchor, leaves[0], leaves[1], row)
             weight = negatives.weighed(torch.ones_like(tile.s))[anchor] * times[:, None]
             weight = self.triplets.reducer.weigh(losses.detach(), weight)
             self.total.index_add_(0, anchor, (losses.detach() * weight).sum(1, dtype=torch.float64))
@@ -117,7 +118,7 @@ class RunningTriplets(Running):
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
         total = torch.zeros_like(s[:, 0])
-        for part in self.order.split(max(1, _AT_ONCE // max(s.shape[1], 1))):
+        for part in torch.split(self.order, max(1, _AT_ONCE // max(s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             losses = self.triplets.losses(anchor, self.positives.s[part, None], s[anchor], self.row)
             weight = negatives.weighed(torch.ones_like(s))[anchor] * times[:, None]

@@ -62,7 +62,7 @@ def swapped_triplets(
 ) -> Any:
     """The same of triplets `(a, p, n)` that were named one by one."""
     a, p, n = triplets
-    pair, which = (a * len(references) + p).unique(return_inverse=True)
+    pair, which = torch.unique(a * len(references) + p, return_inverse=True)
     first, second = pair // max(len(references), 1), pair % max(len(references), 1)
 
     def parts(embeddings: Tensor, references: References) -> dict[str, Any]:

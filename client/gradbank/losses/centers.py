@@ -145,10 +145,11 @@ class SoftTripleLoss(ClassificationLoss):
         return by_class(self.fc, self.centers_per_class)
 
     def logits(self) -> Distance:
-        return Logits(self.distance, self.la, merge=self._weighted)
+        return Logits(self.distance, 1 / self.gamma, merge=self._weighted)
 
     def _weighted(self, z: Tensor) -> Tensor:
-        return ((z / (self.la * self.gamma)).softmax(-1) * z).sum(-1)
+        mean: Tensor = _SoftmaxMean.apply(z)  # type: ignore[no-untyped-call]
+        return mean * (self.gamma * self.la)
 
     def with_margin(self, z: Tensor, anchors: Anchors) -> Tensor:
         return z - self.margin * self.la
@@ -189,3 +190,20 @@ class _Largest(torch.autograd.Function):
             made[..., k] = given
             left.sub_(given)
         return made
+
+
+class _SoftmaxMean(torch.autograd.Function):
+    """The mean of each `(..., K)`, weighted by its softmax; computed with K first, for short last dimensions are slow."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        z = z.movedim(-1, 0).contiguous()
+        share = z.softmax(0)
+        mean = (share * z).sum(0)
+        ctx.save_for_backward(z, share, mean)
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        z, share, mean = ctx.saved_tensors
+        return (z - mean).add_(1).mul_(share).mul_(gradient).movedim(0, -1)

@@ -66,6 +66,7 @@ class HistogramLoss(PairLoss):
             raise ValueError(f"delta must be above 0 and at most 2, got {self.delta}")
 
     def grid(self) -> Grid:
+        """Where the nodes of both histograms lie."""
         assert self.delta is not None  # since it was built
         return Grid(-1.0, self.delta, math.ceil(2 / self.delta - 1e-6))  # 2 / delta may be rounded up
 

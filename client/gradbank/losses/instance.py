@@ -14,13 +14,13 @@ from gradbank.engine import (
     Anchors,
     Indices,
     LabelledPairs,
+    ListedPairs,
     LogSumExp,
     Pairs,
     Part,
     References,
     Statistic,
     as_pairs,
-    check_indices,
     evaluate,
     full_precision,
 )
@@ -36,6 +36,7 @@ class OwnClassLoss(PairLoss):
     needs_labels: ClassVar[bool] = True
 
     def logit(self, s: Tensor) -> Tensor:
+        """Of distances or similarities, what the softmax takes."""
         return self.distance.closeness(s)
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
@@ -104,10 +105,9 @@ class NPairsLoss(OwnClassLoss):
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
     ) -> Tensor:
         assert labels is not None  # needs_labels
-        a, p, _, _ = as_pairs(indices, embeddings.device)
-        for kind, index in (("anchor", a), ("positive", p)):
-            check_indices(kind, index, len(embeddings))
-        return self._of_pairs(embeddings, labels, a, p)
+        listed = as_pairs(indices, embeddings.device)
+        ListedPairs(listed, (len(embeddings), len(embeddings)))  # refuses what does not fit
+        return self._of_pairs(embeddings, labels, listed[0], listed[1])
 
     def _of_pairs(self, embeddings: Tensor, labels: Tensor, a: Tensor, p: Tensor) -> Tensor:
         order = labels[a].argsort(stable=True)

@@ -5,7 +5,7 @@ from dataclasses import field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, relu
+from torch import relu
 
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance

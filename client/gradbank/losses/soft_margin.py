@@ -78,6 +78,7 @@ class DynamicSoftMarginLoss(PairLoss):
         self._made: list[Tensor] | None = None  # during a call, the histogram that it leads to
 
     def edges(self) -> Edges:
+        """Where the nodes of the histogram lie, which are the lower edges of the CDF's bins."""
         return Edges(self.min_val, 2 * abs(self.min_val) / self.num_bins, self.num_bins)
 
     def forward(
@@ -145,8 +146,8 @@ class DynamicSoftMarginLoss(PairLoss):
             return _reduced(self, value.to(rows.dtype), rows, None)
 
     def weighed(self, sums: Tensor, number: Tensor) -> Tensor:
-        """The loss of triplets whose differences are, bin by bin, so many and so much in sum; those in the first bin
-        are below all nodes. The histogram that they lead to is kept for the end of the call."""
+        """The loss, `()`, of triplets whose differences are so many and come to so much in each bin, `(num_bins + 1,)`
+        with what is below all nodes first; the histogram that it leads to waits for the end of the call."""
         if self._made is None:
             raise ValueError(
                 "DynamicSoftMarginLoss remembers its batches, and here would not: it cannot be the loss of a "

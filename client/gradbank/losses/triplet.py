@@ -45,8 +45,8 @@ class TripletLoss(PairLoss):
         if len(indices) == 4:
             return super().compare_listed(embeddings, references, indices, labels)
         with full_precision(embeddings.device):
-            triplets = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
-            value = self.of_triplets(embeddings, references, triplets, labels)
+            a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
+            value = self.of_triplets(embeddings, references, (a, p, n), labels)
             return self.regularized(value, embeddings)  # type: ignore[no-any-return]
 
     def of_triplets(
@@ -117,7 +117,8 @@ class TripletMarginLoss(TripletLoss):
     def cost(self, near: Tensor, far: Tensor) -> Tensor:
         """What triplets cost whose positives are `near` and whose negatives are `far`."""
         violation = self.distance.margin(near, far) + self.margin
-        return softplus(violation) if self.smooth_loss else relu(violation)
+        cost: Tensor = softplus(violation) if self.smooth_loss else relu(violation)
+        return cost
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         if self.smooth_loss:
@@ -192,10 +193,12 @@ class MarginLoss(TripletLoss):
         }
 
     def _too_far(self, s: Tensor, beta: Tensor) -> Tensor:
-        return relu(self.distance.margin(s, beta) + self.margin)
+        cost: Tensor = relu(self.distance.margin(s, beta) + self.margin)
+        return cost
 
     def _too_near(self, s: Tensor, beta: Tensor) -> Tensor:
-        return relu(self.distance.margin(beta, s) + self.margin)
+        cost: Tensor = relu(self.distance.margin(beta, s) + self.margin)
+        return cost
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         active, number, _ = anchors.found["active"]

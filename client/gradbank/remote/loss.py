@@ -16,7 +16,6 @@ from gradbank.remote.stats import seconds_of
 from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import TensorReader, describe, torch_dtype
 
-
 _SENT = {"embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels", "enqueue_mask", "enqueue_idx"}
 
 

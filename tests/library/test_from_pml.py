@@ -17,7 +17,10 @@ import gradbank
 from gradbank.component import Component
 
 # PML's LargeMarginSoftmaxLoss calls scipy in a way that numpy is about to stop
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),  # in PML's HistogramLoss
+]
 
 CLASSES, DIMENSION, PER_CLASS = 4, 6, 4
 

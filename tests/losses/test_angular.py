@@ -75,6 +75,15 @@ def test_loss_equals_that_of_pml(form: str, alpha: float) -> None:
     assert_same(*(answer(m.AngularLoss(alpha), embeddings(), *call) for m in (losses, pml_losses)))
 
 
+@pytest.mark.parametrize("bounds", [None, Bounds(tile=400, rows=20), Bounds(tile=400, rows=20, positives=100)])
+def test_classes_of_few_rows_are_the_same_in_tiles(bounds: Bounds | None) -> None:
+    """Where positives are few, tiles are not masked: what is not a negative is listed."""
+    rows, labels = embeddings(80), torch.arange(80) // 2
+    with engine.using("tiled", bounds):
+        ours = answer(AngularLoss(), rows, labels)
+    assert_same(ours, answer(pml_losses.AngularLoss(), rows, labels))
+
+
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("kind", REDUCERS)
 def test_reducers_see_a_loss_of_each_pair(kind: str) -> None:

@@ -24,8 +24,8 @@ Answer = tuple[Tensor, Tensor]
 LABELS = torch.tensor([3, 1, 3, 0, 1, 3, 7, 1, 0, 9, 2, 2, 2, 8])  # 7, 8 and 9 are alone
 
 
-def embeddings(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(len(LABELS), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+def embeddings(dtype: torch.dtype = torch.float64, rows: int = len(LABELS)) -> Tensor:
+    return torch.randn(rows, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def answer(loss: Any, rows: Tensor, *call: Any) -> Answer:
@@ -82,6 +82,17 @@ def test_loss_equals_its_definition(form: str, delta: float) -> None:
     wanted = answer(lambda x: in_a_loop(x, triplets, delta), embeddings())
     found = answer(HistogramLoss(delta=delta), embeddings(), LABELS, indices)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bounds", [None, Bounds(tile=400, rows=20)])
+def test_classes_of_few_rows_are_the_same_in_tiles(bounds: Bounds | None) -> None:
+    """Where positives are few, tiles are not masked: what is not a negative is listed."""
+    rows, labels = embeddings(rows=80), torch.arange(80) // 2
+    labels[3:9] += 100
+    with engine.using("dense"):
+        wanted = answer(HistogramLoss(), rows, labels)
+    with engine.using("tiled", bounds):
+        torch.testing.assert_close(answer(HistogramLoss(), rows, labels), wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")

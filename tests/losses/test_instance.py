@@ -32,8 +32,8 @@ DISTANCES = {
 }
 
 
-def embeddings(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(len(LABELS), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+def embeddings(dtype: torch.dtype = torch.float64, rows: int = len(LABELS)) -> Tensor:
+    return torch.randn(rows, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def answer(loss: Any, rows: Tensor, *call: Any) -> Answer:
@@ -86,6 +86,15 @@ def test_n_pairs_loss_equals_that_of_pml(form: str, distance: str) -> None:
     ours = losses.NPairsLoss(distance=DISTANCES[distance](distances))
     theirs = pml_losses.NPairsLoss(distance=DISTANCES[distance](pml_distances))
     assert_same(answer(ours, embeddings(), LABELS, indices), answer(theirs, embeddings(), LABELS, indices))
+
+
+@pytest.mark.parametrize("bounds", [None, Bounds(tile=400, rows=20)])
+@pytest.mark.parametrize("name", ["InstanceLoss", "NPairsLoss"])
+def test_many_classes_are_the_same_in_tiles(name: str, bounds: Bounds | None) -> None:
+    rows, labels = embeddings(rows=80), torch.arange(80) // 2
+    with engine.using("tiled", bounds):
+        ours = answer(getattr(losses, name)(), rows, labels)
+    assert_same(ours, answer(getattr(pml_losses, name)(), rows, labels))
 
 
 def test_n_pairs_are_the_first_two_rows_of_each_class() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradbank import distances, engine, reducers
-from gradbank.engine import Bounds
+from gradbank.engine import Bounds, ranks
 from gradbank.losses import ranking
 
 Answer = tuple[Tensor, Tensor]
@@ -87,12 +87,33 @@ def test_loss_equals_that_of_pml(name: str, options: dict[str, Any]) -> None:
     assert_same(answer(ours, embeddings(), LABELS), answer(theirs, embeddings(), LABELS))
 
 
+@pytest.mark.parametrize("bounds", [None, Bounds(tile=400, rows=20)])
+@pytest.mark.parametrize(("name", "options"), [*RECIPES, ("SmoothAPLoss", {"temperature": 0.1})], ids=str)
+def test_classes_of_few_rows_are_the_same_in_tiles(name: str, options: dict[str, Any], bounds: Bounds | None) -> None:
+    """Where positives are few, tiles are not masked: what is not a negative is listed."""
+    rows, labels, loss = embeddings(rows=80), torch.arange(80) // 2, getattr(ranking, name)(**options)
+    with engine.using("dense"):
+        wanted = answer(loss, rows, labels)
+    with engine.using("tiled", bounds):
+        assert_same(answer(loss, rows, labels), wanted)
+    if name != "SmoothAPLoss":
+        assert_same(answer(getattr(pml_losses, name)(**options), rows, labels), wanted)
+
+
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("temperature", [0.01, 0.3])
 def test_smooth_ap_equals_its_definition(temperature: float) -> None:
     """PML's groups rows by position, and so is another loss for labels like these."""
     wanted = answer(lambda x: smooth_ap_in_a_loop(x, LABELS, temperature), embeddings())
     assert_same(answer(ranking.SmoothAPLoss(temperature), embeddings(), LABELS), wanted)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", ["SmoothAPLoss", "PNPLoss"])
+def test_pairs_are_ranked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    wanted = answer(getattr(ranking, name)(), embeddings(), LABELS)
+    monkeypatch.setattr(ranks, "_AT_ONCE", 10)
+    assert_same(answer(getattr(ranking, name)(), embeddings(), LABELS), wanted)
 
 
 def test_smooth_ap_equals_that_of_pml_where_there_are_as_many_classes_as_members() -> None:

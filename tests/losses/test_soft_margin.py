@@ -105,6 +105,15 @@ def test_first_call_equals_that_of_pml(form: str, options: dict[str, Any]) -> No
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("bounds", [None, Bounds(tile=400, rows=20)])
+def test_classes_of_few_rows_are_the_same_in_tiles(bounds: Bounds | None) -> None:
+    """Where positives are few, tiles are not masked: what is not a negative is listed."""
+    rows, labels = embeddings(80), torch.arange(80) // 2
+    with engine.using("tiled", bounds):
+        ours = answer(DynamicSoftMarginLoss(num_bins=25, min_val=-3.0), rows, labels)
+    assert_same(ours, answer(pml_losses.DynamicSoftMarginLoss(num_bins=25, min_val=-3.0), rows, labels))
+
+
 @pytest.mark.parametrize("rows", [(7, 7), (5, 8), (8, 5), (1, 3), (3, 1), (2, 2)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_views_without_labels_equal_those_of_pml(options: dict[str, Any], rows: tuple[int, int]) -> None:

@@ -18,7 +18,7 @@ from gradbank.engine.block import sweep
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.dense import dense, listed
 from gradbank.engine.each import every_pair, every_positive, triplets_of
-from gradbank.engine.eager import at_once, by_autograd, eager
+from gradbank.engine.eager import Prepared, at_once, by_autograd, eager
 from gradbank.engine.hinge import Hinge
 from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices, named_weight
 from gradbank.engine.named import listed_distances, of_triplets
@@ -51,6 +51,7 @@ __all__ = [
     "Pairs",
     "Part",
     "Positives",
+    "Prepared",
     "References",
     "Running",
     "Separable",
@@ -95,18 +96,28 @@ def using(engine: str, bounds: Bounds | None = None) -> Iterator[None]:
 
 
 def evaluate(
-    loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs, learned: Sequence[Tensor] = ()
+    loss: Declaration,
+    embeddings: Tensor,
+    references: References,
+    pairs: Pairs,
+    learned: Sequence[Tensor] = (),
+    prepared: Prepared | None = None,
 ) -> Any:
     """The loss of `(B, D)` embeddings, `widened`, against references: a scalar that backpropagates to both.
 
     Args:
         learned: parameters of the loss, to which it backpropagates too.
+        prepared: what is made of the embeddings (0), or of a piece of the references (1 and on), before anything else.
     """
     if loss.reducer.needs_list:
-        return listed(loss, embeddings, references, pairs)
+        inputs = [embeddings, *references.pieces]
+        if prepared is not None:
+            inputs[prepared.place] = prepared.by(inputs[prepared.place])
+        return listed(loss, inputs[0], replace(references, pieces=tuple(inputs[1:])), pairs)
     engine, bounds = _forced.get()
     if engine == "auto":
-        engine = "dense" if len(embeddings) * len(references) <= _small(loss, embeddings, pairs) else "tiled"
+        entries = len(embeddings) * len(references) * references.vectors
+        engine = "dense" if entries <= _small(loss, embeddings, pairs) else "tiled"
 
     def with_inputs(inputs: tuple[Tensor, ...]) -> tuple[Tensor, References]:
         return inputs[0], replace(references, pieces=inputs[1 : 1 + len(references.pieces)])
@@ -118,6 +129,8 @@ def evaluate(
         return dense(loss, *with_inputs(inputs), pairs)
 
     evaluation = by_autograd(whole, 1 + len(references.pieces)) if engine == "dense" else in_tiles
+    if prepared is not None:
+        evaluation = prepared.then(evaluation)
     return eager(evaluation, (embeddings, *references.pieces, *learned), owned=engine == "tiled")
 
 

@@ -5,7 +5,7 @@ send the gradients along anyway: so they are computed at once, and `backward` mu
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,29 @@ def by_autograd(whole: Callable[[tuple[Tensor, ...]], Tensor], copied: int) -> E
         ]
 
     return evaluation
+
+
+class Prepared(NamedTuple):
+    """A function of one of the inputs, by its place, whose value is used in place of it."""
+
+    place: int
+    by: Callable[[Tensor], Tensor]
+
+    def then(self, evaluation: Evaluation) -> Evaluation:
+        """The evaluation of what is made of the inputs. Its gradient is taken through that at once, too: what comes
+        down in the backward pass then multiplies all of it, as it does that of a server."""
+
+        def evaluated(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+            leaf = inputs[self.place].detach().requires_grad_(needed[self.place])
+            with torch.set_grad_enabled(needed[self.place]):
+                made = self.by(leaf)
+            value, found = evaluation((*inputs[: self.place], made.detach(), *inputs[self.place + 1 :]), needed)
+            if needed[self.place]:
+                at = sum(needed[: self.place])
+                (found[at],) = torch.autograd.grad(made, leaf, found[at])
+            return value, found
+
+        return evaluated
 
 
 def refuse_second_derivatives() -> None:

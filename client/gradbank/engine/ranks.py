@@ -6,12 +6,13 @@
 """
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from gradbank.engine.anchors import Gathered, Positives
+from gradbank.engine.eager import refuse_second_derivatives
 from gradbank.engine.negatives import Negatives
 from gradbank.engine.statistics import Running, Statistic
 from gradbank.engine.tile import Tile
@@ -82,23 +83,68 @@ class _RunningRanks(Running):
 
 
 def ranks_among(positives: Positives, anchors: int, temperature: float) -> Tensor:
-    """The soft rank of each positive among its anchor's other positives: `(P,)`, differentiable."""
-    order = positives.anchor.argsort(stable=True)
-    anchor = positives.anchor[order]
+    """The soft rank of each positive among its anchor's other positives: `(P,)`, differentiable once."""
+    made: Tensor = _RanksAmong.apply(positives.s, positives.anchor, anchors, temperature)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _RanksAmong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, anchor: Tensor, anchors: int, temperature: float) -> Tensor:
+        ctx.save_for_backward(s, anchor)
+        ctx.anchors, ctx.temperature = anchors, temperature
+        rank = torch.zeros_like(s)
+        for table in _tables(anchor, anchors):
+            for some, _, before in table.before(s, temperature):
+                rank[some] = before.sum(1) - 0.5  # its own
+        return rank
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        s, anchor = ctx.saved_tensors
+        gradient = gradient / ctx.temperature
+        made = torch.zeros_like(s)
+        for table in _tables(anchor, ctx.anchors):
+            of_table = s.new_zeros(table.inside.shape)
+            for some, row, before in table.before(s, ctx.temperature):
+                slope = (1 - before).mul_(before).mul_(gradient[some, None])
+                made[some] -= slope.sum(1)
+                of_table.index_add_(0, row, slope)
+            made[table.members] += of_table[table.inside]
+        return made, None, None, None
+
+
+class _Table(NamedTuple):
+    """Anchors with about as many positives each, which are side by side."""
+
+    place: Tensor  # (a, k) which positives
+    inside: Tensor  # (a, k) where there is one
+
+    @property
+    def members(self) -> Tensor:
+        return self.place[self.inside]
+
+    def before(self, s: Tensor, temperature: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Some positives at a time: which ones, their rows, and whether each of the row lies before them."""
+        near = s[self.place].masked_fill_(~self.inside, -torch.inf)
+        step = max(1, _AT_ONCE // self.place.shape[1])
+        rows = self.inside.nonzero(as_tuple=True)[0]
+        for some, row in zip(torch.split(self.members, step), torch.split(rows, step)):
+            yield some, row, near[row].sub_(s[some, None]).div_(temperature).sigmoid_()
+
+
+def _tables(anchor: Tensor, anchors: int) -> Iterator[_Table]:
+    """The `(P,)` positives by anchor, those with most of them first."""
+    by_anchor = anchor.argsort(stable=True)
     number = torch.bincount(anchor, minlength=anchors)
-    first = (number.cumsum(0) - number)[anchor]
-    number = number[anchor]
-
-    def of_chunk(s: Tensor, part: Tensor) -> Tensor:
-        times = number[part]
-        one = torch.arange(len(part), device=part.device).repeat_interleave(times)
-        start = first[part] - (times.cumsum(0) - times)
-        other = start.repeat_interleave(times) + torch.arange(len(one), device=part.device)
-        before = ((s[other] - s[part][one]) / temperature).sigmoid()
-        return s.new_zeros(len(part)).index_add(0, one, before) - 0.5  # its own
-
-    s = positives.s[order]
-    step = max(1, _AT_ONCE // int(number.max())) if len(s) else 1
-    parts = torch.split(torch.arange(len(s), device=s.device), step)
-    made = torch.cat([checkpoint(of_chunk, s, part, use_reentrant=False) for part in parts])
-    return torch.empty_like(made).index_put((order,), made)
+    first = number.cumsum(0) - number
+    number, order = number.sort(descending=True)
+    sizes, start = number.tolist(), 0
+    while start < anchors and sizes[start]:
+        most = sizes[start]
+        some = slice(start, start + max(1, _AT_ONCE // most))
+        column = torch.arange(most, device=anchor.device)
+        inside = column < number[some, None]
+        yield _Table(by_anchor[torch.where(inside, first[order[some], None] + column, 0)], inside)
+        start = some.stop

@@ -12,7 +12,8 @@ class References:
     """`(M, D)` rows, held as pieces laid end to end, so that a queue and the batch entering it need no copy.
 
     Attributes:
-        pieces: tensors of `(M_k, D)`; a piece that requires a gradient gets one.
+        pieces: tensors of `(M_k, D)`, or of `(M_k, D, K)` where a reference is K vectors; a piece that requires a
+            gradient gets one.
         labels: `(M,)`, or None when pairs are listed instead of read off labels.
         are_anchors: whether they are the anchors themselves, reference i being anchor i.
     """
@@ -23,6 +24,11 @@ class References:
 
     def __len__(self) -> int:
         return sum(len(piece) for piece in self.pieces)
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors a reference is."""
+        return self.pieces[0].shape[2:].numel()
 
     def detach(self) -> "References":
         return replace(self, pieces=tuple(piece.detach() for piece in self.pieces))

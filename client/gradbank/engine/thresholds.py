@@ -62,7 +62,8 @@ class Buckets:
         self.steps = int(inside.max()) if inside.numel() else 0
 
     def _cell(self, values: Tensor) -> Tensor:
-        cell = (values - self.low).mul_(self.scale).clamp_(-1, self.cells).add_(1).long()
+        # what is no number falls anywhere: the sums will be none either
+        cell = (values - self.low).mul_(self.scale).nan_to_num_(0).clamp_(-1, self.cells).add_(1).long()
         return cell.add_(self.row * (self.cells + 2))
 
     def find(self, values: Tensor) -> Found:

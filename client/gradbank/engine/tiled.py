@@ -25,13 +25,13 @@ class Bounds:
     """What a step may hold at a time.
 
     Attributes:
-        tile: entries of the distance matrix in a tile; the default is 1 MiB of float32, about half a core's cache.
+        tile: entries of the distance matrix in a tile; the default is 2 MiB of float32, about a core's cache.
         rows: anchors in a block, at most, where there are references enough to fill a tile.
         positives: positive pairs held, at most; each takes some 50 bytes. Where there are more, blocks of anchors are
             written one at a time, each (but for a single anchor) with no more than these.
     """
 
-    tile: int = 2**18
+    tile: int = 2**19
     rows: int = 512
     positives: int = 2**21
 
@@ -44,9 +44,10 @@ class Bounds:
         for start in range(0, max(anchors, 1), step):
             yield slice(start, min(start + step, anchors))
 
-    def width(self, rows: slice) -> int:
+    def width(self, rows: slice, vectors: int = 1) -> int:
+        """How many references of so many vectors each a tile of some anchors has."""
         height: int = rows.stop - rows.start
-        return max(1, self.tile // max(height, 1))
+        return max(1, self.tile // max(height * vectors, 1))
 
 
 def tiled(
@@ -70,7 +71,7 @@ def tiled(
     keeps = keeps or not pairs.names_positives or int(pairs.most_positives().sum()) <= bounds.positives
     gathers = any(needed) and not any(needed[1 : 1 + len(references.pieces)])
     blocks = [
-        Block(loss, embeddings[rows], references, pairs, rows, bounds.width(rows), gathers, keeps)
+        Block(loss, embeddings[rows], references, pairs, rows, bounds.width(rows, references.vectors), gathers, keeps)
         for rows in bounds.blocks(pairs, len(embeddings), len(references))
     ]
     written = _Written(loss, embeddings, [blocks] if keeps else [[block] for block in blocks])

@@ -13,7 +13,7 @@ from gradbank.distances import CosineSimilarity, Distance
 from gradbank.engine import Anchors, full_precision, widened
 from gradbank.losses.classes import ClassificationLoss, require_positive
 from gradbank.losses.classification import ArcFaceLoss
-from gradbank.losses.logits import Logits
+from gradbank.losses.logits import Logits, largest
 
 _GATHERED_AT_ONCE = 2**22  # numbers of the embeddings' own centers held at a time
 
@@ -136,6 +136,7 @@ class SoftTripleLoss(ClassificationLoss):
         self.fc = self.initialised(self.embedding_size, self.num_classes * self.centers_per_class)
 
     def get_default_weight_init_func(self) -> object:
+        """What initialises the weights where nothing else is given."""
         return partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 
     def vectors(self) -> Tensor:
@@ -162,34 +163,6 @@ class SoftTripleLoss(ClassificationLoss):
 def by_class(columns: Tensor, centers: int) -> Tensor:
     """`(D, C * K)` centers as `(C, D, K)`, a view."""
     return columns.unflatten(1, (-1, centers)).movedim(0, 1)
-
-
-def largest(z: Tensor) -> Tensor:
-    """The largest of each `(..., K)`."""
-    made: Tensor = _Largest.apply(z)  # type: ignore[no-untyped-call]
-    return made
-
-
-class _Largest(torch.autograd.Function):
-    """`amax(-1)`, which is slow in both directions where K is small; the first among equals gets the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        best = z[..., 0].clone()
-        for k in range(1, z.shape[-1]):
-            torch.maximum(best, z[..., k], out=best)
-        ctx.save_for_backward(z, best)
-        return best
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        z, best = ctx.saved_tensors
-        made, left = torch.empty_like(z), gradient.clone()
-        for k in range(z.shape[-1]):
-            given = (z[..., k] - best).sign_().add_(1).mul_(left)  # the sign is 0 for the largest, -1 for others
-            made[..., k] = given
-            left.sub_(given)
-        return made
 
 
 class _SoftmaxMean(torch.autograd.Function):

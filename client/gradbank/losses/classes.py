@@ -16,6 +16,7 @@ from gradbank.engine import (
     LabelledPairs,
     LogSumExp,
     Part,
+    Prepared,
     References,
     Statistic,
     evaluate,
@@ -127,7 +128,9 @@ class ClassificationLoss(PairLoss):
         known = torch.arange(self.num_classes, device=labels.device)
         pairs = LabelledPairs(labels, known, anchor_weight=weight)
         declared = Declared(self, self.logits())
-        return evaluate(declared, self.queries(embeddings), References((weights,), known), pairs, self.learned())
+        return evaluate(
+            declared, embeddings, References((weights,), known), pairs, self.learned(), Prepared(0, self.queries)
+        )
 
     def learned(self) -> list[nn.Parameter]:
         return []  # the weights are the references, and get their gradient as such

@@ -31,6 +31,7 @@ class WeightRegularizerMixin(Loss):
     weight_init_func: Any = field(default=None, kw_only=True, metadata={"wire": False})
 
     def get_default_weight_init_func(self) -> Any:
+        """What initialises the weights where nothing else is given."""
         return torch.nn.init.normal_
 
     def add_weight_regularization_to_loss_dict(self, loss_dict: dict[str, Any], weights: Tensor) -> None:

@@ -15,6 +15,7 @@ from gradbank.engine import (
     LabelledPairs,
     LogSumExp,
     Part,
+    Prepared,
     References,
     Statistic,
     evaluate,
@@ -91,6 +92,7 @@ class ProxyAnchorLoss(ProxyLoss):
     reducer: Reducer = field(default_factory=DivisorReducer, kw_only=True)
 
     def get_default_weight_init_func(self) -> object:
+        """What initialises the weights where nothing else is given."""
         return partial(nn.init.kaiming_normal_, mode="fan_out")
 
     def _sub_loss_names(self) -> list[str]:
@@ -101,12 +103,15 @@ class ProxyAnchorLoss(ProxyLoss):
 
     def classify(self, embeddings: Tensor, labels: Tensor, weight: Tensor | None) -> Any:
         known = torch.arange(self.num_classes, device=labels.device)
-        rows, shift = self.queries(embeddings), None
-        if weight is not None:
-            shift = weight - 1
-            rows = torch.cat([rows, shift[:, None]], 1)
-        proxies, references = self.proxies.to(embeddings), References((rows,), labels)
-        return evaluate(_Anchored(self, shift), proxies, references, LabelledPairs(known, labels), self.learned())
+        shift = None if weight is None else weight - 1
+
+        def rows(embeddings: Tensor) -> Tensor:
+            made = self.queries(embeddings)
+            return made if shift is None else torch.cat([made, shift[:, None]], 1)
+
+        proxies, references = self.proxies.to(embeddings), References((embeddings,), labels)
+        pairs = LabelledPairs(known, labels)
+        return evaluate(_Anchored(self, shift), proxies, references, pairs, self.learned(), Prepared(1, rows))
 
 
 class _Anchored:

@@ -96,7 +96,7 @@ class TripletMarginLoss(TripletLoss):
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         if not self.swap or (self.triplets_per_anchor != "all" and isinstance(pairs, LabelledPairs)):
             return super().compare(embeddings, references, pairs)
-        if not isinstance(pairs, LabelledPairs):
+        if not isinstance(pairs, LabelledPairs) or self.reducer.needs_list:
             listed = triplets_of(every_pair(pairs, len(embeddings), references))
             return self.compare_listed(embeddings, references, listed, pairs.anchor_labels)
         with full_precision(embeddings.device):

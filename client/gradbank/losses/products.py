@@ -1,0 +1,120 @@
+"""Products of embeddings with the directions of class weights, and their gradients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Products:
+    """What was made of tiles that were seen once, until they are seen again: an engine goes over them twice.
+
+    A tile is known by where its queries and vectors lie in memory, which is theirs for as long as they are held here.
+
+    Args:
+        room: how many numbers are kept, at most.
+    """
+
+    def __init__(self, room: int = 2**25) -> None:
+        self.room = room
+        self.kept: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+
+    def keep(self, queries: Tensor, vectors: Tensor, *made: Tensor) -> None:
+        if made[0].numel() <= self.room:
+            self.room -= made[0].numel()
+            self.kept[self._key(queries, vectors)] = (*made, queries.detach(), vectors.detach())
+
+    def take(self, queries: Tensor, vectors: Tensor) -> tuple[Tensor, ...] | None:
+        found = self.kept.pop(self._key(queries, vectors), None)
+        return None if found is None else found[:-2]
+
+    def _key(self, queries: Tensor, vectors: Tensor) -> tuple[int, ...]:
+        return queries.data_ptr(), len(queries), vectors.data_ptr(), len(vectors)
+
+
+class UnitProduct(torch.autograd.Function):
+    """`scale * queries @ F.normalize(vectors).T`: `(B, M)`, or its transpose if `turned`.
+
+    The norms are divided out of the product, which is smaller than the vectors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, vectors: Tensor, scale: float, turned: bool, products: Products) -> Tensor:
+        known = products.take(queries, vectors)
+        if known is None:
+            inverse = _inverse_norms(vectors)
+            z = vectors @ queries.T if turned else queries @ vectors.T
+            z.mul_(_along(inverse * scale, turned))
+            products.keep(queries, vectors, z, inverse)
+        else:
+            z, inverse = known
+        ctx.scale, ctx.turned = scale, turned
+        ctx.save_for_backward(queries, vectors, inverse)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        queries, vectors, inverse = ctx.saved_tensors
+        of_product = gradient * _along(inverse * ctx.scale, ctx.turned)
+        of_product = of_product.T if ctx.turned else of_product
+        of_queries = of_product @ vectors if ctx.needs_input_grad[0] else None
+        of_vectors = _of_vectors(of_product, queries, vectors, inverse) if ctx.needs_input_grad[1] else None
+        return of_queries, of_vectors, None, None, None
+
+
+class LargestProduct(torch.autograd.Function):
+    """The largest of `UnitProduct` with each of K centers: `(B, M)`, of `(M, D, K)`; the first among equals counts."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, centers: Tensor, scale: float, products: Products) -> Tensor:
+        known = products.take(queries, centers)
+        if known is None:
+            vectors = _vectors(centers)
+            inverse = _inverse_norms(vectors)
+            z = (queries @ vectors.T).mul_(inverse * scale).view(len(queries), len(centers), -1)
+            best, which = z[..., 0].clone(), torch.zeros(z.shape[:2], dtype=torch.uint8, device=z.device)
+            for k in range(1, z.shape[-1]):  # K is small, and reductions over a short last dimension are slow
+                which = torch.maximum(which, (z[..., k] > best).to(torch.uint8).mul_(k))
+                best = torch.maximum(best, z[..., k])
+            products.keep(queries, centers, best, which, inverse)
+        else:
+            best, which, inverse = known
+        ctx.scale = scale
+        ctx.save_for_backward(queries, centers, inverse, which)
+        return best
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        queries, centers, inverse, which = ctx.saved_tensors
+        vectors, number = _vectors(centers), centers.shape[2]
+        of_each, which = gradient.new_empty(*gradient.shape, number), which.to(gradient.dtype)
+        chosen = torch.empty_like(which)
+        for k in range(number):
+            of_each[..., k] = torch.eq(which, k, out=chosen).mul_(gradient)
+        of_product = of_each.view(len(queries), -1).mul_(inverse * ctx.scale)
+        of_queries = of_product @ vectors if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_queries, None, None, None
+        of_vectors = _of_vectors(of_product, queries, vectors, inverse)
+        return of_queries, of_vectors.T.unflatten(1, (-1, number)).movedim(0, 1), None, None
+
+
+def _vectors(centers: Tensor) -> Tensor:
+    """`(M, D, K)` centers as `(M * K, D)`: a view of what is laid out as `(D, M, K)`."""
+    return centers.movedim(0, 1).flatten(1).T
+
+
+def _inverse_norms(vectors: Tensor) -> Tensor:
+    return vectors.T.square().sum(0).sqrt_().clamp_(min=1e-12).reciprocal_()
+
+
+def _along(values: Tensor, turned: bool) -> Tensor:
+    return values[:, None] if turned else values
+
+
+def _of_vectors(of_product: Tensor, queries: Tensor, vectors: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of `(M, D)` vectors, in their layout, of which a `(B, M)` product divided by their norms was made."""
+    by_column = vectors.stride(0) < vectors.stride(1)
+    made = (queries.T @ of_product).T if by_column else of_product.T @ queries
+    radial = (made * vectors).sum(1).mul_(inverse.square())
+    return made.addcmul_(vectors, radial[:, None], value=-1)

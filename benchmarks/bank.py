@@ -20,7 +20,21 @@ from multiprocessing.connection import Connection
 import torch
 
 DIMENSION, BATCH, CLASSES, CAP = 128, 256, 1000, 16 * 2**30
-LOSSES = ("NTXentLoss", "ContrastiveLoss", "TripletMarginLoss", "SupConLoss", "MultiSimilarityLoss")
+LOSSES = (
+    "NTXentLoss",
+    "SupConLoss",
+    "MultiSimilarityLoss",
+    "TupletMarginLoss",
+    "CircleLoss",
+    "NCALoss",
+    "IntraPairVarianceLoss",
+    "LiftedStructureLoss",
+    "GeneralizedLiftedStructureLoss",
+    "ContrastiveLoss",
+    "SignalToNoiseRatioContrastiveLoss",
+    "MarginLoss",
+    "TripletMarginLoss",
+)
 
 
 def points(labels: torch.Tensor, seed: int) -> torch.Tensor:

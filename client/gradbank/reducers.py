@@ -322,8 +322,8 @@ class MultipleReducers(Reducer):
         return any(each.needs_list for each in (*dict(self.reducers).values(), self.default_reducer))
 
     def of(self, part: str) -> Reducer:
-        found: Reducer = self.reducers[part] if part in self.reducers else self.default_reducer
-        return found
+        known: dict[str, Reducer] = dict(self.reducers.items())
+        return known.get(part, self.default_reducer)
 
 
 @component

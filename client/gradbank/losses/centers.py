@@ -14,6 +14,7 @@ from gradbank.engine import Anchors, full_precision, widened
 from gradbank.losses.classes import ClassificationLoss, require_positive
 from gradbank.losses.classification import ArcFaceLoss
 from gradbank.losses.logits import Logits, largest
+from gradbank.losses.products import by_class
 
 _GATHERED_AT_ONCE = 2**22  # numbers of the embeddings' own centers held at a time
 
@@ -74,15 +75,18 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         Raises:
             ValueError: a shape or a class that does not fit.
         """
-        labels = self._checked(embeddings, labels, None, None).long()
+        labels = self._checked(embeddings, labels, None, None)
         embeddings = widened(embeddings)
         centers = self.classes().to(embeddings)  # (C, D, K)
         with full_precision(embeddings.device):
             queries, cosines = self.distance.prepare(embeddings), Logits(self.distance)
             step = max(1, _GATHERED_AT_ONCE // centers[0].numel())
-            chunks = [cosines.to_each(q, centers[y]) for q, y in zip(queries.split(step), labels.split(step))]
+            chunks = [
+                cosines.to_each(queries[i : i + step], centers[labels[i : i + step]])
+                for i in range(0, max(len(labels), 1), step)
+            ]
         cosine = torch.cat(chunks)  # (N, K)
-        classes, _, number = centers.shape
+        classes, number = self.num_classes, self.sub_centers
         votes = torch.bincount(labels * number + cosine.argmax(1), minlength=classes * number)
         dominant = votes.view(classes, number).argmax(1)
         far = cosine.gather(1, dominant[labels, None]).squeeze(1) < math.cos(math.radians(threshold))
@@ -90,9 +94,9 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         outliers = order[far[order]]
         if not return_dominant_centers:
             return outliers
-        chosen = centers.gather(2, dominant[:, None, None].expand(-1, centers.shape[1], 1)).squeeze(2)
-        some = votes.view(classes, number).sum(1) > 0
-        return outliers, torch.where(some[:, None], chosen, 0).T
+        columns = torch.arange(classes, device=dominant.device) * number + dominant
+        some = torch.bincount(labels, minlength=classes) > 0
+        return outliers, torch.where(some, self.W.to(embeddings)[:, columns], 0)
 
 
 @component
@@ -160,13 +164,9 @@ class SoftTripleLoss(ClassificationLoss):
         return super().get_logits(embeddings) / self.la
 
 
-def by_class(columns: Tensor, centers: int) -> Tensor:
-    """`(D, C * K)` centers as `(C, D, K)`, a view."""
-    return columns.unflatten(1, (-1, centers)).movedim(0, 1)
-
-
 class _SoftmaxMean(torch.autograd.Function):
-    """The mean of each `(..., K)`, weighted by its softmax; computed with K first, for short last dimensions are slow."""
+    """The mean of each `(..., K)`, weighted by its softmax; computed with K first, for sums over a short last dimension
+    are slow."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -179,4 +179,5 @@ class _SoftmaxMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         z, share, mean = ctx.saved_tensors
-        return (z - mean).add_(1).mul_(share).mul_(gradient).movedim(0, -1)
+        made: Tensor = (z - mean).add_(1).mul_(share).mul_(gradient)
+        return made.movedim(0, -1)

@@ -74,6 +74,7 @@ class ClassificationLoss(PairLoss):
         self.W = self.initialised(self.embedding_size, self.num_classes)
 
     def initialised(self, *shape: int) -> nn.Parameter:
+        """A new parameter of this shape, as `weight_init_func` makes it."""
         weights = nn.Parameter(torch.empty(shape))
         (self.weight_init_func or nn.init.normal_)(weights)
         return weights
@@ -168,7 +169,7 @@ class ClassificationLoss(PairLoss):
             )
         if labels.is_floating_point():
             raise ValueError(f"labels must be integers, got {labels.dtype}")
-        labels = labels.to(embeddings.device)
+        labels = labels.to(embeddings.device, torch.int64)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(
                 f"labels must be in 0..{self.num_classes - 1} (num_classes={self.num_classes}), got "

@@ -26,12 +26,19 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
     Attributes:
         W: the `(D, C)` class weights.
 
+    Raises:
+        ValueError: a temperature that is not above 0.
+
     Wang et al., "NormFace: L2 Hypersphere Embedding for Face Verification", ACM MM 2017;
     Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019.
     """
 
     temperature: float = 0.05
     distance: Distance = field(default_factory=DotProductSimilarity, kw_only=True)
+
+    def __post_init__(self) -> None:
+        require_positive(temperature=self.temperature)
+        super().__post_init__()
 
     def logits(self) -> Distance:
         return Logits(self.distance, 1 / self.temperature, unit=True)

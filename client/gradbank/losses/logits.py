@@ -46,7 +46,7 @@ class Logits(Distance):
         if self.merge is largest and self._is_cosine():
             return LargestProduct.apply(queries, references, self.scale, self.products)  # type: ignore[no-any-return, no-untyped-call]
         z = self._matrix(queries, references.movedim(0, 1).flatten(1).T)
-        return self.merge(z.view(len(queries), len(references), -1))
+        return self.merge(z.view(len(queries), len(references), references.shape[2]))
 
     def turned(self, vectors: Tensor, queries: Tensor) -> Tensor:
         """The `(M, B)` transpose of `matrix`, in that order in memory."""

@@ -83,7 +83,7 @@ class LargeMarginSoftmaxLoss(SphereFaceLoss):
         return [self.W]  # for the lengths below
 
     def with_margin(self, z: Tensor, anchors: Anchors) -> Tensor:
-        own = self.W.T[anchors.labels].to(anchors.embeddings)
+        own = self.W.T.to(anchors.embeddings.device)[anchors.labels].to(anchors.embeddings)
         return self.multiplied(z, anchors.each(anchors.embeddings.norm(dim=1) * own.norm(dim=1)))
 
 

@@ -20,11 +20,13 @@ class Products:
         self.kept: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
     def keep(self, queries: Tensor, vectors: Tensor, *made: Tensor) -> None:
+        """Keeps what was made of a tile, if there is room."""
         if made[0].numel() <= self.room:
             self.room -= made[0].numel()
             self.kept[self._key(queries, vectors)] = (*made, queries.detach(), vectors.detach())
 
     def take(self, queries: Tensor, vectors: Tensor) -> tuple[Tensor, ...] | None:
+        """What was made of a tile, which is then forgotten; None if it was not kept."""
         found = self.kept.pop(self._key(queries, vectors), None)
         return None if found is None else found[:-2]
 
@@ -45,7 +47,8 @@ class UnitProduct(torch.autograd.Function):
             inverse = _inverse_norms(vectors)
             z = vectors @ queries.T if turned else queries @ vectors.T
             z.mul_(_along(inverse * scale, turned))
-            products.keep(queries, vectors, z, inverse)
+            if not any(ctx.needs_input_grad):  # else it is seen only once
+                products.keep(queries, vectors, z, inverse)
         else:
             z, inverse = known
         ctx.scale, ctx.turned = scale, turned
@@ -71,12 +74,15 @@ class LargestProduct(torch.autograd.Function):
         if known is None:
             vectors = _vectors(centers)
             inverse = _inverse_norms(vectors)
-            z = (queries @ vectors.T).mul_(inverse * scale).view(len(queries), len(centers), -1)
-            best, which = z[..., 0].clone(), torch.zeros(z.shape[:2], dtype=torch.uint8, device=z.device)
-            for k in range(1, z.shape[-1]):  # K is small, and reductions over a short last dimension are slow
-                which = torch.maximum(which, (z[..., k] > best).to(torch.uint8).mul_(k))
+            number = centers.shape[2]
+            z = (queries @ vectors.T).mul_(inverse * scale).view(len(queries), len(centers), number)
+            best, kind = z[..., 0].clone(), torch.uint8 if number <= 256 else torch.int32
+            which = torch.zeros_like(best, dtype=kind)
+            for k in range(1, number):  # few, and reductions over a short last dimension are slow
+                which = torch.maximum(which, (z[..., k] > best).to(kind).mul_(k))
                 best = torch.maximum(best, z[..., k])
-            products.keep(queries, centers, best, which, inverse)
+            if not any(ctx.needs_input_grad):
+                products.keep(queries, centers, best, which, inverse)
         else:
             best, which, inverse = known
         ctx.scale = scale
@@ -91,12 +97,17 @@ class LargestProduct(torch.autograd.Function):
         chosen = torch.empty_like(which)
         for k in range(number):
             of_each[..., k] = torch.eq(which, k, out=chosen).mul_(gradient)
-        of_product = of_each.view(len(queries), -1).mul_(inverse * ctx.scale)
+        of_product = of_each.flatten(1).mul_(inverse * ctx.scale)
         of_queries = of_product @ vectors if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return of_queries, None, None, None
         of_vectors = _of_vectors(of_product, queries, vectors, inverse)
-        return of_queries, of_vectors.T.unflatten(1, (-1, number)).movedim(0, 1), None, None
+        return of_queries, by_class(of_vectors.T, number), None, None
+
+
+def by_class(columns: Tensor, centers: int) -> Tensor:
+    """`(D, M * K)` centers as `(M, D, K)`, a view."""
+    return columns.reshape(len(columns), -1, centers).movedim(0, 1)
 
 
 def _vectors(centers: Tensor) -> Tensor:
@@ -113,7 +124,7 @@ def _along(values: Tensor, turned: bool) -> Tensor:
 
 
 def _of_vectors(of_product: Tensor, queries: Tensor, vectors: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient of `(M, D)` vectors, in their layout, of which a `(B, M)` product divided by their norms was made."""
+    """The gradient of `(M, D)` vectors, in their layout: that of their `(B, M)` product, which was divided by norms."""
     by_column = vectors.stride(0) < vectors.stride(1)
     made = (queries.T @ of_product).T if by_column else of_product.T @ queries
     radial = (made * vectors).sum(1).mul_(inverse.square())

@@ -62,6 +62,7 @@ class TripletLoss(PairLoss):
         return self.compare_listed(embeddings, references, drawn, pairs.anchor_labels)
 
     def check_triplets_per_anchor(self, number: int | str) -> None:
+        """Refuses, by ValueError, what is neither "all" nor a number above 0."""
         if number != "all" and (isinstance(number, str) or number < 1):
             raise ValueError(f'triplets_per_anchor must be "all" or a number above 0, got {number!r}')
 
@@ -174,7 +175,7 @@ class MarginLoss(TripletLoss):
 
     def _row(self, anchors: Anchors) -> Tensor:
         """`(b, 1)`: each anchor's boundary."""
-        beta = self.beta.to(anchors.embeddings)
+        beta: Tensor = self.beta.to(anchors.embeddings)
         if len(beta) == 1:
             return beta.expand(anchors.size, 1)
         if anchors.labels is None:

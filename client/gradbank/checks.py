@@ -1,5 +1,6 @@
 """What a batch must be before anything is computed from it."""
 
+import torch
 from torch import Tensor
 
 from gradbank.errors import NonFiniteError
@@ -21,6 +22,11 @@ def check_batch(
         raise ValueError(
             f"{labels_name} must be ({len(embeddings)},), one per row of {name}, got shape {tuple(labels.shape)}"
         )
+
+
+def as_labels(labels: Tensor, device: torch.device) -> Tensor:
+    """Labels on a device, as int64 unless they are floats: a narrow integer would be a mask where it indexes."""
+    return labels.to(device) if labels.is_floating_point() else labels.to(device, torch.int64)
 
 
 def check_finite(embeddings: Tensor, what: str = "embeddings") -> None:

@@ -57,14 +57,12 @@ class Distance(Component):
         return mat if self.power == 1 else mat.square() if self.power == 2 else mat**self.power
 
     def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
-        """Prepared `(P, D)` queries, each with the reference of its own row: `(P,)`."""
-        return self.matrix(queries.unsqueeze(1), references.unsqueeze(1)).view(len(queries))
+        """Prepared `(P, D)` queries, each with the reference of its own row: `(P,)`. A subclass may do it better."""
+        few = zip(torch.split(queries, _PAIRS_AT_ONCE), torch.split(references, _PAIRS_AT_ONCE))
+        return torch.cat([self.matrix(q, r).diagonal() for q, r in few])
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        """The `(B, M)` matrix before `power`: the one method that a distance must write.
-
-        Both arguments may have equal leading dimensions, `(..., B, D)` and `(..., M, D)`: transpose with `.mT`.
-        """
+        """The `(B, M)` matrix before `power`: the one method that a distance must write."""
         raise NotImplementedError(f"{type(self).__name__} must define compute_mat")
 
     @property
@@ -91,12 +89,15 @@ class Distance(Component):
             )
 
 
+_PAIRS_AT_ONCE = 32  # rows of a matrix of which only the diagonal is wanted
+
+
 @component
 class LpDistance(Distance):
     """The Lp distance: `d[a, b] = (sum_k |a_k - b_k|^p)^(power / p)`."""
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        if self.p == 2 and query_emb.ndim == 2 and max(len(query_emb), len(ref_emb)) > _DIRECT_AT_MOST:
+        if self.p == 2 and max(len(query_emb), len(ref_emb)) > _DIRECT_AT_MOST:
             made: Tensor = _Euclidean.apply(query_emb, ref_emb)  # type: ignore[no-untyped-call]
             return made
         return torch.cdist(query_emb, ref_emb, p=self.p)
@@ -197,11 +198,14 @@ class SNRDistance(Distance):
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         # the variance of a difference, from those of its parts: nothing of B * M * D is made
-        a, b = (x - x.mean(-1, keepdim=True) for x in (query_emb, ref_emb))
-        degrees = max(a.shape[-1] - 1, 1)
-        of_a, of_b = (x.square().sum(-1) / degrees for x in (a, b))
-        between = (a @ b.mT).mul(-2 / degrees) + of_a.unsqueeze(-1) + of_b.unsqueeze(-2)
-        return between.clamp(min=0) / of_a.unsqueeze(-1)
+        a, b = (x - x.mean(1, keepdim=True) for x in (query_emb, ref_emb))
+        degrees = max(a.shape[1] - 1, 1)
+        of_a, of_b = (x.square().sum(1) / degrees for x in (a, b))
+        between = (a @ b.T).mul(-2 / degrees) + of_a[:, None] + of_b
+        return between.clamp(min=0) / of_a[:, None]
+
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.raised((queries - references).var(1) / queries.var(1))
 
 
 @component
@@ -223,7 +227,7 @@ class BatchedDistance(Distance):
     power: float = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("normalize_embeddings", "p", "power"):
+        for name in ("normalize_embeddings", "p", "power", "is_inverted"):
             setattr(self, name, getattr(self.distance, name))
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> None:  # type: ignore[override]
@@ -232,6 +236,15 @@ class BatchedDistance(Distance):
         for start in range(0, len(query_emb), self.batch_size):
             end = min(start + self.batch_size, len(query_emb))
             self.iter_fn(self.distance(query_emb[start:end], ref_emb), start, end)
+
+    def prepare(self, embeddings: Tensor) -> Tensor:
+        return self.distance.prepare(embeddings)
+
+    def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.distance.matrix(queries, references)
+
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.distance.pairs(queries, references)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbank.bank import STATE, Bank
-from gradbank.checks import check_batch, check_finite
+from gradbank.checks import as_labels, check_batch, check_finite
 from gradbank.component import component
 from gradbank.engine import (
     ChosenPairs,
@@ -138,7 +138,7 @@ class CrossBatchMemory(Loss):
     ) -> Staged:
         self._check(embeddings, labels)
         embeddings = widened(embeddings)
-        labels = labels.to(embeddings.device)
+        labels = as_labels(labels, embeddings.device)
         mask = self._mask(embeddings, indices_tuple, enqueue_mask, enqueue_idx)
         self.bank.settle()
         rows, row_labels = (embeddings, labels) if mask is None else (embeddings[mask], labels[mask])
@@ -147,7 +147,11 @@ class CrossBatchMemory(Loss):
         if mask is not None:
             embeddings, labels = embeddings[~mask], labels[~mask]
         own = self.bank.slots_of(entering) if mask is None else None
-        loss = self.regularized(self._compared(embeddings, labels, references, own, indices_tuple), embeddings)
+        loss = self.loss.at_once(
+            lambda rows, others: self.regularized(self._compared(rows, labels, others, own, indices_tuple), rows),
+            embeddings,
+            references,
+        )
         return Staged(loss, lambda: self.bank.enter(entering))
 
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
@@ -251,6 +255,7 @@ def enqueue_mask_of(positions: Tensor, batch: int) -> Tensor:
     Raises:
         ValueError: a position outside the batch.
     """
+    positions = torch.as_tensor(positions)
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < batch:
         raise ValueError(
             f"enqueue_idx names rows {int(positions.min())} to {int(positions.max())}, but must stay within "

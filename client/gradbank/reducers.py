@@ -147,6 +147,11 @@ class Reducer(Component):
 _KINDS = ("already_reduced", "element", "pos_pair", "neg_pair", "triplet")
 
 
+def counted(losses: Tensor, weight: Tensor) -> Tensor:
+    """The losses times their weights. A loss that does not count may be infinite, and 0 * inf would be NaN."""
+    return torch.where(weight > 0, losses, torch.zeros_like(losses)) * weight
+
+
 def add_up(
     reducer: Reducer,
     kind: Kind,
@@ -164,9 +169,7 @@ def add_up(
         anchor: `(N,)` whose loss each one is, in `0 .. size - 1`, or None where the losses are one per anchor.
     """
     weight = reducer.weigh(losses.detach(), times)
-    # a loss that does not count may be infinite, and 0 * inf would be NaN
-    counted = torch.where(weight > 0, losses, torch.zeros_like(losses)) * weight
-    sums, counts = counted.double(), weight.double()
+    sums, counts = counted(losses, weight).double(), weight.double()
     if anchor is not None:
         sums, counts = (x.new_zeros(size).index_add(0, anchor, x) for x in (sums, counts))
     return Kept(sums, counts, kind, labels, divisor)
@@ -233,6 +236,8 @@ class ClassWeightedReducer(Reducer):
         labels = kept.labels
         if labels is None:
             raise ValueError("ClassWeightedReducer weighs losses by their anchor's label: pass labels to the loss")
+        if labels.is_floating_point():
+            raise ValueError(f"ClassWeightedReducer needs integer labels, got {labels.dtype}")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.weights):
             raise ValueError(
                 f"ClassWeightedReducer has weights for the labels 0..{len(self.weights) - 1}, got labels "

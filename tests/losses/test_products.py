@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradbank import engine, losses
 from gradbank.engine import Bounds
+from gradbank.engine.gradients import Gradients
 from gradbank.losses.products import LargestProduct, Products, UnitProduct
 
 
@@ -66,6 +67,20 @@ def test_a_product_that_is_differentiated_is_not_kept() -> None:
     UnitProduct.apply(random(5, 3).requires_grad_(), random(4, 3), 1.0, False, products)
     LargestProduct.apply(random(5, 3), random(4, 3, 2).requires_grad_(), 1.0, products)
     assert not products.kept
+
+
+def test_rows_that_nothing_is_added_to_get_zero() -> None:
+    embeddings, piece = random(6, 2), random(5, 2)
+    gradients = Gradients(embeddings, [piece, piece], [], (True, True, False))
+    gradients.add(0, slice(1, 3), torch.ones(2, 2))
+    gradients.add(0, slice(4, 5), torch.ones(1, 2))
+    gradients.add(0, slice(2, 5), torch.ones(3, 2))
+    gradients.add(2, slice(0, 5), torch.ones(5, 2))  # not wanted
+    of_embeddings, of_piece = gradients.wanted()
+    assert of_embeddings is not None
+    assert of_embeddings[:, 0].tolist() == [0, 1, 2, 1, 2, 0]
+    assert of_piece is not None
+    assert not of_piece.any()
 
 
 class Allocations(TorchDispatchMode):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gradbank import distances, losses, miners
 from gradbank.component import argument_names
-from gradbank.engine import LabelledPairs, Pairs, References
-from gradbank.miners.listing import list_pairs
+from gradbank.engine import LabelledPairs, Pairs, References, every_pair
 
 NAMES = [name for name in dir(pml_miners) if name.endswith("Miner") and name != "BaseMiner"]
 NAMES.append("EmbeddingsAlreadyPackagedAsTriplets")
@@ -146,7 +145,7 @@ def test_queue_gets_what_a_call_lists(name: str) -> None:
     rows = References((references[:5], references[5:]), known)
     found = miner.select(embeddings, rows, LabelledPairs(labels, known))
     if isinstance(found, Pairs):
-        found = list_pairs(found, len(embeddings), rows)
+        found = tuple(every_pair(found, len(embeddings), rows))
     split = (slice(0, 3),) if len(wanted) == 3 else (slice(0, 2), slice(2, 4))
     for part in split:
         assert set(zip(*listed(found[part]))) == set(zip(*listed(wanted[part])))

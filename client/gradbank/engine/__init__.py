@@ -18,7 +18,7 @@ from gradbank.engine.block import sweep
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.dense import dense, listed
 from gradbank.engine.each import every_pair, every_positive, triplets_of
-from gradbank.engine.eager import Prepared, at_once, by_autograd, eager
+from gradbank.engine.eager import at_once, by_autograd, eager
 from gradbank.engine.hinge import Hinge
 from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices, named_weight
 from gradbank.engine.named import listed_distances, of_triplets
@@ -51,7 +51,6 @@ __all__ = [
     "Pairs",
     "Part",
     "Positives",
-    "Prepared",
     "References",
     "Running",
     "Separable",
@@ -101,19 +100,14 @@ def evaluate(
     references: References,
     pairs: Pairs,
     learned: Sequence[Tensor] = (),
-    prepared: Prepared | None = None,
 ) -> Any:
     """The loss of `(B, D)` embeddings, `widened`, against references: a scalar that backpropagates to both.
 
     Args:
         learned: parameters of the loss, to which it backpropagates too.
-        prepared: what is made of the embeddings (0), or of a piece of the references (1 and on), before anything else.
     """
     if loss.reducer.needs_list:
-        inputs = [embeddings, *references.pieces]
-        if prepared is not None:
-            inputs[prepared.place] = prepared.by(inputs[prepared.place])
-        return listed(loss, inputs[0], replace(references, pieces=tuple(inputs[1:])), pairs)
+        return listed(loss, embeddings, references, pairs)
     engine, bounds = _forced.get()
     if engine == "auto":
         entries = len(embeddings) * len(references) * references.vectors
@@ -129,8 +123,6 @@ def evaluate(
         return dense(loss, *with_inputs(inputs), pairs)
 
     evaluation = by_autograd(whole, 1 + len(references.pieces)) if engine == "dense" else in_tiles
-    if prepared is not None:
-        evaluation = prepared.then(evaluation)
     return eager(evaluation, (embeddings, *references.pieces, *learned), owned=engine == "tiled")
 
 
@@ -150,8 +142,7 @@ def evaluate_triplets(
         made: Tensor = of_triplets(loss, inputs[0], replace(references, pieces=inputs[1:]), triplets, labels)
         return made
 
-    copied = 1 + len(references.pieces)
-    return eager(by_autograd(whole, copied), (embeddings, *references.pieces, *learned))
+    return at_once(whole, (embeddings, *references.pieces), learned)
 
 
 def _small(loss: Declaration, embeddings: Tensor, pairs: Pairs) -> int:

@@ -87,7 +87,7 @@ class Anchors:
         """`(P,)` values of the positives, log-sum-exp by anchor: `(b,)`, -inf where there are none."""
         most = values.new_full((self.size,), -torch.inf)
         most = most.scatter_reduce(0, self.positives.anchor, values.detach(), "amax")
-        some = most > -torch.inf
+        some = ~most.isneginf()
         most = torch.where(some, most, 0)
         total = self.sum((values - self.each(most)).exp())
         return torch.where(some, most + torch.where(some, total, 1).log(), -torch.inf)

@@ -76,9 +76,9 @@ class Block:
         """Adds to `into` what the gradient of the positives and of the leaves comes to."""
         way = self._from_gathered if self.gathers else self._from_sweep
         of_queries = way(of_positives, of_leaves, into)
-        if into.embeddings is not None:
+        if into.rows[0] is not None:
             (chained,) = torch.autograd.grad(self.queries, self.embeddings, of_queries, retain_graph=True)
-            into.embeddings[self.rows] += chained
+            into.add(0, self.rows, chained)
 
     def _anchors(self, positives: Positives, found: Mapping[str, Gathered]) -> Anchors:
         labels, weight = self.pairs.anchor_labels, self.pairs.anchor_weight
@@ -182,15 +182,15 @@ class Block:
         return done
 
     def _from_sweep(self, of_positives: Tensor | None, of_leaves: Mapping[str, Tensor], into: Gradients) -> Tensor:
-        done, distance, start = torch.zeros_like(self.queries), self.loss.distance, 0
+        done, distance, start = None, self.loss.distance, 0
         queries = self.queries.detach().requires_grad_()
         spread = {self.running[name]: gradient for name, gradient in of_leaves.items()}
         with_row = [running for running in spread if running.row is not None]
         leaves = [running.row for running in with_row if running.row is not None] + into.parameters
         for index, (columns, piece, part) in enumerate(self.references.tiles(self.width)):
-            target = into.pieces[piece]
+            wanted = into.rows[1 + piece] is not None
             with torch.enable_grad():
-                rows = self.references.pieces[piece][part].to(queries.dtype).requires_grad_(target is not None)
+                rows = self.references.pieces[piece][part].to(queries.dtype).requires_grad_(wanted)
                 s = distance.matrix(queries, distance.prepare(rows))
                 flat, negatives, _ = self._pairs(index, columns)
                 leaf = s.detach().requires_grad_()
@@ -207,11 +207,11 @@ class Block:
             if of_positives is not None:
                 of_s.view(-1).index_add_(0, flat, of_positives[start : start + len(flat)])
                 start += len(flat)
-            of_queries, *of_rows = torch.autograd.grad(s, [queries] if target is None else [queries, rows], of_s)
-            done += of_queries
-            if target is not None:
-                into.add_to_piece(piece, part, of_rows[0])
-        return done
+            of_queries, *of_rows = torch.autograd.grad(s, [queries, rows] if wanted else [queries], of_s)
+            done = of_queries.contiguous() if done is None else done.add_(of_queries)
+            if wanted:
+                into.add(1 + piece, part, of_rows[0])
+        return torch.zeros_like(queries) if done is None else done
 
 
 def sweep(

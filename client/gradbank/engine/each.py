@@ -1,9 +1,11 @@
 """Pairs and triplets, listed."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from gradbank.engine.pairs import Pairs
+from gradbank.engine.pairs import Pairs, TilePairs
 from gradbank.engine.references import References
 from gradbank.engine.statistics import EveryPair
 from gradbank.engine.tiled import Bounds
@@ -13,42 +15,43 @@ LISTED_AT_MOST = 2**26  # triplets
 
 def every_pair(pairs: Pairs, anchors: int, references: References) -> EveryPair:
     """Every pair, by anchor, then reference; one that counts several times is there as often."""
-    found: list[list[Tensor]] = [[], [], [], []]
-    bounds = Bounds()
-    for rows in bounds.blocks(pairs, anchors, len(references)):
-        for columns, _, _ in references.tiles(bounds.width(rows)):
-            flat, counts, negatives = pairs.tile(rows, columns)
-            width = columns.stop - columns.start
-            a2, n = negatives.nonzero(as_tuple=True)
-            flat = flat if counts is None else flat.repeat_interleave(counts.long())
-            if negatives.dtype != torch.bool:
-                times = negatives[a2, n].long()
-                a2, n = a2.repeat_interleave(times), n.repeat_interleave(times)
-            for out, index, start in zip(found, (flat // width, flat % width, a2, n), (rows.start, columns.start) * 2):
-                out.append(index + start)
-    none = torch.zeros(0, dtype=torch.int64, device=references.pieces[0].device)
-    a1, p, a2, n = (torch.cat(part) if part else none for part in found)
-    by_positive = (a1 * max(len(references), 1) + p).argsort()
-    by_negative = (a2 * max(len(references), 1) + n).argsort()
-    return EveryPair(a1[by_positive], p[by_positive], a2[by_negative], n[by_negative])
+    positives, negatives, number = [], [], len(references)
+    for rows, tile in _whole_rows(pairs, anchors, references):
+        start = rows.start * number
+        positives.append(start + _repeated(*tile[:2]))
+        flat = tile.negatives.reshape(-1)
+        place = flat.nonzero().squeeze(1)
+        times = None if flat.dtype == torch.bool else flat[place]
+        negatives.append(start + _repeated(place, times))
+    return EveryPair(*_unflattened(torch.cat(positives), number), *_unflattened(torch.cat(negatives), number))
 
 
 def every_positive(pairs: Pairs, anchors: int, references: References) -> tuple[Tensor, Tensor]:
     """Every positive pair: the anchors and the references, `(P,)` each."""
-    device = references.pieces[0].device
-    whole = pairs.listing(slice(0, anchors), torch.tensor([0, len(references)], device=device))
+    device, number = references.pieces[0].device, len(references)
+    whole = pairs.listing(slice(0, anchors), torch.tensor([0, number], device=device))
     if whole is not None:
         return whole.positives()
-    a, p = [torch.zeros(0, dtype=torch.int64, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]
-    bounds = Bounds()
-    for rows in bounds.blocks(pairs, anchors, len(references)):
-        for columns, _, _ in references.tiles(bounds.width(rows)):
-            flat, counts, _ = pairs.tile(rows, columns)
-            flat = flat if counts is None else flat.repeat_interleave(counts.long())
-            width = columns.stop - columns.start
-            a.append(torch.div(flat, width, rounding_mode="floor") + rows.start)
-            p.append(flat % width + columns.start)
-    return torch.cat(a), torch.cat(p)
+    tiles = _whole_rows(pairs, anchors, references)
+    return _unflattened(torch.cat([rows.start * number + _repeated(*tile[:2]) for rows, tile in tiles]), number)
+
+
+def _whole_rows(pairs: Pairs, anchors: int, references: References) -> Iterator[tuple[slice, TilePairs]]:
+    """A few anchors at a time against all references."""
+    step = max(1, Bounds().tile // max(len(references), 1))
+    for start in range(0, max(anchors, 1), step):
+        rows = slice(start, min(start + step, anchors))
+        yield rows, pairs.tile(rows, slice(0, len(references)))
+
+
+def _repeated(flat: Tensor, times: Tensor | None) -> Tensor:
+    """Positions in order, each as often as it counts."""
+    return flat if times is None else flat.repeat_interleave(times.long()).sort().values
+
+
+def _unflattened(flat: Tensor, references: int) -> tuple[Tensor, Tensor]:
+    row = torch.div(flat, max(references, 1), rounding_mode="floor")
+    return row, flat - row * references
 
 
 def triplets_of(pairs: EveryPair) -> tuple[Tensor, Tensor, Tensor]:

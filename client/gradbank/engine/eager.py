@@ -4,8 +4,8 @@ What the loss was computed from may change before `backward` (a bank does, with 
 send the gradients along anyway: so they are computed at once, and `backward` multiplies them by what came down.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,18 @@ def eager(evaluation: Evaluation, inputs: tuple[Tensor, ...], owned: bool = Fals
     return _Eager.apply(evaluation, owned, *inputs)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def at_once(whole: Callable[[tuple[Tensor, ...]], Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-    """The value of `whole(inputs)`, with its gradients computed now."""
-    return eager(by_autograd(whole, len(inputs)), inputs)
+def at_once(
+    whole: Callable[[tuple[Tensor, ...]], Tensor],
+    inputs: tuple[Tensor, ...],
+    learned: Sequence[Tensor] = (),
+    owned: bool = False,
+) -> Tensor:
+    """The value of `whole(inputs)`, with its gradients computed now: those of the inputs, and of what is learned.
+
+    What comes down in the backward pass then multiplies all of each gradient at its end, as it does that of a server:
+    the two are equal to the last bit.
+    """
+    return eager(by_autograd(whole, len(inputs)), (*inputs, *learned), owned)
 
 
 def by_autograd(whole: Callable[[tuple[Tensor, ...]], Tensor], copied: int) -> Evaluation:
@@ -54,29 +63,6 @@ def by_autograd(whole: Callable[[tuple[Tensor, ...]], Tensor], copied: int) -> E
     return evaluation
 
 
-class Prepared(NamedTuple):
-    """A function of one of the inputs, by its place, whose value is used in place of it."""
-
-    place: int
-    by: Callable[[Tensor], Tensor]
-
-    def then(self, evaluation: Evaluation) -> Evaluation:
-        """The evaluation of what is made of the inputs. Its gradient is taken through that at once, too: what comes
-        down in the backward pass then multiplies all of it, as it does that of a server."""
-
-        def evaluated(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
-            leaf = inputs[self.place].detach().requires_grad_(needed[self.place])
-            with torch.set_grad_enabled(needed[self.place]):
-                made = self.by(leaf)
-            value, found = evaluation((*inputs[: self.place], made.detach(), *inputs[self.place + 1 :]), needed)
-            if needed[self.place]:
-                at = sum(needed[: self.place])
-                (found[at],) = torch.autograd.grad(made, leaf, found[at])
-            return value, found
-
-        return evaluated
-
-
 def refuse_second_derivatives() -> None:
     """To be called by a backward pass, in which gradients are recorded only if it is to be differentiated itself.
 
@@ -100,7 +86,8 @@ class _Eager(torch.autograd.Function):
         refuse_second_derivatives()
         gradients = iter(ctx.saved_tensors)
         made = (next(gradients) if need else None for need in ctx.needs_input_grad[2:])
-        if ctx.owned and not torch._C._autograd._get_current_graph_task_keep_graph():
+        batched = torch._C._functorch.is_batchedtensor(grad_output)  # which may not be looked at, nor written from
+        if ctx.owned and not batched and not torch._C._autograd._get_current_graph_task_keep_graph():
             if grad_output.device.type == "cpu" and grad_output == 1:
                 return None, None, *made
             return None, None, *(None if each is None else each.mul_(grad_output) for each in made)

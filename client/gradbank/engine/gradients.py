@@ -9,31 +9,35 @@ from torch import Tensor
 class Gradients:
     """A tensor for each input that wants a gradient.
 
+    Those of embeddings and references, which may be large, are not filled with zeros, but written to from the first
+    row on.
+
     Attributes:
-        embeddings: `(B, D)`, or None if it is not wanted.
-        pieces: `(M_k, D)` or None, for each piece of the references.
+        rows: `(B, D)` for the embeddings and `(M_k, D)` for each piece of the references; None where none is wanted.
         parameters: the loss's parameters that want one.
     """
 
     def __init__(
         self, embeddings: Tensor, pieces: Sequence[Tensor], parameters: Sequence[Tensor], needed: Sequence[bool]
     ) -> None:
-        of_pieces, of_parameters = needed[1 : 1 + len(pieces)], needed[1 + len(pieces) :]
-        self.embeddings = torch.zeros_like(embeddings) if needed[0] else None
-        self.pieces = [torch.empty_like(x) if need else None for x, need in zip(pieces, of_pieces)]
-        self._written = [0] * len(pieces)  # how many rows of each were written to: a large one is not filled with zeros
+        of_parameters = needed[1 + len(pieces) :]
+        self.rows = [torch.empty_like(x) if need else None for x, need in zip((embeddings, *pieces), needed)]
+        self._written = [0] * len(self.rows)
         self.parameters = [x for x, need in zip(parameters, of_parameters) if need]
         self._of_parameters: list[Tensor | None] = [None] * len(self.parameters)
 
-    def add_to_piece(self, index: int, rows: slice, more: Tensor) -> None:
-        """Adds to the gradient of some rows of a piece; the first to do so goes through them in order."""
-        piece = self.pieces[index]
-        assert piece is not None
-        if rows.start < self._written[index]:
-            piece[rows] += more
+    def add(self, place: int, rows: slice, more: Tensor) -> None:
+        """Adds to the gradient of some rows of the input at that place, where one is wanted; the first to add to an
+        input goes through its rows in order."""
+        total, written = self.rows[place], self._written[place]
+        if total is None:
+            return
+        if rows.start < written:
+            total[rows] += more
         else:
-            piece[rows] = more
-            self._written[index] = rows.stop
+            total[written : rows.start] = 0
+            total[rows] = more
+            self._written[place] = rows.stop
 
     def add_to_parameters(self, made: Sequence[Tensor | None]) -> None:
         """Adds one gradient, or None for zero, for each of `parameters`."""
@@ -52,7 +56,7 @@ class Gradients:
 
     def wanted(self) -> list[Tensor | None]:
         """Those that were wanted, in the order of the inputs; None for a parameter that nothing came to."""
-        for piece, written in zip(self.pieces, self._written):
-            if piece is not None:
-                piece[written:] = 0
-        return [x for x in (self.embeddings, *self.pieces) if x is not None] + self._of_parameters
+        for total, written in zip(self.rows, self._written):
+            if total is not None:
+                total[written:] = 0
+        return [x for x in self.rows if x is not None] + self._of_parameters

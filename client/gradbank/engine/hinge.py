@@ -37,6 +37,8 @@ class Hinge(Triplets):
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
         assert positives is not None  # needs_positives says so to the engine
+        if not bool(positives.s.isfinite().all()):  # there is no threshold for these
+            return super().begin(anchors, like, positives)
         return _RunningHinge(self, anchors, positives)
 
     def within(self, positive: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class _RunningHinge(Running):
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         values = self.values(tile.s)
-        v = negatives.beyond(values.detach())
+        v = negatives.beyond(values.detach()).clamp_(max=torch.finfo(values.dtype).max)
         found, times = self.buckets.find(v), negatives.times()
         share = self.buckets.lookup(found, self.share, self.share_by_cell)
         share = share if times is None else share * times

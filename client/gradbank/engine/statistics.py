@@ -20,7 +20,7 @@ from torch import Tensor
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.negatives import Negatives
 from gradbank.engine.tile import Tile
-from gradbank.reducers import Reducer
+from gradbank.reducers import Reducer, counted
 
 Elementwise = Callable[..., Tensor]
 Weigh = Callable[[Tensor, Tensor | None], Tensor]  # losses and their weights (None is 1) -> 0 for those not to count
@@ -240,7 +240,7 @@ class Sum(Statistic):
         losses = self.f(s) if self.row is None else self.f(s, self.row)
         weight = negatives.to(losses.dtype)
         weight = weight if self.weigh is None else self.weigh(losses.detach(), weight)
-        return Gathered((losses * weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64))
+        return Gathered(counted(losses, weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64))
 
     def listed(self, s: Tensor, pairs: EveryPair) -> Gathered | None:
         row = () if self.row is None else (self.row[pairs.a2],)
@@ -276,7 +276,10 @@ class _RunningSum(Running):
         self.count += count
         if tile.s.device.type == "cpu" and not count.any():  # nothing counts, as is common once a model has learned
             return
-        self.total += (losses * weight).sum(1)
+        total = (losses * weight).sum(1)
+        if tile.s.device.type != "cpu" or total.isnan().any():  # slower, and seldom needed
+            total = counted(losses, weight).sum(1)
+        self.total += total
         if tile.gathers:
             self.gather(tile, values, weight, few=True)
 

@@ -90,8 +90,8 @@ class _Written:
     def __init__(self, loss: Declaration, embeddings: Tensor, groups: list[list[Block]]) -> None:
         if len(groups) > 1 and loss.joins_anchors:
             raise ValueError(
-                f"{type(loss).__name__} needs the positives of every anchor at once, and there are too many to hold; "
-                "give it fewer rows, or labels with fewer positives each"
+                "this loss is written on the positives of all anchors together, and there are too many of them to "
+                "hold: give it fewer rows, or labels with fewer positives each"
             )
         self.loss, self.whole, self.groups = loss, embeddings, groups
         self.parts: dict[str, Ratio] = {}
@@ -141,8 +141,8 @@ class _Written:
         of_positives = [next(made) for _ in group]
         of_leaves = [{name: next(made) for name in leaves} for leaves in self.leaves]
         own = next(made)
-        if own is not None and into.embeddings is not None:
-            into.embeddings[_place(group)] += own
+        if own is not None:
+            into.add(0, _place(group), own)
         into.add_to_parameters(list(made))
         for block, own_positives, leaves in zip(group, of_positives, of_leaves):
             yield block, own_positives, {name: gradient for name, gradient in leaves.items() if gradient is not None}

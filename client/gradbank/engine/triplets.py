@@ -10,7 +10,7 @@ from gradbank.engine.each import triplets_of
 from gradbank.engine.negatives import Negatives
 from gradbank.engine.statistics import EveryPair, Running, Statistic
 from gradbank.engine.tile import Tile
-from gradbank.reducers import MeanReducer, Reducer
+from gradbank.reducers import MeanReducer, Reducer, counted
 
 Kernel = Callable[..., Tensor]  # distances of positives and negatives, and the anchors' row -> losses
 
@@ -54,7 +54,7 @@ class Triplets(Statistic):
         losses = self.losses(anchor, positives.s[:, None], s[anchor], self.row)  # (P, M)
         weight = negatives.to(losses.dtype)[anchor] * positives.times[:, None]
         weight = self.reducer.weigh(losses.detach(), self.within(positives.s[:, None], s[anchor], weight))
-        sums, counts = (losses * weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64)
+        sums, counts = counted(losses, weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64)
         value, number = (x.new_zeros(len(s)).index_add(0, anchor, x) for x in (sums, counts))
         return Gathered(value, number)
 
@@ -69,7 +69,7 @@ class Triplets(Statistic):
         losses = self.losses(anchor, near, far, row)
         weight = self.reducer.weigh(losses.detach(), torch.ones_like(losses))
         sums = (x.new_zeros(anchors, dtype=torch.float64) for x in (losses, weight))
-        value, number = (x.index_add(0, anchor, y.double()) for x, y in zip(sums, (losses * weight, weight)))
+        value, number = (x.index_add(0, anchor, y.double()) for x, y in zip(sums, (counted(losses, weight), weight)))
         return Gathered(value, number, (losses, triplets))
 
 
@@ -97,8 +97,9 @@ class RunningTriplets(Running):
                 leaves += [] if row is None else [row]
                 losses = self.triplets.losses(anchor, leaves[0], leaves[1], row)
             weight = negatives.weighed(torch.ones_like(tile.s))[anchor] * times[:, None]
+            weight = self.triplets.within(leaves[0].detach(), leaves[1].detach(), weight)
             weight = self.triplets.reducer.weigh(losses.detach(), weight)
-            self.total.index_add_(0, anchor, (losses.detach() * weight).sum(1, dtype=torch.float64))
+            self.total.index_add_(0, anchor, counted(losses.detach(), weight).sum(1, dtype=torch.float64))
             self.count.index_add_(0, anchor, weight.sum(1, dtype=torch.float64))
             made = torch.autograd.grad(losses, leaves, weight)
             self.of_positives[part] += made[0].squeeze(1)
@@ -122,6 +123,7 @@ class RunningTriplets(Running):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             losses = self.triplets.losses(anchor, self.positives.s[part, None], s[anchor], self.row)
             weight = negatives.weighed(torch.ones_like(s))[anchor] * times[:, None]
+            weight = self.triplets.within(self.positives.s[part, None], s.detach()[anchor], weight)
             weight = self.triplets.reducer.weigh(losses.detach(), weight)
-            total = total.index_add(0, anchor, (losses * weight).sum(1))
+            total = total.index_add(0, anchor, counted(losses, weight).sum(1))
         return total, gradient.to(s.dtype)

@@ -19,9 +19,9 @@ from gradbank.engine import (
     References,
     Statistic,
     evaluate,
-    every_positive,
     full_precision,
 )
+from gradbank.losses.by_pair import positives_with_negatives
 from gradbank.losses.pair import PairLoss, softplus
 from gradbank.reducers import DoNothingReducer, Reducer
 
@@ -54,7 +54,7 @@ class AngularLoss(PairLoss):
         self.require_distance(LpDistance, p=2, power=1, normalize_embeddings=True)
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-        a, p = every_positive(pairs, len(embeddings), references)
+        a, p = positives_with_negatives(pairs, embeddings, references, vectors=1)
         labels, known = pairs.anchor_labels, references.labels
         assert labels is not None  # needs_labels
         assert known is not None

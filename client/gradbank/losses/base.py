@@ -1,18 +1,19 @@
 """What every loss shares: the call, its checks, and the regularizer."""
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradbank.checks import check_batch
+from gradbank.checks import as_labels, check_batch
 from gradbank.component import Component, foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import (
     Indices,
     Pairs,
     References,
+    at_once,
     every_pair,
     full_precision,
     widened,
@@ -141,12 +142,32 @@ class BaseMetricLossFunction(Loss):
         if ref_emb is not None:
             check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels")
         rows = widened(embeddings)
-        here = None if labels is None else labels.to(rows.device)
+        here = None if labels is None else as_labels(labels, rows.device)
         others = rows if ref_emb is None or ref_emb is embeddings else widened(ref_emb)
-        theirs = here if ref_labels is None or ref_labels is labels else ref_labels.to(rows.device)
+        theirs = here if ref_labels is None or ref_labels is labels else as_labels(ref_labels, rows.device)
+
+        def call(rows: Tensor, references: References) -> Any:
+            among_themselves = ref_emb is None or ref_emb is embeddings
+            ref_rows = rows if among_themselves else references.whole()
+            parts = self.compute_loss(rows, here, indices_tuple, ref_rows, theirs)
+            return self.regularized(self.reducer(parts, rows, here), rows)
+
         with full_precision(rows.device):
-            parts = self.compute_loss(rows, here, indices_tuple, others, theirs)
-            return self.regularized(self.reducer(parts, rows, here), rows)  # type: ignore[no-any-return]
+            return self.at_once(call, rows, References((others,)))  # type: ignore[no-any-return]
+
+    def at_once(self, call: Callable[[Tensor, References], Any], embeddings: Tensor, references: References) -> Any:
+        """What `call(embeddings, references)` gives, with its gradients computed now, unless it is no number."""
+        if self.reducer.needs_list:
+            return call(embeddings, references)
+
+        def whole(inputs: tuple[Tensor, ...]) -> Any:
+            return call(inputs[0], replace(references, pieces=inputs[1:]))
+
+        return at_once(whole, (embeddings, *references.pieces), self.learned())
+
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that get a gradient of the loss."""
+        return [each for each in self.parameters() if each.requires_grad]
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         """The loss of `(B, D)` embeddings over the given pairs with references: those of a queue."""

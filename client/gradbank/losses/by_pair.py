@@ -25,6 +25,8 @@ from gradbank.losses.base import BaseMetricLossFunction
 
 Cost = Callable[[Tensor, Tensor], Tensor]
 
+NUMBERS_HELD = 2**27  # of the vectors of positive pairs, at most: half a GiB of float32
+
 
 def negatives_of(pairs: Pairs, anchors: Tensor) -> LabelledPairs:
     """The negatives of some anchors, which may be named several times, as labels tell them.
@@ -40,11 +42,35 @@ def negatives_of(pairs: Pairs, anchors: Tensor) -> LabelledPairs:
     return LabelledPairs(source.labels[anchors], source.ref_labels, positives=False)
 
 
+def positives_with_negatives(
+    pairs: Pairs, embeddings: Tensor, references: References, vectors: int
+) -> tuple[Tensor, Tensor]:
+    """The positive pairs `(a, p)`; none where there is no negative for them.
+
+    Args:
+        vectors: how many vectors of a pair are to be held.
+
+    Raises:
+        ValueError: more pairs than can be held.
+    """
+    known = references.labels
+    if known is not None and len(known) and bool((known == known[0]).all()):  # one class: nobody has a negative
+        none = torch.zeros(0, dtype=torch.int64, device=embeddings.device)
+        return none, none
+    number = int(pairs.most_positives().sum())
+    if number * embeddings.shape[1] * vectors > NUMBERS_HELD:
+        raise ValueError(
+            f"the loss makes a query of each positive pair, and there are up to {number}, too many to hold: give it "
+            "fewer rows, or labels with fewer positives each"
+        )
+    return every_positive(pairs, len(embeddings), references)
+
+
 def swapped(
     loss: BaseMetricLossFunction, embeddings: Tensor, references: References, pairs: Pairs, cost: Cost
 ) -> Tensor:
     """A loss of triplets in which the nearer of anchor and positive is compared with the negative."""
-    a, p = every_positive(pairs, len(embeddings), references)
+    a, p = positives_with_negatives(pairs, embeddings, references, vectors=2)
     near = listed_distances(loss.distance, embeddings, references, a, p)
     queries = torch.cat([embeddings[a], references.take(p)], 1)
     declared = _Swapped(loss, near, a, p, pairs, cost)

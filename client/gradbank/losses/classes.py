@@ -16,9 +16,9 @@ from gradbank.engine import (
     LabelledPairs,
     LogSumExp,
     Part,
-    Prepared,
     References,
     Statistic,
+    at_once,
     evaluate,
     full_precision,
     named_weight,
@@ -118,10 +118,16 @@ class ClassificationLoss(PairLoss):
         weight = None
         if indices_tuple is not None:
             weight = named_weight(indices_tuple, embeddings, self.counts_anchors_only)
-        with full_precision(embeddings.device):
-            loss = self.classify(embeddings, labels, weight)
+
+        def whole(inputs: tuple[Tensor, ...]) -> Any:
+            loss = self.classify(inputs[0], labels, weight)
             loss = self.with_cost(loss, "weight", self.weight_regularizer, self.vectors(), self.weight_reg_weight)
-            return self.regularized(loss, embeddings)  # type: ignore[no-any-return]
+            return self.regularized(loss, inputs[0])
+
+        with full_precision(embeddings.device):
+            if self.reducer.needs_list:
+                return whole((embeddings,))  # type: ignore[no-any-return]
+            return at_once(whole, (embeddings,), [each for each in self.parameters() if each.requires_grad], owned=True)
 
     def classify(self, embeddings: Tensor, labels: Tensor, weight: Tensor | None) -> Any:
         """The loss without its regularizers, of embeddings that count as `(B,)` weights say, or alike."""
@@ -129,9 +135,7 @@ class ClassificationLoss(PairLoss):
         known = torch.arange(self.num_classes, device=labels.device)
         pairs = LabelledPairs(labels, known, anchor_weight=weight)
         declared = Declared(self, self.logits())
-        return evaluate(
-            declared, embeddings, References((weights,), known), pairs, self.learned(), Prepared(0, self.queries)
-        )
+        return evaluate(declared, self.queries(embeddings), References((weights,), known), pairs, self.learned())
 
     def learned(self) -> list[nn.Parameter]:
         return []  # the weights are the references, and get their gradient as such

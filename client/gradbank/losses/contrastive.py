@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import ClassVar
 
-import torch
 from torch import Tensor, relu
 
 from gradbank.component import component
@@ -81,8 +80,6 @@ class ThresholdConsistentMarginLoss(PairLoss):
     margin_minus: float = 0.5
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
 
-    joins_anchors: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         self.require_distance(CosineSimilarity)
 
@@ -95,11 +92,15 @@ class ThresholdConsistentMarginLoss(PairLoss):
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         lacking = self.margin_plus - anchors.s
-        counted = (lacking >= 0) * anchors.positives.times
-        far = (lacking * counted).sum(dtype=torch.float64) / counted.sum(dtype=torch.float64).clamp(min=1)
-        excess, number, _ = anchors.found["near"]
-        near = excess.sum() / number.sum().clamp(min=1)  # type: ignore[union-attr]
-        return {"loss": anchors.reduced(self.lambda_plus * far + self.lambda_minus * near)}
+        counts = ((lacking >= 0) * anchors.positives.times).double()
+        far, near = (lacking * counts).sum(), anchors.found["near"]
+        return {
+            "pos_loss": self._mean(self.lambda_plus, far, counts.sum(), anchors),
+            "neg_loss": self._mean(self.lambda_minus, near.value.sum(), near.number.sum(), anchors),  # type: ignore[union-attr]
+        }
+
+    def _mean(self, times: float, total: Tensor, number: Tensor, anchors: Anchors) -> Part:
+        return anchors.reduced(times * total / number.clamp(min=1), number)
 
 
 @component

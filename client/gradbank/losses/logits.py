@@ -60,9 +60,10 @@ class Logits(Distance):
 
     def to_each(self, queries: Tensor, centers: Tensor) -> Tensor:
         """Prepared `(P, D)` queries, each with the `(D, K)` centers of its own row: `(P, K)`."""
-        centers = centers.mT
-        vectors = self._vectors(centers.flatten(0, 1)).view(centers.shape)
-        return self.of_each.matrix(queries.unsqueeze(1), vectors).squeeze(1) * self.scale
+        number = centers.shape[2]
+        vectors = self._vectors(centers.mT.flatten(0, 1))
+        s = self.of_each.pairs(queries.repeat_interleave(number, 0), vectors)
+        return s.view(-1, number) * self.scale
 
     def _matrix(self, queries: Tensor, vectors: Tensor) -> Tensor:
         if self._is_cosine():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradbank.checks import check_batch
 from gradbank.component import component
 from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.reducers import LossDict
@@ -45,16 +46,31 @@ class P2SGradLoss(BaseMetricLossFunction):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.weight = nn.Parameter(_unit_columns(torch.empty(self.descriptors_dim, self.num_classes).uniform_(-1, 1)))
 
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar, of `(B, D)` embeddings and `(B,)` labels in `0 .. C - 1`.
+
+        Raises:
+            ValueError: a shape or a class that does not fit, no labels, indices or references.
+        """
+        check_batch(embeddings, labels)
+        self._check(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        wide = torch.promote_types(self.weight.dtype, embeddings.dtype)
+        self.weight.data = _unit_columns(self.weight.data.to(embeddings.device, wide))
+        return super().forward(embeddings, labels)
+
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any
     ) -> LossDict:
-        self._check(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if not len(embeddings):
-            return {"loss": {"losses": 0, "indices": None, "reduction_type": "already_reduced"}}
-        wide = torch.promote_types(self.weight.dtype, embeddings.dtype)
-        # a new tensor each time, and a view of it: a graph made before keeps the weights that it was made with
-        self.weight.data = _unit_columns(self.weight.data.to(embeddings.device, wide))
-        weight = self.weight.view_as(self.weight).to(embeddings.dtype)
+            return self.zero_losses()
+        weight = self.weight.to(embeddings.dtype)
         unit = F.normalize(embeddings, dim=1)
         batch, dimension, classes = len(unit), self.descriptors_dim, self.num_classes
         if (batch + classes) * dimension < batch * classes:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradbank.checks import check_batch
+from gradbank.checks import as_labels, check_batch
 from gradbank.component import foundation
 from gradbank.engine import (
     Anchors,
@@ -71,8 +71,8 @@ class PairLoss(BaseMetricLossFunction):
         is_self = ref_labels is None or ref_labels is labels
         among_themselves = ref_emb is None or ref_emb is embeddings
         embeddings = widened(embeddings)
-        labels = None if labels is None else labels.to(embeddings.device)
-        known = labels if is_self or ref_labels is None else ref_labels.to(embeddings.device)
+        labels = None if labels is None else as_labels(labels, embeddings.device)
+        known = labels if is_self or ref_labels is None else as_labels(ref_labels, embeddings.device)
         rows = embeddings if among_themselves or ref_emb is None else widened(ref_emb)
         if known is not None and len(known) != len(rows):
             raise ValueError(f"ref_labels must be ({len(rows)},), one per row of ref_emb, got {tuple(known.shape)}")
@@ -81,14 +81,16 @@ class PairLoss(BaseMetricLossFunction):
         if indices_tuple is not None and self.use_of_indices == "weights":
             weight = named_weight(indices_tuple, embeddings, not among_themselves)
         elif indices_tuple is not None:
-            return self.compare_listed(embeddings, references, indices_tuple, labels)
+            listed = indices_tuple
+            return self.at_once(  # type: ignore[no-any-return]
+                lambda rows, others: self.compare_listed(rows, others, listed, labels), embeddings, references
+            )
         assert labels is not None
         assert known is not None
         own = torch.arange(len(embeddings), device=embeddings.device)
         leaves_out = among_themselves if self.sees_own else is_self
-        return self.compare(
-            embeddings, references, LabelledPairs(labels, known, own if leaves_out else None, anchor_weight=weight)
-        )
+        pairs = LabelledPairs(labels, known, own if leaves_out else None, anchor_weight=weight)
+        return self.at_once(lambda rows, others: self.compare(rows, others, pairs), embeddings, references)  # type: ignore[no-any-return]
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         """The loss of `(B, D)` embeddings over the given pairs with references."""
@@ -105,10 +107,6 @@ class PairLoss(BaseMetricLossFunction):
         return self.compare(
             embeddings, references, ListedPairs(listed, shape, once=not self.counts_repeats, labels=labels)
         )
-
-    def learned(self) -> list[nn.Parameter]:
-        """The parameters that the declaration uses, and which so get a gradient."""
-        return [each for each in self.parameters() if each.requires_grad]
 
     def _check_arguments(
         self,
@@ -146,4 +144,4 @@ def softplus(x: Tensor) -> Tensor:
 
 def or_zero(logsumexp: Tensor) -> Tensor:
     """A log-sum-exp, with 0 for that of nothing, as PML has it."""
-    return torch.where(logsumexp > -torch.inf, logsumexp, 0)
+    return torch.where(logsumexp.isneginf(), 0, logsumexp)

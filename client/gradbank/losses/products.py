@@ -1,6 +1,7 @@
 """Products of embeddings with the directions of class weights, and their gradients."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ class Products:
     """What was made of tiles that were seen once, until they are seen again: an engine goes over them twice.
 
     A tile is known by where its queries and vectors lie in memory, which is theirs for as long as they are held here.
+    So there is one of these for each evaluation of a loss, which writes to neither and takes products one way around.
+    What is kept lies in a few large pieces of memory: many small ones would scatter what is freed in between.
 
     Args:
         room: how many numbers are kept, at most.
@@ -17,21 +20,45 @@ class Products:
 
     def __init__(self, room: int = 2**25) -> None:
         self.room = room
-        self.kept: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        self.kept: dict[tuple[int, ...], list[_Place]] = {}
+        self.held: dict[int, Tensor] = {}
+        self.pieces: list[Tensor] = []
+        self.current: dict[torch.dtype, tuple[int, int]] = {}  # the piece in use, and how much of it is
 
     def keep(self, queries: Tensor, vectors: Tensor, *made: Tensor) -> None:
         """Keeps what was made of a tile, if there is room."""
         if made[0].numel() <= self.room:
             self.room -= made[0].numel()
-            self.kept[self._key(queries, vectors)] = (*made, queries.detach(), vectors.detach())
+            for each in (queries, vectors):
+                self.held.setdefault(each.untyped_storage().data_ptr(), each.detach())
+            self.kept[_key(queries, vectors)] = [self._put(each) for each in made]
 
-    def take(self, queries: Tensor, vectors: Tensor) -> tuple[Tensor, ...] | None:
+    def take(self, queries: Tensor, vectors: Tensor) -> list[Tensor] | None:
         """What was made of a tile, which is then forgotten; None if it was not kept."""
-        found = self.kept.pop(self._key(queries, vectors), None)
-        return None if found is None else found[:-2]
+        places = self.kept.pop(_key(queries, vectors), None)
+        if places is None:
+            return None
+        return [self.pieces[place.piece][place.start :][: math.prod(place.shape)].view(place.shape) for place in places]
 
-    def _key(self, queries: Tensor, vectors: Tensor) -> tuple[int, ...]:
-        return queries.data_ptr(), len(queries), vectors.data_ptr(), len(vectors)
+    def _put(self, made: Tensor) -> "_Place":
+        number = made.numel()
+        piece, start = self.current.get(made.dtype, (-1, 0))
+        if piece < 0 or start + number > len(self.pieces[piece]):
+            piece, start = len(self.pieces), 0
+            self.pieces.append(made.new_empty(max(number, min(16 * number, 2**23))))
+        self.pieces[piece][start : start + number] = made.reshape(-1)
+        self.current[made.dtype] = piece, start + number
+        return _Place(piece, start, tuple(made.shape))
+
+
+class _Place(NamedTuple):
+    piece: int
+    start: int
+    shape: tuple[int, ...]
+
+
+def _key(queries: Tensor, vectors: Tensor) -> tuple[int, ...]:
+    return queries.data_ptr(), *queries.shape, vectors.data_ptr(), *vectors.shape, *vectors.stride()
 
 
 class UnitProduct(torch.autograd.Function):

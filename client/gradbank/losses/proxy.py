@@ -15,7 +15,6 @@ from gradbank.engine import (
     LabelledPairs,
     LogSumExp,
     Part,
-    Prepared,
     References,
     Statistic,
     evaluate,
@@ -103,15 +102,12 @@ class ProxyAnchorLoss(ProxyLoss):
 
     def classify(self, embeddings: Tensor, labels: Tensor, weight: Tensor | None) -> Any:
         known = torch.arange(self.num_classes, device=labels.device)
-        shift = None if weight is None else weight - 1
-
-        def rows(embeddings: Tensor) -> Tensor:
-            made = self.queries(embeddings)
-            return made if shift is None else torch.cat([made, shift[:, None]], 1)
-
-        proxies, references = self.proxies.to(embeddings), References((embeddings,), labels)
-        pairs = LabelledPairs(known, labels)
-        return evaluate(_Anchored(self, shift), proxies, references, pairs, self.learned(), Prepared(1, rows))
+        rows, shift = self.queries(embeddings), None
+        if weight is not None:
+            shift = weight - 1
+            rows = torch.cat([rows, shift[:, None]], 1)
+        proxies, references = self.proxies.to(embeddings), References((rows,), labels)
+        return evaluate(_Anchored(self, shift), proxies, references, LabelledPairs(known, labels), self.learned())
 
 
 class _Anchored:

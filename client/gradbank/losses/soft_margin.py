@@ -110,7 +110,10 @@ class DynamicSoftMarginLoss(PairLoss):
         self._made = made
         try:
             if labels is None and indices_tuple is None:
-                loss = self._of_views(embeddings, ref_emb)
+                self.distance.check_shapes(embeddings, ref_emb)
+                rows = widened(embeddings)
+                others = rows if ref_emb is None or ref_emb is embeddings else widened(ref_emb)
+                loss = self.at_once(self._of_views, rows, References((others,)))
             else:
                 loss = super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         finally:
@@ -136,12 +139,9 @@ class DynamicSoftMarginLoss(PairLoss):
             value = evaluate_triplets(_OfTriplets(self), embeddings, references, (a, p, n))
             return _reduced(self, value, embeddings, labels)
 
-    def _of_views(self, embeddings: Tensor, ref_emb: Tensor | None) -> Tensor:
-        self.distance.check_shapes(embeddings, ref_emb)
-        rows = widened(embeddings)
-        others = rows if ref_emb is None or ref_emb is embeddings else widened(ref_emb)
+    def _of_views(self, rows: Tensor, references: References) -> Tensor:
         with full_precision(rows.device):
-            x = _hardest(self.distance, rows, others)
+            x = _hardest(self.distance, rows, references.whole())
             value = self.weighed(*self.edges().sums(x, torch.ones_like(x)))
             return _reduced(self, value.to(rows.dtype), rows, None)
 

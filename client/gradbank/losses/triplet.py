@@ -180,6 +180,8 @@ class MarginLoss(TripletLoss):
             return beta.expand(anchors.size, 1)
         if anchors.labels is None:
             raise ValueError("MarginLoss with num_classes has a beta for each label: pass labels")
+        if anchors.labels.is_floating_point():
+            raise ValueError(f"MarginLoss with num_classes needs integer labels, got {anchors.labels.dtype}")
         check_indices("label", anchors.labels, len(beta))
         return beta[anchors.labels][:, None]
 

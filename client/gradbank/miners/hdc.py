@@ -8,7 +8,7 @@ from torch import Tensor
 from gradbank.component import component
 from gradbank.engine import Indices, References, as_pairs, check_indices, listed_distances, widened
 from gradbank.miners.base import Miner
-from gradbank.miners.listing import every_pair, unflattened
+from gradbank.miners.listing import measured_pairs, unflattened
 from gradbank.miners.rows import kinds
 
 
@@ -64,7 +64,7 @@ class HDCMiner(Miner):
         if self.was_set_externally:
             candidates = self._external(widened(embeddings.detach()), widened(ref_emb.detach()))
         else:
-            candidates = every_pair(self.distance, embeddings, labels, ref_emb, ref_labels)
+            candidates = measured_pairs(self.distance, embeddings, labels, ref_emb, ref_labels)
         for (flat, d), positive in zip(candidates, (True, False)):
             share = math.ceil(self.filter_percentage * len(d))
             hardest = d.topk(share, largest=positive != self.distance.is_inverted).indices

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbank.distances import Distance
-from gradbank.engine import Indices, Pairs, References
-from gradbank.miners.rows import blocks, matrix
+from gradbank.miners.rows import matrix
 
 
 class PairList:
@@ -63,18 +62,7 @@ def unflattened(flat: Tensor, references: int) -> tuple[Tensor, Tensor]:
     return row, flat - row * references
 
 
-def list_pairs(pairs: Pairs, anchors: int, references: References) -> Indices:
-    """Every pair of `pairs`, as `(a1, p, a2, n)` in order."""
-    number, device = len(references), references.pieces[0].device
-    positives, negatives = PairList(number, device), PairList(number, device)
-    for rows in blocks(anchors, number):
-        tile = pairs.tile(rows, slice(0, number))
-        positives.add(tile.positives, rows.start)
-        negatives.add(tile.negatives.reshape(-1).nonzero().squeeze(1), rows.start)
-    return *positives.pairs(), *negatives.pairs()
-
-
-def every_pair(
+def measured_pairs(
     distance: Distance, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """All positive pairs, and all negative pairs: their positions in the flattened `(B, M)` matrix, and distances."""

@@ -7,9 +7,18 @@ from torch import Tensor
 
 from gradbank.component import component, foundation
 from gradbank.distances import CosineSimilarity, Distance
-from gradbank.engine import Bounds, Indices, LabelledPairs, MinedPairs, References, full_precision, sweep, widened
+from gradbank.engine import (
+    Bounds,
+    Indices,
+    LabelledPairs,
+    MinedPairs,
+    References,
+    every_pair,
+    full_precision,
+    sweep,
+    widened,
+)
 from gradbank.miners.base import Miner
-from gradbank.miners.listing import list_pairs
 from gradbank.miners.rows import matrix
 
 
@@ -21,7 +30,7 @@ class PairMiner(Miner):
         own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
         references = References((ref_emb.detach(),), ref_labels)
         kept = self.select(embeddings.detach(), references, LabelledPairs(labels, ref_labels, own))
-        return list_pairs(kept, len(embeddings), references)
+        return tuple(every_pair(kept, len(embeddings), references))
 
     def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
         """Those of `pairs` that the miner keeps."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from gradbank.component import component
 from gradbank.engine import Indices
 from gradbank.miners.base import Miner, check_unit_euclidean
-from gradbank.miners.listing import TripletList, every_pair, unflattened
+from gradbank.miners.listing import TripletList, measured_pairs, unflattened
 from gradbank.miners.rows import matrix
 
 
@@ -81,7 +81,7 @@ class UniformHistogramMiner(Miner):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
-        pairs = every_pair(self.distance, embeddings, labels, ref_emb, ref_labels)
+        pairs = measured_pairs(self.distance, embeddings, labels, ref_emb, ref_labels)
         drawn = [flat[self._drawn(d, number)] for (flat, d), number in zip(pairs, (self.pos_per_bin, self.neg_per_bin))]
         return *unflattened(drawn[0], len(ref_emb)), *unflattened(drawn[1], len(ref_emb))
 

@@ -2,10 +2,11 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from gradbank.component import component
-from gradbank.engine import Indices
+from gradbank.engine import Indices, at_once
 from gradbank.losses.base import Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.mismatch import Mismatch
@@ -63,20 +64,27 @@ class MultipleLosses(Loss):
         if self.miners and indices_tuple is not None:
             raise Mismatch("MultipleLosses was built with miners, which choose the pairs: leave indices_tuple out")
         losses, weights = cast("dict[Any, Loss]", self.losses), cast("dict[Any, float]", self.weights)
-        total: Any = 0
         commits = []
-        for key in self._keys():
-            miner = self._miner(key)
-            chosen = indices_tuple if miner is None else miner(embeddings, labels)
-            staged = _staged(losses[key], embeddings, labels, chosen)
-            total = total + staged.loss * weights[key]
-            commits.append(staged.commit)
+
+        def whole(inputs: tuple[Tensor, ...]) -> Tensor:
+            rows, total = inputs[0], torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
+            for key in self._keys():
+                miner = self._miner(key)
+                chosen = indices_tuple if miner is None else miner(rows, labels)
+                staged = _staged(losses[key], rows, labels, chosen)
+                total = total + staged.loss * weights[key]
+                commits.append(staged.commit)
+            value: Tensor = self.regularized(total, rows)
+            return value
+
+        learned = [each for each in self.parameters() if each.requires_grad]
+        loss = at_once(whole, (embeddings,), learned)
 
         def commit() -> None:
             for each in commits:
                 each()
 
-        return Staged(self.regularized(total, embeddings), commit)
+        return Staged(loss, commit)
 
     def _keys(self) -> list[Any]:
         """What the losses are looked up by: names, or positions."""

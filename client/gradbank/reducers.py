@@ -76,11 +76,15 @@ class Reducer(Component):
         """`weight` (None is 1), with 0 in place of each loss that does not count."""
         low, high = self.bounds
         above = None if low is None else losses if low == 0 else losses - low
+        kept = None
         for margin in (above, None if high is None else high - losses):
             if margin is not None:
-                kept = margin.sign().clamp_(min=0)  # not a mask, for masks are slow
-                weight = kept if weight is None else weight * kept
-        return torch.ones_like(losses) if weight is None else weight
+                inside = margin.sign().clamp_(min=0)  # not a mask, for masks are slow
+                kept = inside if kept is None else kept * inside
+        if weight is None:
+            return torch.ones_like(losses) if kept is None else kept
+        # a loss that was not asked for may be none, and 0 * NaN would be NaN
+        return weight if kept is None else torch.where(weight > 0, weight * kept, 0)
 
     def combine(self, kept: Kept) -> Ratio:
         """One number of the losses that count."""

@@ -15,7 +15,7 @@ from gradbank.engine.references import References
 from gradbank.engine.statistics import Running
 from gradbank.engine.tile import Tile
 
-_GATHERED_AT_ONCE = 2**21  # numbers of the positives' vectors held at a time
+_GATHERED_AT_ONCE = 2**18  # numbers of the positives' vectors held at a time
 
 
 class Block:

@@ -61,7 +61,7 @@ class Masked:
         return values + self.mask.to(values.dtype).log()
 
     def weighed(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
+        return weight.masked_fill_(~self.mask, 0) if self.mask.dtype == torch.bool else weight * self.mask
 
     def beyond(self, values: Tensor) -> Tensor:
         return values.masked_fill(self.mask == 0, torch.finfo(values.dtype).max)

@@ -20,6 +20,11 @@ from gradbank.engine.references import References
 from gradbank.reducers import Ratio
 
 
+# glibc returns freed blocks to the system unless it has seen one as large freed before; those of each tile would then be
+# faulted in anew, which takes longer than the arithmetic. So it is shown one of 16 MiB, of which no byte is touched.
+torch.empty(2**24, dtype=torch.uint8)
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What a step may hold at a time.

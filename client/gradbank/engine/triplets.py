@@ -89,10 +89,11 @@ class RunningTriplets(Running):
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         of_s, of_row = torch.zeros_like(tile.s), None if self.row is None else torch.zeros_like(self.row)
+        far = negatives.beyond(tile.s.detach())  # what is no negative may be infinite, and inf - inf is no number
         for part in torch.split(self.order, max(1, _AT_ONCE // max(tile.s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             with torch.enable_grad():
-                leaves = [self.positives.s[part, None].requires_grad_(), tile.s.detach()[anchor].requires_grad_()]
+                leaves = [self.positives.s[part, None].requires_grad_(), far[anchor].requires_grad_()]
                 row = None if self.row is None else self.row.detach().requires_grad_()
                 leaves += [] if row is None else [row]
                 losses = self.triplets.losses(anchor, leaves[0], leaves[1], row)
@@ -114,16 +115,17 @@ class RunningTriplets(Running):
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         # worth nothing, but with the gradient of the positives
-        change = (positives.s - positives.s.detach()).double() * self.of_positives
+        s = torch.where(positives.s.isfinite(), positives.s, 0)  # what is infinite has no gradient, or no loss has one
+        change = (s - s.detach()).double() * self.of_positives
         return Gathered(leaf + torch.zeros_like(leaf).index_add(0, positives.anchor, change), self.count)
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.zeros_like(s[:, 0])
+        total, far = torch.zeros_like(s[:, 0]), negatives.beyond(s)
         for part in torch.split(self.order, max(1, _AT_ONCE // max(s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
-            losses = self.triplets.losses(anchor, self.positives.s[part, None], s[anchor], self.row)
+            losses = self.triplets.losses(anchor, self.positives.s[part, None], far[anchor], self.row)
             weight = negatives.weighed(torch.ones_like(s))[anchor] * times[:, None]
-            weight = self.triplets.within(self.positives.s[part, None], s.detach()[anchor], weight)
+            weight = self.triplets.within(self.positives.s[part, None], far.detach()[anchor], weight)
             weight = self.triplets.reducer.weigh(losses.detach(), weight)
             total = total.index_add(0, anchor, counted(losses, weight).sum(1))
         return total, gradient.to(s.dtype)

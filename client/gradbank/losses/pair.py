@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradbank.checks import as_labels, check_batch
 from gradbank.component import foundation
@@ -138,8 +139,8 @@ class PairLoss(BaseMetricLossFunction):
 
 
 def softplus(x: Tensor) -> Tensor:
-    """`log(1 + exp(x))` without torch's cut-off at 20, which is wrong in the tenth digit."""
-    return torch.logaddexp(x, torch.zeros_like(x))
+    """`log(1 + exp(x))`, with torch's cut-off where float64 rounds: at 20, the default, the tenth digit is wrong."""
+    return F.softplus(x, threshold=50.0)
 
 
 def or_zero(logsumexp: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ class Distance(Component):
         raise NotImplementedError(f"{type(self).__name__} must define compute_mat")
 
     @property
+    def gradient_reads_matrix(self) -> bool:
+        """Whether the gradient of `matrix` is computed from what it made, which is then not to be written to."""
+        return True
+
+    @property
     def sign(self) -> int:
         """1 where larger is closer, -1 where it is farther."""
         return 1 if self.is_inverted else -1
@@ -141,8 +146,10 @@ class _Euclidean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b, d = ctx.saved_tensors
-        # at distance 0, where there is no direction and the quotient is not a number, the gradient is 0
-        return _toward(a, b, (gradient / d).nan_to_num_(0, 0, 0), 1, *ctx.needs_input_grad)
+        weight = gradient / d
+        if d.device.type != "cpu" or not d.numel() or not d.amin() > 0:
+            weight.nan_to_num_(0, 0, 0)  # at distance 0 there is no direction, and the gradient is 0
+        return _toward(a, b, weight, 1, *ctx.needs_input_grad)
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:
@@ -167,6 +174,10 @@ class CosineSimilarity(Distance):
     normalize_embeddings: bool = field(default=True, init=False)
     is_inverted: ClassVar[bool] = True
 
+    @property
+    def gradient_reads_matrix(self) -> bool:
+        return self.power != 1
+
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
 
@@ -179,6 +190,10 @@ class DotProductSimilarity(Distance):
     """`s[a, b] = a . b`: larger is closer. Like its namesake it normalises unless told not to."""
 
     is_inverted: ClassVar[bool] = True
+
+    @property
+    def gradient_reads_matrix(self) -> bool:
+        return self.power != 1
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT

@@ -26,7 +26,7 @@ from gradbank.engine.pairs import ChosenPairs, JoinedPairs, LabelledPairs, Liste
 from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
 from gradbank.engine.separable import Separable
-from gradbank.engine.statistics import Each, Linear, LogSumExp, Number, Running, Statistic, Sum
+from gradbank.engine.statistics import Each, Linear, LogSumExp, Number, Ramp, Running, Statistic, Sum
 from gradbank.engine.thresholds import Buckets, first_not_above
 from gradbank.engine.tiled import Bounds, tiled
 from gradbank.engine.triplets import Triplets
@@ -51,6 +51,7 @@ __all__ = [
     "Pairs",
     "Part",
     "Positives",
+    "Ramp",
     "References",
     "Running",
     "Separable",

@@ -16,6 +16,7 @@ class Gathered(NamedTuple):
     value: Tensor  # differentiable; one number per anchor, or what the statistic says
     number: Tensor | None = None  # a constant: how many losses each value is the sum of
     listed: tuple[Tensor, tuple[Tensor, ...]] | None = None  # those losses and their indices, for a reducer's eyes
+    extra: Tensor | None = None  # a constant, by anchor: what else the statistic says that it knows
 
 
 class Positives(NamedTuple):
@@ -120,8 +121,8 @@ class Anchors:
         return Part("already_reduced", value, counts=weight)
 
     def _sums(self, kind: Kind, name: str) -> Part:
-        value, number, listed = self.found[name]
-        return Part(kind, value, counts=number, listed=listed)
+        found = self.found[name]
+        return Part(kind, found.value, counts=found.number, listed=found.listed)
 
     def reduce(self, part: Part, reducer: Reducer) -> Ratio:
         """What `reducer` makes of a part."""

@@ -9,6 +9,7 @@ from gradbank.distances import Distance
 from gradbank.engine.anchors import Anchors, Gathered, Positives
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.gradients import Gradients
+from gradbank.engine.listing import Listing
 from gradbank.engine.negatives import Holes, Masked, Negatives
 from gradbank.engine.pairs import Pairs, TilePairs
 from gradbank.engine.references import References
@@ -100,29 +101,45 @@ class Block:
         found: list[Tensor] = []
         masked: list[tuple[TilePairs, slice]] = []
         for index, columns, rows in self._rows():
-            tile = Tile(self.loss.distance, queries, rows)
+            tile = Tile(self.loss.distance, queries, rows, len(self.running) > 1)
             flat, negatives, pairs = self._pairs(index, columns)
+            if self.keeps:  # before anything writes to the tile
+                found.append(tile.s.detach().reshape(-1).index_select(0, flat))
+                if pairs is not None:
+                    masked.append((pairs, columns))
             with torch.set_grad_enabled(self.gathers):
                 for running in self.running.values():
                     running.add(tile, negatives)
-            if self.keeps:
-                found.append(tile.s.detach().reshape(-1)[flat])
-                if pairs is not None:
-                    masked.append((pairs, columns))
         return self._collected(found, masked) if self.keeps else self._collected([], [])
 
     def _positives(self) -> Positives:
         """The positives alone."""
+        if self.listing is not None:
+            return self._listed_positives(self.listing)
         queries = self.queries.detach()
         found: list[Tensor] = []
         masked: list[tuple[TilePairs, slice]] = []
         for index, columns, rows in self._rows():
             flat, _, pairs = self._pairs(index, columns)
+            assert pairs is not None
             with torch.no_grad():
                 found.append(self.loss.distance.matrix(queries, rows).reshape(-1)[flat])
-            if pairs is not None:
-                masked.append((pairs, columns))
+            masked.append((pairs, columns))
         return self._collected(found, masked)
+
+    def _listed_positives(self, listing: Listing) -> Positives:
+        """The same, from the references that are anybody's positive: those of a few of a bank's classes."""
+        queries, (row, column) = self.queries.detach(), listing.positives()
+        met, place = torch.unique(column, return_inverse=True)
+        s = queries.new_zeros(len(column))
+        for start in range(0, len(met), self.width):
+            some = met[start : start + self.width]
+            with torch.no_grad():
+                rows = self.loss.distance.prepare(self.references.take(some).to(queries.dtype))
+                of_some = self.loss.distance.matrix(queries, rows).reshape(-1)
+            inside = ((place >= start) & (place < start + len(some))).nonzero().squeeze(1)
+            s[inside] = of_some[row[inside] * len(some) + place[inside] - start]
+        return Positives(s, row, torch.ones_like(s), column)
 
     def _rows(self) -> Iterator[tuple[int, slice, Tensor]]:
         """The tiles: their number, their columns, and their references, prepared."""
@@ -173,7 +190,7 @@ class Block:
             *(torch.split(each, step) for each in (self.positives.anchor, self.positives.other, of_positives))
         ):
             with torch.enable_grad():
-                mine = queries[anchor].requires_grad_()
+                mine = queries.index_select(0, anchor).requires_grad_()
                 with torch.no_grad():
                     rows = distance.prepare(self.references.take(other).to(queries.dtype))
                 s = distance.pairs(mine, rows)

@@ -84,11 +84,10 @@ class _RunningDifferences(Running):
         return first_not_above(lambda t: self.edges.place(u - t) - i, u - edge, slack, 0.0, strict=False)
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        s = tile.s.detach()
-        bucket = self.buckets.of(negatives.beyond(s))
-        none = s.new_zeros(self.sums.shape)
-        self.counts += none.scatter_add(1, bucket, negatives.weighed(torch.ones_like(s)))
-        self.sums.scatter_add_(1, bucket, negatives.weighed(s.to(torch.float64, copy=True)))
+        s, times = tile.s.detach(), negatives.times()
+        bucket = negatives.elsewhere(self.buckets.find(s), self.buckets.last)
+        self.counts += self.buckets.count(bucket, times)
+        self.sums += self.buckets.count(bucket, s if times is None else s * times)
 
     def leaf(self) -> Tensor:
         """`(1, number + 1)`: the sum of the negatives' distances over all triplets, and over those past each edge."""
@@ -104,8 +103,7 @@ class _RunningDifferences(Running):
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
         of_past = (gradient[0, 1:, None] * self.times).view(-1)
         share = self.buckets.at_or_above(of_past) + (gradient[0, 0] * self.mine)[:, None]
-        bucket = self.buckets.of(negatives.beyond(s.detach()))
-        return s, negatives.weighed(share.to(s.dtype).gather(1, bucket))
+        return s, negatives.weighed(self.buckets.lookup(self.buckets.find(s.detach()), share.to(s.dtype)))
 
 
 def _between(past: Tensor) -> Tensor:

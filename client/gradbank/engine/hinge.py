@@ -101,29 +101,34 @@ class _RunningHinge(Running):
         self.buckets = Buckets(anchors, positives.anchor.repeat(len(asked)), torch.cat([t for t, _, _ in asked]))
         # how often a value of each bucket is subtracted
         self.share = self.buckets.at_or_above(self.adding * self.times).to(u.dtype)
-        self.counts = self.buckets.nothing_counted()
-        self.share_by_cell = self.buckets.by_cell(self.share)
+        self.counts = torch.zeros_like(self.buckets.table, dtype=torch.float64)
         self.total = u.new_zeros(anchors, dtype=torch.float64)
         self.number = u.new_zeros(anchors, dtype=torch.float64)  # of negatives
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        values = self.values(tile.s)
-        v = negatives.beyond(values.detach()).clamp_(max=torch.finfo(values.dtype).max)
-        found, times = self.buckets.find(v), negatives.times()
-        share = self.buckets.lookup(found, self.share, self.share_by_cell)
+        values, times = self.values(tile.s), negatives.times()
+        v, bucket = values.detach(), self._buckets(values, negatives)
+        share = self.buckets.lookup(bucket, self.share)
         share = share if times is None else share * times
-        self.buckets.count(found, times, self.counts)
-        self.total += (share * v).sum(1)
+        self.counts += self.buckets.count(bucket, times)
+        total = (share * v).sum(1)
+        if tile.s.device.type != "cpu" or total.isnan().any():  # slower, and seldom needed
+            total = torch.where((share > 0) | v.isnan(), share * v, 0).sum(1)
+        self.total += total
         if self.hinge.counts_every:
-            self.number += negatives.weighed(torch.ones_like(v)).sum(1)
+            self.number += negatives.number(v)
         if tile.gathers:
             self.gather(tile, values, share, few=True)
+
+    def _buckets(self, values: Tensor, negatives: Negatives) -> Tensor:
+        """The buckets of the negatives; what is none lies beyond all thresholds."""
+        return negatives.elsewhere(self.buckets.find(values.detach()), self.buckets.last)
 
     def leaf(self) -> Tensor:
         return self.total
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
-        below = self.buckets.below_each(self.buckets.counted(self.counts)) * self.times
+        below = self.buckets.below_each(self.counts) * self.times
         shape, anchor = (len(below) // max(len(positives.s), 1), len(positives.s)), positives.anchor
         u = (self.hinge.f(positives.s).double() + self.hinge.margin) * (below * self.adding).view(shape).sum(0)
         counts = (below * self.counting).view(shape).sum(0)
@@ -133,9 +138,7 @@ class _RunningHinge(Running):
         return Gathered(of_positives - leaf, torch.zeros_like(self.total).index_add(0, anchor, counts))
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        values = self.values(s)
-        found = self.buckets.find(negatives.beyond(values.detach()))
-        share = self.buckets.lookup(found, self.share, self.share_by_cell)
-        times = negatives.times()
+        values, times = self.values(s), negatives.times()
+        share = self.buckets.lookup(self._buckets(values, negatives), self.share)
         share = share if times is None else share * times
         return values, share * gradient.to(share.dtype)[:, None]

@@ -21,6 +21,14 @@ class Negatives(Protocol):
         """A copy of the values, the largest float where there is no negative."""
         ...
 
+    def elsewhere(self, values: Tensor, other: Tensor) -> Tensor:
+        """The values, with that of `other`, `(b, 1)`, where there is no negative; may write to them."""
+        ...
+
+    def number(self, values: Tensor) -> Tensor:
+        """`(b,)`: how many negatives each row of the tile has."""
+        ...
+
     def times(self) -> Tensor | None:
         """How often each entry counts as a negative, or None where none does more than once."""
         ...
@@ -45,6 +53,16 @@ class Holes:
         copy.view(-1).index_fill_(0, self.flat, torch.finfo(values.dtype).max)
         return copy
 
+    def elsewhere(self, values: Tensor, other: Tensor) -> Tensor:
+        values.view(-1).index_copy_(0, self.flat, other.view(-1).index_select(0, self._row(values)))
+        return values
+
+    def number(self, values: Tensor) -> Tensor:
+        return values.shape[1] - torch.bincount(self._row(values), minlength=len(values)).double()
+
+    def _row(self, values: Tensor) -> Tensor:
+        return torch.div(self.flat, max(values.shape[1], 1), rounding_mode="floor")
+
     def times(self) -> Tensor | None:
         return None
 
@@ -65,6 +83,12 @@ class Masked:
 
     def beyond(self, values: Tensor) -> Tensor:
         return values.masked_fill(self.mask == 0, torch.finfo(values.dtype).max)
+
+    def elsewhere(self, values: Tensor, other: Tensor) -> Tensor:
+        return torch.where(self.mask != 0, values, other)
+
+    def number(self, values: Tensor) -> Tensor:
+        return self.mask.sum(1, dtype=torch.float64)
 
     def times(self) -> Tensor | None:
         return None if self.mask.dtype == torch.bool else self.mask

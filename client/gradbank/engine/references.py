@@ -61,7 +61,7 @@ class References:
     def take(self, index: Tensor) -> Tensor:
         """The rows at some places, `(N,)`: a copy."""
         if len(self.pieces) == 1:
-            return self.pieces[0][index]
+            return self.pieces[0].index_select(0, index)  # by whole rows; plain indexing goes number by number
         edges = torch.tensor([len(piece) for piece in self.pieces], device=index.device).cumsum(0)
         order = None if bool((index[1:] >= index[:-1]).all()) else index.argsort()
         ordered = index if order is None else index[order]
@@ -69,7 +69,8 @@ class References:
         starts = [0, *ends[:-1]]
         offsets = [0, *edges.tolist()[:-1]]
         parts = [
-            piece[ordered[start:end] - offset] for piece, start, end, offset in zip(self.pieces, starts, ends, offsets)
+            piece.index_select(0, ordered[start:end] - offset)
+            for piece, start, end, offset in zip(self.pieces, starts, ends, offsets)
         ]
         taken = torch.cat(parts)
         return taken if order is None else torch.empty_like(taken).index_copy(0, order, taken)

@@ -1,88 +1,123 @@
 """Triplet losses that are the sum of what the positive costs and what the negative costs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.negatives import Negatives
-from gradbank.engine.statistics import Elementwise, Running
+from gradbank.engine.statistics import Running, RunningSum
 from gradbank.engine.tile import Tile
-from gradbank.engine.triplets import Triplets
-from gradbank.reducers import Reducer
+from gradbank.engine.triplets import RunningTriplets, Triplets
+from gradbank.reducers import AvgNonZeroReducer, Reducer
+
+Cost = Callable[..., Tensor]
 
 
 class Separable(Triplets):
     """`of_positive(s_p) + of_negative(s_n)`, both at least 0, over each anchor's triplets.
 
     The sum over all triplets is the number of negatives times the sum over positives, and the other way around; a
-    triplet costs nothing where neither of its two does. So nothing is made but the two sums and four counts, unless a
-    reducer asks for other bounds.
+    triplet costs nothing where neither of its two does. So nothing is made but two sums and four counts, unless a
+    reducer asks for other bounds. The statistic's `extra`, `(b, 2)`, is how many of both costs of all triplets are
+    above 0, and how many triplets there are.
 
     Args:
         of_positive, of_negative: of a tensor, and of the row's broadcast to it if there is one.
         row: `(b, 1)` numbers of the anchors that both also take; they get a gradient.
-        plain: whether to leave the reducer out of it, and sum over every triplet.
     """
 
     needs_positives = False
 
-    def __init__(
-        self, of_positive: Elementwise, of_negative: Elementwise, row: Tensor | None = None, plain: bool = False
-    ) -> None:
+    def __init__(self, of_positive: Cost, of_negative: Cost, row: Tensor | None = None) -> None:
         def kernel(positive: Tensor, negative: Tensor, *row: Tensor) -> Tensor:
             made: Tensor = of_positive(positive, *row) + of_negative(negative, *row)
             return made
 
         super().__init__(kernel, row)
-        self.of_positive, self.of_negative, self.plain = of_positive, of_negative, plain
+        self.of_positive, self.of_negative = of_positive, of_negative
 
     def reduced_by(self, reducer: Reducer) -> None:
-        if not self.plain:
-            super().reduced_by(reducer)
-            self.needs_positives = reducer.bounds not in ((None, None), (0.0, None))
+        super().reduced_by(reducer)
+        self.needs_positives = reducer.bounds not in ((None, None), (0.0, None))
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
         if self.needs_positives:
-            return super().begin(anchors, like, positives)
+            assert positives is not None
+            return _RunningBounded(self, anchors, positives)
         return _RunningSeparable(self, anchors, like)
 
+    def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
+        row = () if self.row is None else (self.row,)
+        times = negatives.to(s.dtype)
+        active = (self.of_negative(s, *row).detach().sign() * times).sum(1, dtype=torch.float64)
+        extra = self.tally(active, times.sum(1, dtype=torch.float64), positives)
+        return super().dense(s, negatives, positives)._replace(extra=extra)
 
-class _RunningSeparable(Running):
+    def of_list(self, near: Tensor, far: Tensor, triplets: tuple[Tensor, Tensor, Tensor], anchors: int) -> Gathered:
+        anchor = triplets[0]
+        row = () if self.row is None else (self.row.squeeze(1)[anchor],)
+        above = self.of_positive(near, *row).detach().sign() + self.of_negative(far, *row).detach().sign()
+        each = torch.stack([above, torch.ones_like(above)], 1).double()
+        extra = each.new_zeros(anchors, 2).index_add(0, anchor, each)
+        return super().of_list(near, far, triplets, anchors)._replace(extra=extra)
+
+    def costs(self, positives: Positives) -> Tensor:
+        """`(P,)`: what each positive costs."""
+        row = () if self.row is None else (self.row.squeeze(1)[positives.anchor],)
+        made: Tensor = self.of_positive(positives.s, *row)
+        return made
+
+    def tally(self, active: Tensor, number: Tensor, positives: Positives) -> Tensor:
+        """The statistic's `extra`, given for each anchor how many of its negatives cost something, and how many there
+        are."""
+        anchor, times = positives.anchor, positives.times.double()
+        above = self.costs(positives).detach().sign().double()
+        of_positives, mine = (torch.zeros_like(number).index_add(0, anchor, x) for x in (above * times, times))
+        return torch.stack([of_positives * number + mine * active, mine * number], 1)
+
+
+class _RunningSeparable(RunningSum):
     def __init__(self, separable: Separable, anchors: int, like: Tensor) -> None:
-        super().__init__(separable.of_negative, separable.row)
+        above_zero = AvgNonZeroReducer().weigh
+        super().__init__(separable.of_negative, separable.row, above_zero, anchors, like, rises=True)
         self.separable = separable
-        self.total, self.active, self.number = (like.new_zeros(anchors, dtype=torch.float64) for _ in range(3))
+        self.number = torch.zeros_like(self.count)  # of negatives
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        values = self.values(tile.s)
-        weight = negatives.weighed(torch.ones_like(values, requires_grad=False))
-        costs = values.detach() * weight
-        self.total += costs.sum(1)
-        self.number += weight.sum(1)
-        self.active += (values.detach().sign() * weight).sum(1)
-        if tile.gathers and values.requires_grad:
-            self.gather(tile, values, weight, few=True)
-
-    def leaf(self) -> Tensor:
-        return self.total
+        self.number += negatives.number(tile.s)
+        super().add(tile, negatives)
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         anchor, times = positives.anchor, positives.times.double()
-        row = () if self.given is None else (self.given.expand(len(leaf), 1).squeeze(1)[anchor],)
-        costs: Tensor = self.separable.of_positive(positives.s, *row)
 
         def of_anchor(each: Tensor) -> Tensor:
             return torch.zeros_like(self.total).index_add(0, anchor, each * times)
 
-        mine = of_anchor(torch.ones_like(times))
+        costs, mine = self.separable.costs(positives), of_anchor(torch.ones_like(times))
         value = of_anchor(costs.double()) * self.number + leaf * mine
-        everything = mine * self.number
-        if self.separable.reducer.bounds == (None, None):
-            return Gathered(value, everything)
-        idle = (mine - of_anchor(costs.detach().sign().double())) * (self.number - self.active)
-        return Gathered(value, everything - idle)
+        extra = self.separable.tally(self.count, self.number, positives)
+        counts = mine * self.number
+        if self.separable.reducer.bounds != (None, None):  # all but those of which neither costs anything
+            counts = counts - (mine - of_anchor(costs.detach().sign().double())) * (self.number - self.count)
+        return Gathered(value, counts, extra=extra)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        values = self.values(s)
-        weight = negatives.weighed(torch.ones_like(values, requires_grad=False))
-        return values, weight * gradient.to(values.dtype)[:, None]
+
+class _RunningBounded(RunningTriplets):
+    """Every triplet, for a reducer with bounds of its own."""
+
+    def __init__(self, separable: Separable, anchors: int, positives: Positives) -> None:
+        super().__init__(separable, anchors, positives)
+        self.separable = separable
+        self.active, self.number = torch.zeros_like(self.total), torch.zeros_like(self.total)
+
+    def add(self, tile: Tile, negatives: Negatives) -> None:
+        super().add(tile, negatives)
+        row = () if self.row is None else (self.row.detach(),)
+        self.active += negatives.weighed(self.separable.of_negative(tile.s.detach(), *row).sign()).sum(1)
+        self.number += negatives.number(tile.s)
+
+    def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
+        extra = self.separable.tally(self.active, self.number, positives)
+        return super().gathered(leaf, positives)._replace(extra=extra)

@@ -37,6 +37,25 @@ class Linear:
         return s * self.slope + self.intercept
 
 
+class Ramp:
+    """`max(0, slope * s + row_slope * row + intercept)`: a function whose derivative is its slope wherever it is above
+    0, so that it need not be computed."""
+
+    def __init__(self, slope: float, intercept: float = 0.0, row_slope: float = 0.0) -> None:
+        self.slope, self.intercept, self.row_slope = slope, intercept, row_slope
+
+    def __call__(self, s: Tensor, *row: Tensor) -> Tensor:
+        return self._sloping(s, *row).relu()
+
+    def plainly(self, s: Tensor, *row: Tensor) -> Tensor:
+        """The same, without a graph."""
+        return self._sloping(s.detach(), *(each.detach() for each in row)).clamp_(min=0)
+
+    def _sloping(self, s: Tensor, *row: Tensor) -> Tensor:
+        offset = row[0] * self.row_slope + self.intercept if row else s.new_full((), self.intercept)
+        return torch.add(offset, s, alpha=self.slope)
+
+
 class EveryPair(NamedTuple):
     """The pairs of a whole batch, one by one."""
 
@@ -164,7 +183,10 @@ class _RunningLogSumExp(Running):
         return s, negatives.logged(s.detach() * self.slope)
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        values, share = self._values(tile.s, negatives)
+        if self.slope is None:
+            values, share = self._values(tile.s, negatives)
+        else:
+            values, share = tile.s, negatives.logged(tile.own().mul_(self.slope))
         most = torch.maximum(self.most, share.amax(1)) if share.shape[1] else self.most
         shift = torch.where(most.isneginf(), 0, most)
         decay = (self.most - shift).exp()
@@ -212,7 +234,7 @@ class _RunningNumber(Running):
         self.number = like.new_zeros(anchors)
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        self.number += negatives.weighed(torch.ones_like(tile.s, requires_grad=False)).sum(1)
+        self.number += negatives.number(tile.s).to(self.number.dtype)
 
     def leaf(self) -> Tensor:
         return self.number
@@ -230,11 +252,13 @@ class Sum(Statistic):
         weigh: which values count and so are summed, given them and their weights; None is all.
     """
 
+    rises = False  # whether what counts is above 0
+
     def __init__(self, f: Elementwise, row: Tensor | None = None, weigh: Weigh | None = None) -> None:
         self.f, self.row, self.weigh = f, row, weigh
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
-        return _RunningSum(self.f, self.row, self.weigh, anchors, like)
+        return RunningSum(self.f, self.row, self.weigh, anchors, like, self.rises)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         losses = self.f(s) if self.row is None else self.f(s, self.row)
@@ -255,21 +279,31 @@ class Each(Sum):
     """
 
     def reduced_by(self, reducer: Reducer) -> None:
-        self.weigh = reducer.weigh
+        low, _ = reducer.bounds
+        self.weigh, self.rises = reducer.weigh, low is not None and low >= 0
 
 
-class _RunningSum(Running):
-    def __init__(self, f: Elementwise, row: Tensor | None, weigh: Weigh | None, anchors: int, like: Tensor) -> None:
+class RunningSum(Running):
+    """The sum of the values of a block that count, and how many there are."""
+
+    def __init__(
+        self,
+        f: Elementwise,
+        row: Tensor | None,
+        weigh: Weigh | None,
+        anchors: int,
+        like: Tensor,
+        rises: bool = False,
+    ) -> None:
         super().__init__(f, row)
-        self.weigh = weigh
+        self.weigh, self.rises = weigh, rises
+        self.ramp = f if isinstance(f, Ramp) else None
         self.total = like.new_zeros(anchors, dtype=torch.float64)
         self.count = like.new_zeros(anchors, dtype=torch.float64)
 
-    def _weight(self, losses: Tensor, negatives: Negatives) -> Tensor:
-        return negatives.weighed(torch.ones_like(losses) if self.weigh is None else self.weigh(losses, None))
-
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        values = self.values(tile.s)
+        row = () if self.row is None else (self.row,)
+        values = self.values(tile.s) if self.ramp is None else self.ramp.plainly(tile.s, *row)
         losses = values.detach()
         weight = self._weight(losses, negatives)
         count = weight.sum(1)
@@ -280,8 +314,14 @@ class _RunningSum(Running):
         if tile.s.device.type != "cpu" or total.isnan().any():  # slower, and seldom needed
             total = counted(losses, weight).sum(1)
         self.total += total
-        if tile.gathers:
+        if not tile.gathers:
+            return
+        if self.ramp is None:
             self.gather(tile, values, weight, few=True)
+            return
+        weight = self._sloping(losses, weight)
+        of_row = () if self.row is None else (weight.sum(1, keepdim=True).mul_(self.ramp.row_slope),)
+        self.keep([tile.pull(weight, few=True).mul_(self.ramp.slope), *of_row])
 
     def leaf(self) -> Tensor:
         return self.total
@@ -290,8 +330,20 @@ class _RunningSum(Running):
         return Gathered(leaf, self.count)
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        losses = self.values(s)
-        return losses, self._weight(losses.detach(), negatives) * gradient.to(losses.dtype)[:, None]
+        gradient = gradient[:, None]
+        if self.ramp is None or self.row is not None:
+            losses = self.values(s)
+            return losses, self._weight(losses.detach(), negatives) * gradient.to(losses.dtype)
+        losses = self.ramp.plainly(s)
+        weight = self._sloping(losses, self._weight(losses, negatives))
+        return s, weight.mul_((gradient * self.ramp.slope).to(s.dtype))
+
+    def _weight(self, losses: Tensor, negatives: Negatives) -> Tensor:
+        return negatives.weighed(torch.ones_like(losses) if self.weigh is None else self.weigh(losses, None))
+
+    def _sloping(self, losses: Tensor, weight: Tensor) -> Tensor:
+        """The weights of those that have a derivative: a ramp's is 0 where a value of 0 counts."""
+        return weight if self.rises else weight.mul_(losses.sign())
 
 
 def _masked(values: Tensor, negatives: Tensor) -> Tensor:

@@ -1,33 +1,30 @@
 """Thresholds: where each value falls among its anchor's, exactly, and the float at which a loss stops counting."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_CELLS = 1024  # of the grid that says roughly where a value falls, for each anchor
-_STEPS = 24  # thresholds of one cell, at most; where more lie so close together, bisection is quicker
-
-
-class Found(NamedTuple):
-    """Where the values of a tile fall."""
-
-    cell: Tensor  # (b, w) int64: the cell of each, of all anchors' cells
-    crowded: Tensor  # (n,) int64: which values, flattened, share their cell with a threshold
-    bucket: Tensor  # (n,) int64: the bucket of each of those, of all anchors' buckets
+_CELLS = 128  # of the grid that says roughly where a value falls, for each threshold
+_GRID = 2**21  # cells of all anchors' grids together, at most
+_GROUP = 4  # values that are looked at together for one that a grid does not place
 
 
 class Buckets:
     """Each of `b` anchors' thresholds in ascending order, and which two of them a value lies between: its bucket.
 
-    Bisection is slow, so a grid over each anchor's thresholds first says how many lie in lower cells than the value.
-    Most values have a cell without any threshold, and that is their bucket; the others are compared with the few of
-    their own cell. What the grid rounds it rounds alike for values and thresholds, so the answer is exact.
+    Buckets are numbered through all anchors, `size` for each: the one below anchor i's first threshold is `i * size`.
+
+    Bisection is slow, so a grid over each anchor's thresholds says how many lie in lower cells than the value's. Most
+    values have a cell without any threshold, and that is their bucket; the others are bisected among those of their
+    own cell. What the grid rounds it rounds alike for values and thresholds, so the answer is exact.
 
     Args:
         anchor: `(Q,)` whose threshold each one is.
         thresholds: `(Q,)`, finite.
+
+    Attributes:
+        last: `(b, 1)` int32, each anchor's last bucket, which no value falls in: for what is not to be counted.
     """
 
     def __init__(self, anchors: int, anchor: Tensor, thresholds: Tensor) -> None:
@@ -37,93 +34,81 @@ class Buckets:
         column = torch.empty_like(anchor)
         column[by_anchor] = torch.arange(len(anchor), device=anchor.device) - start[anchor[by_anchor]]
         most = int(number.max()) if len(anchor) else 0
-        # filled up with +inf, and one column more: every value is below that
-        table = thresholds.new_full((anchors, most + 1), torch.inf)
-        table[anchor, column] = thresholds
-        self.table, order = table.sort(dim=1)
-        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        table, order = thresholds.new_full((anchors, most), torch.inf).index_put((anchor, column), thresholds).sort(1)
+        places = torch.arange(most, device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(1, order, places)
-        self.anchor, self.rank, self.size = anchor, rank[anchor, column], most + 1
-        self._make_grid()
+        self.anchor, self.rank = anchor, rank[anchor, column]
+        self._make_grid(table)
 
-    def _make_grid(self) -> None:
-        finite = self.table.isfinite()
-        low = self.table.amin(1, keepdim=True)
+    def _make_grid(self, table: Tensor) -> None:
+        anchors, most = table.shape
+        finite = table.isfinite()
+        low = torch.where(finite, table, torch.inf).amin(1, keepdim=True) if most else table.new_zeros(anchors, 1)
         self.low = torch.where(low.isfinite(), low, 0)
-        high = torch.where(finite, self.table, self.low).amax(1, keepdim=True)
-        limits = torch.finfo(low.dtype)
-        self.cells = min(_CELLS, max(16, 2**19 // max(len(low), 1)))  # no more memory than a tile's
-        self.scale = (self.cells / (high - self.low).clamp(min=limits.tiny)).clamp(max=limits.max)
-        self.row = torch.arange(len(low), device=low.device)[:, None]
-        cell = self._cell(torch.where(finite, self.table, self.low)) - self.row * (self.cells + 2)
-        inside = cell.new_zeros(len(low), self.cells + 2).scatter_add_(1, cell, finite.long())
-        self.below = inside.cumsum(1) - inside + self.row * self.size  # buckets, of all anchors' buckets
-        self.is_crowded = inside.view(-1) > 0
-        self.steps = int(inside.max()) if inside.numel() else 0
+        high = torch.where(finite, table, self.low).amax(1, keepdim=True) if most else self.low
+        limits = torch.finfo(table.dtype)
+        cells = max(16, min(_CELLS * most, _GRID // max(anchors, 1)))
+        self.cells = cells
+        self.scale = ((cells - 1) / (high - self.low).clamp(min=limits.tiny)).clamp(max=limits.max)
+        row = torch.arange(anchors, device=table.device)[:, None]
+        self.row = (row * (cells + 2) + 1).to(table.dtype)
+        taken = self._cell(torch.where(finite, table, self.low))[finite]
+        inside = torch.zeros(anchors * (cells + 2), dtype=torch.int32, device=table.device)
+        inside.index_add_(0, taken, torch.ones_like(taken))
+        crowded = int(inside.max()) if inside.numel() else 0
+        self.steps = [2**i for i in reversed(range(crowded.bit_length()))]
+        # filled up with +inf, which no value is at or above, as far as a bisection may look, and by one bucket more
+        self.size = most + 2 ** len(self.steps) + 1
+        self.table = torch.nn.functional.pad(table, (0, self.size - most), value=torch.inf)
+        below = inside.view(anchors, cells + 2).cumsum(1, dtype=torch.int32).sub_(inside.view(anchors, cells + 2))
+        # the bucket of each cell's values, or -1 less that of its lowest where a threshold lies inside
+        self.bucket = below.add_(row.int() * self.size).view(-1)
+        self.bucket[taken] = -1 - self.bucket[taken]
+        self.last = (row * self.size + self.size - 1).int()
 
     def _cell(self, values: Tensor) -> Tensor:
-        # what is no number falls anywhere: the sums will be none either
-        cell = (values - self.low).mul_(self.scale).nan_to_num_(0).clamp_(-1, self.cells).add_(1).long()
-        return cell.add_(self.row * (self.cells + 2))
+        cell = (values - self.low).mul_(self.scale).clamp_(-1, self.cells).add_(self.row)
+        return cell.to(torch.int32).clamp_(min=0)  # NaN falls anywhere: the sums will be none either
 
-    def find(self, values: Tensor) -> Found:
-        """Where `(b, w)` values fall."""
-        cell = self._cell(values)
-        if self.steps > _STEPS:
-            bucket = torch.searchsorted(self.table, values, right=True) + self.row * self.size
-            return Found(cell, torch.arange(cell.numel(), device=cell.device), bucket.view(-1))
-        flat = cell.view(-1)  # index_select, for plain indexing is several times slower
-        crowded = self.is_crowded.index_select(0, flat).nonzero().squeeze(1)
-        bucket = self.below.view(-1).index_select(0, flat.index_select(0, crowded))
-        among = values.reshape(-1).index_select(0, crowded)
+    def find(self, values: Tensor) -> Tensor:
+        """`(b, w)` int32: the bucket of each value."""
+        bucket = self.bucket.index_select(0, self._cell(values).view(-1))  # plain indexing is several times slower
+        place = _groups_below_zero(bucket)
+        found, among = bucket.index_select(0, place), values.reshape(-1).index_select(0, place)
+        found ^= found >> 31  # -1 - x where it is negative
         table = self.table.view(-1)
-        for _ in range(self.steps):
-            bucket += table.index_select(0, bucket) <= among
-        return Found(cell, crowded, bucket)
+        for step in self.steps:
+            found.add_(table[step - 1 :].index_select(0, found) <= among, alpha=step)
+        return bucket.index_copy_(0, place, found).view(values.shape)
 
-    def of(self, values: Tensor) -> Tensor:
-        """`(b, w)`: how many of its anchor's thresholds each value is not below."""
-        found = self.find(values)
-        bucket = self.below.view(-1)[found.cell]
-        bucket.view(-1)[found.crowded] = found.bucket
-        return bucket - self.row * self.size
+    def lookup(self, bucket: Tensor, weights: Tensor) -> Tensor:
+        """`(b, w)`: for each value the number that its bucket has among `(b, size)`."""
+        return weights.view(-1).index_select(0, bucket.view(-1)).view(bucket.shape)
 
-    def by_cell(self, weights: Tensor) -> Tensor:
-        """`(b, buckets)` numbers, as a table of the cells instead."""
-        return weights.view(-1)[self.below]
-
-    def lookup(self, found: Found, weights: Tensor, by_cell: Tensor) -> Tensor:
-        """`(b, w)`: the number of each value's bucket."""
-        made = by_cell.view(-1).index_select(0, found.cell.view(-1))
-        made.index_copy_(0, found.crowded, weights.view(-1).index_select(0, found.bucket))
-        return made.view(found.cell.shape)
-
-    def count(self, found: Found, times: Tensor | None, into: list[Tensor]) -> None:
-        """Adds how many values fall where, each counted so many `times` (None is once)."""
+    def count(self, bucket: Tensor, times: Tensor | None) -> Tensor:
+        """`(b, size)` float64: how many values fall in each bucket, each counted so many `times` (None is once)."""
         flat = None if times is None else times.reshape(-1).double()
-        if self.steps <= _STEPS:
-            into[0] += torch.bincount(found.cell.view(-1), flat, self.below.numel())
-        crowded = None if flat is None else flat.index_select(0, found.crowded)
-        into[1] += torch.bincount(found.bucket, crowded, self.table.numel())
-
-    def nothing_counted(self) -> list[Tensor]:
-        """What `count` is to add to: by cell, and by bucket for the values of crowded cells."""
-        like = self.table.double()
-        return [like.new_zeros(self.below.numel()), like.new_zeros(self.table.numel())]
-
-    def counted(self, counts: list[Tensor]) -> Tensor:
-        """`(b, buckets)`: how many values each bucket has."""
-        cells = torch.where(self.is_crowded, 0, counts[0])
-        return counts[1].index_add(0, self.below.view(-1), cells).view(self.table.shape)
+        made = torch.bincount(bucket.view(-1), flat, self.table.numel()).view(self.table.shape).double()
+        made[:, -1] = 0
+        return made
 
     def at_or_above(self, weights: Tensor) -> Tensor:
-        """`(b, buckets)`: the `(Q,)` weights of the thresholds that the values of each bucket are below, added up."""
+        """`(b, size)`: the `(Q,)` weights of the thresholds that the values of each bucket are below, added up."""
         by_rank = weights.new_zeros(self.table.shape).index_put_((self.anchor, self.rank), weights, accumulate=True)
         return by_rank.flip(1).cumsum(1).flip(1)
 
     def below_each(self, counts: Tensor) -> Tensor:
-        """`(Q,)`: how many values are below each threshold, given how many, `(b, buckets)`, are in each bucket."""
+        """`(Q,)`: how many values are below each threshold, given how many, `(b, size)`, are in each bucket."""
         return counts.cumsum(1)[self.anchor, self.rank]
+
+
+def _groups_below_zero(numbers: Tensor) -> Tensor:
+    """Places of `(N,)` numbers, among them all that are below 0: for a few of many, several are looked at together."""
+    each = len(numbers) // _GROUP
+    groups = (numbers[: each * _GROUP].view(_GROUP, each).amin(0) < 0).nonzero().squeeze(1)
+    first = torch.arange(0, each * _GROUP, max(each, 1), device=numbers.device)[:_GROUP]
+    rest = torch.arange(each * _GROUP, len(numbers), device=numbers.device)
+    return torch.cat([(first[:, None] + groups).view(-1), rest])
 
 
 def first_not_above(

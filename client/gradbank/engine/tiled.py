@@ -19,9 +19,8 @@ from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
 from gradbank.reducers import Ratio
 
-
-# glibc returns freed blocks to the system unless it has seen one as large freed before; those of each tile would then be
-# faulted in anew, which takes longer than the arithmetic. So it is shown one of 16 MiB, of which no byte is touched.
+# glibc returns a freed block to the system unless it has seen one as large freed before, and what tiles are made of
+# would be faulted in anew for each tile, as slow as the arithmetic itself. So it is shown one, which nobody touches.
 torch.empty(2**24, dtype=torch.uint8)
 
 
@@ -173,19 +172,25 @@ def _joined(blocks: list[Anchors]) -> Anchors:
     found = {
         name: Gathered(
             torch.cat([block.found[name].value for block in blocks]),
-            None if first.found[name].number is None else torch.cat([block.found[name].number for block in blocks]),  # type: ignore[misc]
+            _cat([block.found[name].number for block in blocks]),
+            extra=_cat([block.found[name].extra for block in blocks]),
         )
         for name in first.found
     }
-    labels, weight = first.labels, first.weight
     return Anchors(
         sum(block.size for block in blocks),
-        None if labels is None else torch.cat([block.labels for block in blocks]),  # type: ignore[misc]
+        _cat([block.labels for block in blocks]),
         first.embeddings,
         positives,
         first.among_themselves,
-        None if weight is None else torch.cat([block.weight for block in blocks]),  # type: ignore[misc]
+        _cat([block.weight for block in blocks]),
         slice(first.place.start, blocks[-1].place.stop),
         first.interval,
         found,
     )
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    """The parts end to end; None where there are none."""
+    some = [part for part in parts if part is not None]
+    return torch.cat(some) if len(some) == len(parts) else None

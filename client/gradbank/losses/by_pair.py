@@ -122,7 +122,7 @@ class _Swapped:
         return {"loss": Each(lambda far, near: self.cost(near, far), row=self.near[anchors.place, None])}
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
-        value, number, listed = anchors.found["loss"]
+        value, number, listed = anchors.found["loss"][:3]
         if listed is not None:
             losses, (i, n) = listed
             return {"loss": Part("triplet", value, listed=(losses, (self.a[i], self.p[i], n)))}

@@ -8,7 +8,7 @@ from torch import Tensor, relu
 
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, SNRDistance
-from gradbank.engine import Anchors, Each, Pairs, Part, References, Statistic, Sum, evaluate, full_precision
+from gradbank.engine import Anchors, Each, Pairs, Part, Ramp, References, Statistic, Sum, evaluate, full_precision
 from gradbank.losses.pair import PairLoss
 from gradbank.reducers import AvgNonZeroReducer, MeanReducer, Reducer
 
@@ -31,7 +31,8 @@ class ContrastiveLoss(PairLoss):
     reducer: Reducer = field(default_factory=AvgNonZeroReducer, kw_only=True)
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
-        return {"neg_loss": Each(lambda s: relu(self.distance.margin(self.neg_margin, s)))}
+        sign = self.distance.sign
+        return {"neg_loss": Each(Ramp(sign, -sign * self.neg_margin))}
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         too_far = relu(self.distance.margin(anchors.s, self.pos_margin))

@@ -117,7 +117,7 @@ class RankedListLoss(PairLoss):
         excess = (anchors.s - (self.alpha - self.margin)).clamp(min=0)
         weight = (self.Tp * excess).exp() * ((excess > 0) & (anchors.s > 0))
         far = [anchors.sum(x) for x in (weight, weight * excess)]
-        near, others, _ = anchors.found["near"]
+        near, others = anchors.found["near"][:2]
         assert others is not None
         least = 1e-5 * (anchors.number() + others + 1)  # of the B rows, the anchor itself among them
         losses = (1 - self.imbalance) * far[1] / (far[0] + least) + self.imbalance * near[:, 1] / (near[:, 0] + least)

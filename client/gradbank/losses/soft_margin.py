@@ -182,7 +182,7 @@ class _OfTriplets:
         return {"differences": Differences(self.loss.edges())}
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
-        sums, number, _ = anchors.found["differences"]
+        sums, number = anchors.found["differences"][:2]
         assert number is not None
         return {"loss": anchors.reduced(self.loss.weighed(sums.sum(0), number.sum(0)))}
 

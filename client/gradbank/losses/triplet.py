@@ -15,6 +15,7 @@ from gradbank.engine import (
     LabelledPairs,
     Pairs,
     Part,
+    Ramp,
     References,
     Separable,
     Statistic,
@@ -186,31 +187,19 @@ class MarginLoss(TripletLoss):
         return beta[anchors.labels][:, None]
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
-        row = self._row(anchors)
-        far, near = self._too_far, self._too_near
-        return {
-            "margin_loss": Separable(far, near, row),
-            "active": Separable(
-                lambda s, beta: far(s, beta).sign(), lambda s, beta: near(s, beta).sign(), row.detach(), plain=True
-            ),
-        }
-
-    def _too_far(self, s: Tensor, beta: Tensor) -> Tensor:
-        cost: Tensor = relu(self.distance.margin(s, beta) + self.margin)
-        return cost
-
-    def _too_near(self, s: Tensor, beta: Tensor) -> Tensor:
-        cost: Tensor = relu(self.distance.margin(beta, s) + self.margin)
-        return cost
+        sign = self.distance.sign
+        too_far = Ramp(-sign, self.margin, sign)
+        too_near = Ramp(sign, self.margin, -sign)
+        return {"margin_loss": Separable(too_far, too_near, self._row(anchors))}
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
-        active, number, _ = anchors.found["active"]
-        divisor = active.detach().sum()
+        extra = anchors.found["margin_loss"].extra
+        assert extra is not None
+        divisor, triplets = extra[:, 0].sum(), extra[:, 1]
         loss = anchors.per_triplet("margin_loss", divisor)
         if not self.learn_beta:
             return {"margin_loss": loss}
-        assert number is not None
         if len(self.beta) == 1:
-            return {"margin_loss": loss, "beta_reg_loss": anchors.reduced(self.beta.sum() * self.nu, number.sum())}
-        cost = Part("element", self._row(anchors).squeeze(1) * self.nu, number, divisor=divisor)
+            return {"margin_loss": loss, "beta_reg_loss": anchors.reduced(self.beta.sum() * self.nu, triplets.sum())}
+        cost = Part("element", self._row(anchors).squeeze(1) * self.nu, triplets, divisor=divisor)
         return {"margin_loss": loss, "beta_reg_loss": cost}

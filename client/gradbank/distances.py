@@ -66,9 +66,14 @@ class Distance(Component):
         raise NotImplementedError(f"{type(self).__name__} must define compute_mat")
 
     @property
+    def is_product(self) -> bool:
+        """Whether `matrix(queries, references)` is `queries @ references.T`."""
+        return False
+
+    @property
     def gradient_reads_matrix(self) -> bool:
         """Whether the gradient of `matrix` is computed from what it made, which is then not to be written to."""
-        return True
+        return not self.is_product
 
     @property
     def sign(self) -> int:
@@ -100,6 +105,10 @@ _PAIRS_AT_ONCE = 32  # rows of a matrix of which only the diagonal is wanted
 @component
 class LpDistance(Distance):
     """The Lp distance: `d[a, b] = (sum_k |a_k - b_k|^p)^(power / p)`."""
+
+    @property
+    def gradient_reads_matrix(self) -> bool:
+        return (self.p, self.power) != (2, 2)
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         if self.p == 2 and max(len(query_emb), len(ref_emb)) > _DIRECT_AT_MOST:
@@ -175,8 +184,8 @@ class CosineSimilarity(Distance):
     is_inverted: ClassVar[bool] = True
 
     @property
-    def gradient_reads_matrix(self) -> bool:
-        return self.power != 1
+    def is_product(self) -> bool:
+        return self.power == 1
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
@@ -192,8 +201,8 @@ class DotProductSimilarity(Distance):
     is_inverted: ClassVar[bool] = True
 
     @property
-    def gradient_reads_matrix(self) -> bool:
-        return self.power != 1
+    def is_product(self) -> bool:
+        return self.power == 1
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
@@ -211,16 +220,44 @@ class SNRDistance(Distance):
     Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR 2019.
     """
 
+    def prepare(self, embeddings: Tensor) -> Tensor:
+        """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to, and less their mean."""
+        return _centered(super().prepare(embeddings))
+
+    def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
+        made: Tensor = _NoiseToSignal.apply(queries, references)  # type: ignore[no-untyped-call]
+        return self.raised(made)
+
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        # the variance of a difference, from those of its parts: nothing of B * M * D is made
-        a, b = (x - x.mean(1, keepdim=True) for x in (query_emb, ref_emb))
-        degrees = max(a.shape[1] - 1, 1)
-        of_a, of_b = (x.square().sum(1) / degrees for x in (a, b))
-        between = (a @ b.T).mul(-2 / degrees) + of_a[:, None] + of_b
-        return between.clamp(min=0) / of_a[:, None]
+        made: Tensor = _NoiseToSignal.apply(_centered(query_emb), _centered(ref_emb))  # type: ignore[no-untyped-call]
+        return made
 
     def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
-        return self.raised((queries - references).var(1) / queries.var(1))
+        return self.raised((queries - references).square().sum(1) / queries.square().sum(1))
+
+
+def _centered(rows: Tensor) -> Tensor:
+    return rows - rows.mean(1, keepdim=True)
+
+
+class _NoiseToSignal(torch.autograd.Function):
+    """`|a - b|^2 / |a|^2` of centered rows: from one matrix product each way, so that nothing of B * M * D is made."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        inverse = a.square().sum(1, keepdim=True).reciprocal_()
+        s = _squares(a, b).mul_(inverse)
+        ctx.save_for_backward(a, b, inverse, s)
+        return s
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b, inverse, s = ctx.saved_tensors
+        of_a, of_b = ctx.needs_input_grad
+        made, _ = _toward(a, b, gradient, 2, of_a, False)
+        if made is not None:  # of the numerator, and of the denominator
+            made = made.addcmul_(a, (gradient * s).sum(1, keepdim=True), value=-2).mul_(inverse)
+        return made, _toward(a, b, gradient * inverse, 2, False, True)[1] if of_b else None
 
 
 @component

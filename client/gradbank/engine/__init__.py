@@ -21,8 +21,9 @@ from gradbank.engine.each import every_pair, every_positive, triplets_of
 from gradbank.engine.eager import at_once, by_autograd, eager
 from gradbank.engine.hinge import Hinge
 from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices, named_weight
+from gradbank.engine.mined import ChosenPairs, Limits, MinedPairs
 from gradbank.engine.named import listed_distances, of_triplets
-from gradbank.engine.pairs import ChosenPairs, JoinedPairs, LabelledPairs, ListedPairs, MinedPairs, Pairs
+from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, Pairs
 from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
 from gradbank.engine.separable import Separable
@@ -43,6 +44,7 @@ __all__ = [
     "Indices",
     "JoinedPairs",
     "LabelledPairs",
+    "Limits",
     "Linear",
     "ListedPairs",
     "LogSumExp",

@@ -10,7 +10,8 @@ from gradbank.engine.anchors import Anchors, Gathered, Positives
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.gradients import Gradients
 from gradbank.engine.listing import Listing
-from gradbank.engine.negatives import Holes, Masked, Negatives
+from gradbank.engine.near import distances_of
+from gradbank.engine.negatives import Holes, Masked, Negatives, Weighted
 from gradbank.engine.pairs import Pairs, TilePairs
 from gradbank.engine.references import References
 from gradbank.engine.statistics import Running
@@ -43,11 +44,7 @@ class Block:
             self.embeddings = embeddings.detach().requires_grad_()
             self.queries = loss.distance.prepare(self.embeddings)
         self.size = len(embeddings)
-        self.listing = None
-        few = int(pairs.most_positives()[rows].sum()) * 16 <= self.size * len(references) if len(references) else True
-        if few and keeps:
-            edges = [columns.start for columns, _, _ in references.tiles(width)] + [len(references)]
-            self.listing = pairs.listing(rows, torch.tensor(edges, device=embeddings.device))
+        self.listing = _listing(pairs, rows, references, width) if keeps else None
         with torch.enable_grad():
             none = embeddings.new_zeros(0)
             nothing = Positives(none, none.long(), none, none.long())
@@ -115,7 +112,9 @@ class Block:
     def _positives(self) -> Positives:
         """The positives alone."""
         if self.listing is not None:
-            return self._listed_positives(self.listing)
+            row, column = self.listing.positives()
+            s = distances_of(self.loss.distance, self.queries.detach(), self.references, self.listing, self.width)
+            return Positives(s, row, torch.ones_like(s), column)
         queries = self.queries.detach()
         found: list[Tensor] = []
         masked: list[tuple[TilePairs, slice]] = []
@@ -127,20 +126,6 @@ class Block:
             masked.append((pairs, columns))
         return self._collected(found, masked)
 
-    def _listed_positives(self, listing: Listing) -> Positives:
-        """The same, from the references that are anybody's positive: those of a few of a bank's classes."""
-        queries, (row, column) = self.queries.detach(), listing.positives()
-        met, place = torch.unique(column, return_inverse=True)
-        s = queries.new_zeros(len(column))
-        for start in range(0, len(met), self.width):
-            some = met[start : start + self.width]
-            with torch.no_grad():
-                rows = self.loss.distance.prepare(self.references.take(some).to(queries.dtype))
-                of_some = self.loss.distance.matrix(queries, rows).reshape(-1)
-            inside = ((place >= start) & (place < start + len(some))).nonzero().squeeze(1)
-            s[inside] = of_some[row[inside] * len(some) + place[inside] - start]
-        return Positives(s, row, torch.ones_like(s), column)
-
     def _rows(self) -> Iterator[tuple[int, slice, Tensor]]:
         """The tiles: their number, their columns, and their references, prepared."""
         for index, (columns, piece, part) in enumerate(self.references.tiles(self.width)):
@@ -151,7 +136,8 @@ class Block:
     def _pairs(self, index: int, columns: slice) -> tuple[Tensor, Negatives, TilePairs | None]:
         if self.listing is not None:
             flat, holes = self.listing.tile(index)
-            return flat, Holes(holes), None
+            weight = self.pairs.weight(self.rows, columns)
+            return flat, Holes(holes) if weight is None else Weighted(Holes(holes).weighed(weight)), None
         pairs = self.pairs.tile(self.rows, columns)
         return pairs.positives, Masked(pairs.negatives), pairs
 
@@ -233,10 +219,31 @@ class Block:
 
 def sweep(
     distance: Distance, queries: Tensor, references: References, pairs: Pairs, rows: slice, width: int
-) -> Iterator[tuple[slice, Tensor, TilePairs]]:
-    """The tiles of a block of prepared queries: `(columns, (b, width) distances, pairs)`, without gradients."""
-    for columns, piece, part in references.tiles(width):
+) -> Iterator[tuple[Tensor, Positives, Negatives]]:
+    """The tiles of a block of prepared queries: `(b, w)` distances, to be written to, the positives among them and
+    which of them are negatives; without gradients."""
+    listing = _listing(pairs, rows, references, width)
+    for index, (columns, piece, part) in enumerate(references.tiles(width)):
         with torch.no_grad():
             tile = distance.prepare(references.pieces[piece][part].detach().to(queries.dtype))
             s = distance.matrix(queries, tile)
-        yield columns, s, pairs.tile(rows, columns)
+        negatives: Negatives
+        if listing is not None:
+            flat, holes = listing.tile(index)
+            counts, negatives = None, Holes(holes)
+        else:
+            flat, counts, mask = pairs.tile(rows, columns)
+            negatives = Masked(mask)
+        near = s.reshape(-1)[flat]
+        row = torch.div(flat, max(s.shape[1], 1), rounding_mode="floor")
+        times = torch.ones_like(near) if counts is None else counts.to(s.dtype)
+        yield s, Positives(near, row, times, flat - row * s.shape[1] + columns.start), negatives
+
+
+def _listing(pairs: Pairs, rows: slice, references: References, width: int) -> Listing | None:
+    """The positives of a block of anchors, if they are few enough for a list to pay."""
+    size, number = rows.stop - rows.start, len(references)
+    if number and int(pairs.most_positives()[rows].sum()) * 16 > size * number:
+        return None
+    edges = [columns.start for columns, _, _ in references.tiles(width)] + [number]
+    return pairs.listing(rows, torch.tensor(edges, device=references.pieces[0].device))

@@ -92,3 +92,28 @@ class Masked:
 
     def times(self) -> Tensor | None:
         return None if self.mask.dtype == torch.bool else self.mask
+
+
+class Weighted:
+    """The negatives are where a `(b, w)` weight is 1; elsewhere it is 0."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def logged(self, values: Tensor) -> Tensor:
+        return values.add_(self.weight.log())
+
+    def weighed(self, weight: Tensor) -> Tensor:
+        return weight.mul_(self.weight)
+
+    def beyond(self, values: Tensor) -> Tensor:
+        return values.masked_fill(self.weight == 0, torch.finfo(values.dtype).max)
+
+    def elsewhere(self, values: Tensor, other: Tensor) -> Tensor:
+        return torch.where(self.weight > 0, values, other)
+
+    def number(self, values: Tensor) -> Tensor:
+        return self.weight.sum(1, dtype=torch.float64)
+
+    def times(self) -> Tensor | None:
+        return None

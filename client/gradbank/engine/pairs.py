@@ -40,12 +40,17 @@ class Pairs:
         raise NotImplementedError
 
     def listing(self, rows: slice, edges: Tensor) -> Listing | None:
-        """The positives of some anchors, and the entries that are not their negatives, listed by tile: for pairs where
-        both are few. None where only `tile` can tell.
+        """The positives of some anchors, and entries that are not their negatives, listed by tile: for pairs where both
+        are few. None where only `tile` can tell.
 
         Args:
             edges: `(T + 1,)` the columns at which the tiles start, and the last one's end.
         """
+        return None
+
+    def weight(self, rows: slice, columns: slice) -> Tensor | None:
+        """How often each entry of a tile counts as a negative, `(rows, width)` of 0 and 1 as floats, but for those of
+        the listing; None is once."""
         return None
 
 
@@ -179,41 +184,6 @@ class JoinedPairs(Pairs):
 
     def most_positives(self) -> Tensor:
         return self.first.most_positives() + self.second.most_positives()
-
-
-class MinedPairs(Pairs):
-    """The pairs of `base` that a miner keeps; `keep` gives its two bool masks of a tile, without own pairs."""
-
-    def __init__(self, base: Pairs, keep: Callable[[slice, slice], tuple[Tensor, Tensor]]) -> None:
-        self.base, self.keep = base, keep
-        self.anchor_labels = base.anchor_labels
-
-    def tile(self, rows: slice, columns: slice) -> TilePairs:
-        positives, counts, negatives = self.base.tile(rows, columns)
-        as_positive, as_negative = self.keep(rows, columns)
-        kept = as_positive.reshape(-1)[positives]
-        return TilePairs(positives[kept], None if counts is None else counts[kept], negatives * as_negative)
-
-    def most_positives(self) -> Tensor:
-        return self.base.most_positives()
-
-
-class ChosenPairs(Pairs):
-    """The pairs of `base` that `chosen` names too, as often as it does."""
-
-    def __init__(self, base: Pairs, chosen: Pairs) -> None:
-        self.base, self.chosen = base, chosen
-        self.anchor_labels = base.anchor_labels
-
-    def tile(self, rows: slice, columns: slice) -> TilePairs:
-        mine, theirs = self.base.tile(rows, columns), self.chosen.tile(rows, columns)
-        kept = torch.isin(theirs.positives, mine.positives)
-        counts = None if theirs.counts is None else theirs.counts[kept]
-        both = theirs.negatives & mine.negatives if theirs.negatives.dtype == torch.bool else theirs.negatives
-        return TilePairs(theirs.positives[kept], counts, both)
-
-    def most_positives(self) -> Tensor:
-        return torch.minimum(self.base.most_positives(), self.chosen.most_positives())
 
 
 def _sorted_pairs(

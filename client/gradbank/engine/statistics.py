@@ -186,7 +186,7 @@ class _RunningLogSumExp(Running):
         if self.slope is None:
             values, share = self._values(tile.s, negatives)
         else:
-            values, share = tile.s, negatives.logged(tile.own().mul_(self.slope))
+            values, share = tile.s, negatives.logged(tile.own(self.slope))
         most = torch.maximum(self.most, share.amax(1)) if share.shape[1] else self.most
         shift = torch.where(most.isneginf(), 0, most)
         decay = (self.most - shift).exp()

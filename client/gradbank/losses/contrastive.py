@@ -4,11 +4,24 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, relu
 
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, SNRDistance
-from gradbank.engine import Anchors, Each, Pairs, Part, Ramp, References, Statistic, Sum, evaluate, full_precision
+from gradbank.engine import (
+    Anchors,
+    Each,
+    LabelledPairs,
+    Pairs,
+    Part,
+    Ramp,
+    References,
+    Statistic,
+    Sum,
+    evaluate,
+    full_precision,
+)
 from gradbank.losses.pair import PairLoss
 from gradbank.reducers import AvgNonZeroReducer, MeanReducer, Reducer
 
@@ -125,9 +138,34 @@ class IntraPairVarianceLoss(PairLoss):
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         with full_precision(embeddings.device):
-            mean = evaluate(_MeanOfNegatives(self.distance), embeddings, references, pairs)
+            mean = _mean_of_negatives(self.distance, embeddings, references, pairs)
             declared = _IntraPairVariance(self, mean)
             return self.regularized(evaluate(declared, embeddings, references, pairs, [mean]), embeddings)  # type: ignore[no-any-return]
+
+
+def _mean_of_negatives(distance: Distance, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    """The mean distance of all negative pairs, `()`.
+
+    That of products needs no matrix: the sum over all pairs is the product of two sums, and so is that over the pairs
+    of each label.
+    """
+    if not distance.is_product or not isinstance(pairs, LabelledPairs):
+        mean: Tensor = evaluate(_MeanOfNegatives(distance), embeddings, references, pairs)
+        return mean
+    groups = len(pairs.known)
+    queries = distance.prepare(embeddings).double()
+    of_group = queries.new_zeros(groups, queries.shape[1]).index_add(0, pairs.group, queries)
+    everything, alike, step = queries.new_zeros(queries.shape[1]), torch.zeros_like(of_group), 2**13
+    for columns, piece, part in references.tiles(step):
+        rows = distance.prepare(references.pieces[piece][part].to(embeddings.dtype))
+        everything = everything + rows.sum(0, dtype=torch.float64)
+        start, stop = torch.searchsorted(pairs.met, torch.tensor([columns.start, columns.stop], device=rows.device))
+        met = rows.index_select(0, pairs.met[start:stop] - columns.start).double()
+        alike = alike.index_add(0, pairs.met_group[start:stop], met)
+    sizes = (torch.bincount(group, minlength=groups) for group in (pairs.group, pairs.met_group))
+    number = len(queries) * len(references) - torch.stack(list(sizes)).prod(0).sum()
+    total = queries.sum(0) @ everything - (of_group * alike).sum()
+    return (total / number.clamp(min=1)).to(embeddings.dtype) * (number > 0)
 
 
 class _MeanOfNegatives:

@@ -11,6 +11,7 @@ from gradbank.engine import (
     Bounds,
     Indices,
     LabelledPairs,
+    Limits,
     MinedPairs,
     References,
     every_pair,
@@ -59,21 +60,14 @@ class MultiSimilarityMiner(PairMiner):
         farthest_positive = queries.new_full((len(queries),), torch.inf)
         bounds = Bounds()
         for rows in bounds.blocks(pairs, len(queries), len(references)):
-            width = bounds.width(rows)
-            for _, s, tile in sweep(distance, queries[rows], references, pairs, rows, width):
-                s = distance.closeness(s)
-                row = torch.div(tile.positives, s.shape[1], rounding_mode="floor") + rows.start
-                farthest_positive.scatter_reduce_(0, row, s.reshape(-1)[tile.positives], "amin")
-                negatives = s.masked_fill(tile.negatives == 0, -torch.inf).amax(1)
-                torch.maximum(nearest_negative[rows], negatives, out=nearest_negative[rows])
-
-        def keep(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-            tile = distance.prepare(references.rows(columns).to(queries.dtype))
-            s = distance.closeness(distance.matrix(queries[rows], tile))
-            as_positive = s - self.epsilon < nearest_negative[rows, None]
-            return as_positive, s + self.epsilon > farthest_positive[rows, None]
-
-        return MinedPairs(pairs, keep)
+            for s, positives, negatives in sweep(distance, queries[rows], references, pairs, rows, bounds.width(rows)):
+                near = negatives.logged(distance.closeness(s)).amax(1)
+                torch.maximum(nearest_negative[rows], near, out=nearest_negative[rows])
+                of_positives = distance.closeness(positives.s)
+                farthest_positive.scatter_reduce_(0, positives.anchor + rows.start, of_positives, "amin")
+        return MinedPairs(
+            pairs, distance, queries, references, Limits(nearest_negative, farthest_positive, self.epsilon)
+        )
 
 
 @component
@@ -109,11 +103,9 @@ class PairMarginMiner(PairMiner):
             queries = distance.prepare(widened(embeddings.detach()))
         references = references.detach()
 
-        def keep(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-            tile = distance.prepare(references.rows(columns).to(queries.dtype))
-            d = distance.matrix(queries[rows], tile)
-            if distance.is_inverted:
-                return d < self.pos_margin, d > self.neg_margin
-            return d > self.pos_margin, d < self.neg_margin
-
-        return MinedPairs(pairs, keep)
+        far, near = (-self.pos_margin, -self.neg_margin)
+        if distance.is_inverted:
+            far, near = self.pos_margin, self.neg_margin
+        every = queries.new_ones(len(queries))
+        limits = Limits(every * far, every * near)
+        return MinedPairs(pairs, distance, queries, references, limits)

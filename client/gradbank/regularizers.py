@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from gradbank.checks import check_batch
-from gradbank.component import Component, component, foundation
+from gradbank.component import component, foundation
 from gradbank.distances import CosineSimilarity, Distance, LpDistance
 from gradbank.engine.precision import full_precision, widened
 from gradbank.mismatch import Mismatch
+from gradbank.recorder import Recorder
 from gradbank.reducers import DivisorReducer, LossDict, MeanReducer, Reducer
 
 TILE = 2**22
@@ -18,7 +19,7 @@ TILE = 2**22
 
 
 @foundation
-class Regularizer(Component):
+class Regularizer(Recorder):
     """A cost of the rows of a matrix, reduced to one number.
 
     A regularizer of your own overrides `costs`, or `compute_loss` if it is not made of one cost per row.
@@ -26,12 +27,10 @@ class Regularizer(Component):
     Args:
         distance: how rows are compared, in those that compare any.
         reducer: how the costs become one number.
-        collect_stats: whether a call also writes the statistics that the class names; None is no.
     """
 
     distance: Distance = field(default_factory=LpDistance, kw_only=True)
     reducer: Reducer = field(default_factory=MeanReducer, kw_only=True)
-    collect_stats: bool | None = field(default=None, kw_only=True)
 
     def costs(self, rows: Tensor) -> Tensor:
         """What each of the `(N, D)` rows costs: `(N,)`."""

@@ -1,19 +1,19 @@
 """What every miner shares: the call, its checks, and what it counts."""
 
-import dataclasses
 from dataclasses import field
 
 import torch
 from torch import Tensor
 
 from gradbank.checks import check_batch
-from gradbank.component import Component, foundation
+from gradbank.component import foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision
+from gradbank.recorder import Recorder
 
 
 @foundation
-class Miner(Component):
+class Miner(Recorder):
     """Chooses the pairs or triplets that are worth their gradient.
 
     A miner of your own defines `mine`, which lists them. One that can tell a tile of pairs which of them it keeps
@@ -28,7 +28,6 @@ class Miner(Component):
     """
 
     distance: Distance = field(default_factory=LpDistance, kw_only=True)
-    collect_stats: bool | None = field(default=None, kw_only=True)
     num_pos_pairs: int = field(default=0, init=False)
     num_neg_pairs: int = field(default=0, init=False)
     num_triplets: int = field(default=0, init=False)
@@ -75,12 +74,6 @@ class Miner(Component):
         ref_labels = labels if is_self or ref_labels is None else ref_labels.to(embeddings.device)
         check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels")
         return self._listed(embeddings, labels, ref_emb, ref_labels)
-
-    def reset_stats(self) -> None:
-        """Sets the counts to 0, and the statistics too if they are collected."""
-        for each in dataclasses.fields(self):
-            if not each.init and (each.default == 0 or (each.default is None and self.collect_stats)):
-                setattr(self, each.name, 0)
 
     def _listed(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         self.reset_stats()

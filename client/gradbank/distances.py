@@ -1,16 +1,18 @@
 """Distances and similarities between embeddings: `(B, D)` and `(M, D)` give `(B, M)`."""
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gradbank.component import Component, component, foundation
+from gradbank.component import component, foundation
+from gradbank.recorder import Recorder
 
 
 @foundation
-class Distance(Component):
+class Distance(Recorder):
     """How far apart two embeddings are.
 
     A *similarity* is an inverted distance: larger is closer. Losses never ask which they hold: they ask
@@ -22,11 +24,19 @@ class Distance(Component):
         normalize_embeddings: divide each embedding by its `p`-norm first.
         p: the norm, for normalising and (in `LpDistance`) for the distance itself.
         power: the exponent put on every entry of the matrix.
+
+    Attributes:
+        initial_avg_query_norm, initial_avg_ref_norm: with `collect_stats`, the mean `p`-norms of what the last call (or
+            a loss's or miner's) compared, and final_avg_query_norm, final_avg_ref_norm: the same after `prepare`.
     """
 
     normalize_embeddings: bool = True
     p: float = 2
     power: float = 1
+    initial_avg_query_norm: float | None = field(default=None, init=False)
+    initial_avg_ref_norm: float | None = field(default=None, init=False)
+    final_avg_query_norm: float | None = field(default=None, init=False)
+    final_avg_ref_norm: float | None = field(default=None, init=False)
 
     is_inverted: ClassVar[bool] = False
 
@@ -38,7 +48,9 @@ class Distance(Component):
         """
         self.check_shapes(query_emb, ref_emb)
         queries = self.prepare(query_emb)
-        return self.matrix(queries, queries if ref_emb is None else self.prepare(ref_emb))
+        mat = self.matrix(queries, queries if ref_emb is None else self.prepare(ref_emb))
+        self.record(query_emb, (query_emb if ref_emb is None else ref_emb,))
+        return mat
 
     def prepare(self, embeddings: Tensor) -> Tensor:
         """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to."""
@@ -65,6 +77,11 @@ class Distance(Component):
         """The `(B, M)` matrix before `power`: the one method that a distance must write."""
         raise NotImplementedError(f"{type(self).__name__} must define compute_mat")
 
+    def measures_as(self, other: "Distance") -> bool:
+        """Whether it is the same distance, statistics aside."""
+        mine, theirs = ({**each.arguments(), "collect_stats": None} for each in (self, other))
+        return type(self) is type(other) and mine == theirs
+
     @property
     def is_product(self) -> bool:
         """Whether `matrix(queries, references)` is `queries @ references.T`."""
@@ -88,6 +105,33 @@ class Distance(Component):
         """`mat` with larger meaning closer."""
         return mat if self.is_inverted else -mat
 
+    def record(self, queries: Tensor, references: Sequence[Tensor]) -> None:
+        """Writes the statistics of a call that compared `(B, D)` rows with `(M, D)` others, laid end to end in pieces;
+        nothing, if they are not collected."""
+        if not self.collect_stats:
+            return
+        dtype = torch.promote_types(queries.dtype, torch.float32)  # as they are compared
+        self.initial_avg_query_norm, self.final_avg_query_norm = self._mean_norms((queries,), dtype)
+        among_themselves = len(references) == 1 and references[0] is queries
+        self.initial_avg_ref_norm, self.final_avg_ref_norm = (
+            (self.initial_avg_query_norm, self.final_avg_query_norm)
+            if among_themselves
+            else self._mean_norms(references, dtype)
+        )
+
+    @torch.no_grad()
+    def _mean_norms(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
+        """The mean `p`-norm of all rows, as they are and prepared: 0 of none."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for piece in pieces:
+            for rows in torch.split(piece.detach(), max(1, _NUMBERS_AT_ONCE // max(piece.shape[1], 1))):
+                given = rows.to(dtype)
+                for i, each in enumerate((given, self.prepare(given))):
+                    norms = torch.linalg.vector_norm(each, ord=self.p, dim=1, dtype=torch.float64)
+                    total[i] += norms.sum().cpu()
+        initial, final = (total / max(sum(map(len, pieces)), 1)).tolist()
+        return initial, final
+
     def check_shapes(self, query_emb: Tensor, ref_emb: Tensor | None) -> None:
         """Refuses, by ValueError, inputs that are not two-dimensional or differ in dimension."""
         for name, rows in (("embeddings", query_emb), ("ref_emb", ref_emb)):
@@ -100,6 +144,7 @@ class Distance(Component):
 
 
 _PAIRS_AT_ONCE = 32  # rows of a matrix of which only the diagonal is wanted
+_NUMBERS_AT_ONCE = 2**18  # of the rows whose norms are taken
 
 
 @component
@@ -281,6 +326,8 @@ class BatchedDistance(Distance):
     def __post_init__(self) -> None:
         for name in ("normalize_embeddings", "p", "power", "is_inverted"):
             setattr(self, name, getattr(self.distance, name))
+        if self.collect_stats is None:
+            self.collect_stats = self.distance.collect_stats
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> None:  # type: ignore[override]
         """Calls `iter_fn` with the distances of each batch of `(B, D)` queries, and returns nothing."""
@@ -288,6 +335,8 @@ class BatchedDistance(Distance):
         for start in range(0, len(query_emb), self.batch_size):
             end = min(start + self.batch_size, len(query_emb))
             self.iter_fn(self.distance(query_emb[start:end], ref_emb), start, end)
+        for each in (self.distance, self):  # of all queries, rather than of the last batch
+            each.record(query_emb, (ref_emb,))
 
     def prepare(self, embeddings: Tensor) -> Tensor:
         return self.distance.prepare(embeddings)

@@ -128,6 +128,7 @@ class RegularFaceRegularizer(Regularizer):
             )
 
     def costs(self, rows: Tensor) -> Tensor:
+        self.distance.record(rows, (rows,))
         prepared = self.distance.prepare(rows)
         closest = self._closest(prepared.detach())
         return self.distance.pairs(prepared, prepared.index_select(0, closest))
@@ -200,6 +201,7 @@ class SparseCentersRegularizer(Regularizer):
                 f"SparseCentersRegularizer({classes}, {centers}) wants {classes * centers} rows, the centers of each "
                 f"class after those of the one before, got {len(rows)}"
             )
+        self.distance.record(rows, (rows,))
         prepared = self.distance.prepare(rows)
         blocks = prepared.reshape(classes, centers, -1)
         a, b = torch.triu_indices(centers, centers, 1, device=rows.device)

@@ -38,6 +38,58 @@ def test_distance_equals_that_of_pml(name: str, options: dict[str, Any]) -> None
     torch.testing.assert_close(paired, ours(embeddings, ref_emb[:6]).diagonal(), rtol=1e-12, atol=1e-12)
 
 
+NORMS = [f"{when}_avg_{which}_norm" for when in ("initial", "final") for which in ("query", "ref")]
+
+
+@pytest.mark.parametrize(("name", "options"), [*OPTIONS, ("SNRDistance", {})])
+def test_distance_writes_the_mean_norms_that_pml_does(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    made = [getattr(library, name)(**options, collect_stats=True) for library in (distances, pml_distances)]
+    ours, theirs = made
+    assert [getattr(ours, norm) for norm in NORMS] == [0, 0, 0, 0]
+    embeddings, ref_emb = torch.randn(6, 4, dtype=torch.float64), 3 * torch.randn(9, 4, dtype=torch.float64)
+    for arguments in ((embeddings, ref_emb), (embeddings,)):
+        for distance in made:
+            distance(*arguments)
+        for norm in NORMS:
+            assert type(getattr(ours, norm)) is float
+            assert getattr(ours, norm) == pytest.approx(getattr(theirs, norm), rel=1e-12)
+    quiet = getattr(distances, name)(**options)
+    quiet(embeddings)
+    assert [getattr(quiet, norm) for norm in NORMS] == [None] * 4
+
+
+def test_norms_are_of_all_rows_however_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    embeddings, ref_emb = torch.randn(7, 4), torch.randn(9, 4)
+    whole, pieces = (distances.LpDistance(collect_stats=True, p=1) for _ in range(2))
+    whole(embeddings, ref_emb)
+    monkeypatch.setattr("gradbank.distances._NUMBERS_AT_ONCE", 8)
+    pieces.record(embeddings, (ref_emb[:5], ref_emb[5:]))
+    batched = distances.BatchedDistance(distances.LpDistance(collect_stats=True, p=1), lambda *_: None, batch_size=2)
+    batched(embeddings, ref_emb)  # PML's has those of the last batch
+    for norm in NORMS:
+        assert getattr(whole, norm) == pytest.approx(getattr(pieces, norm), rel=1e-12)
+        assert getattr(whole, norm) == getattr(batched, norm) == getattr(batched.distance, norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_of_what_a_distance_of_ones_own_prepares(dtype: torch.dtype) -> None:
+    class Weighted(distances.LpDistance):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.weights = torch.nn.Parameter(torch.tensor([2.0, 0.0]))
+
+        def prepare(self, embeddings: torch.Tensor) -> torch.Tensor:
+            return super().prepare(embeddings) @ self.weights.diag()
+
+    distance = Weighted(collect_stats=True)
+    loss = losses.ContrastiveLoss(distance=distance)
+    loss(torch.tensor([[3, 4], [8, 6]], dtype=dtype), torch.tensor([0, 1]))
+    assert distance.initial_avg_query_norm == distance.initial_avg_ref_norm == 7.5
+    assert distance.final_avg_query_norm == pytest.approx((1.2 + 1.6) / 2)
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [

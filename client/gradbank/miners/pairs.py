@@ -53,6 +53,7 @@ class MultiSimilarityMiner(PairMiner):
 
     def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
         distance = self.distance
+        distance.record(embeddings, references.pieces)
         with full_precision(embeddings.device):
             queries = distance.prepare(widened(embeddings.detach()))
         references = references.detach()
@@ -99,6 +100,7 @@ class PairMarginMiner(PairMiner):
 
     def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
         distance = self.distance
+        distance.record(embeddings, references.pieces)
         with full_precision(embeddings.device):
             queries = distance.prepare(widened(embeddings.detach()))
         references = references.detach()

@@ -42,6 +42,7 @@ def matrix(
 ) -> Iterator[Rows]:
     """The matrix between anchors and references, block by block, with the kind of each pair."""
     device = embeddings.device
+    distance.record(embeddings, (ref_emb,))
     with torch.no_grad(), full_precision(device):
         queries = distance.prepare(widened(embeddings))
         references = queries if ref_emb is embeddings else distance.prepare(widened(ref_emb))

@@ -5,15 +5,17 @@ and counts per anchor. So an engine can add losses up, anchor by anchor, without
 own that wants the list, written as in pytorch-metric-learning, gets it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradbank.component import Component, component, foundation
+from gradbank.component import component, foundation
+from gradbank.recorder import Recorder
 
+Bounds = tuple[float | None, float | None]
 Kind = Literal["element", "pos_pair", "neg_pair", "triplet", "already_reduced"]
 LossDict = Mapping[str, Mapping[str, Any]]
 
@@ -49,16 +51,23 @@ class Kept(NamedTuple):
 
 
 @foundation
-class Reducer(Component):
+class Reducer(Recorder):
     """A mean over the losses that lie strictly between two bounds.
 
     A reducer of your own overrides `element_reduction`, `pos_pair_reduction`, `neg_pair_reduction` and
     `triplet_reduction`, each called with `(losses, indices, embeddings, labels)`, or `forward` as a whole. It then
     sees every loss, so every loss is held in memory.
+
+    Where a loss has several parts, statistics are those of the last; a `MultipleReducers` has a reducer for each.
+
+    Attributes:
+        losses_size: with `collect_stats`, how many losses there were.
     """
 
+    losses_size: int | None = field(default=None, init=False)
+
     @property
-    def bounds(self) -> tuple[float | None, float | None]:
+    def bounds(self) -> Bounds:
         """The losses that count lie strictly between these; None is no bound."""
         return None, None
 
@@ -68,9 +77,28 @@ class Reducer(Component):
         names = ("forward", "combine", *(f"{kind}_reduction" for kind in _KINDS))
         return any(getattr(type(self), name).__module__ != __name__ for name in names)
 
+    @property
+    def collects(self) -> bool:
+        """Whether it writes statistics, or one within it does."""
+        return bool(self.collect_stats)
+
     def of(self, part: str) -> "Reducer":
         """The reducer of the part of a loss that has this name."""
         return self
+
+    def counts(self) -> Mapping[str, Bounds]:
+        """The statistics that are numbers of losses, each with the bounds that those losses lie between."""
+        return {"losses_size": (None, None)}
+
+    def tallies(self) -> "list[tuple[Reducer, Tally]]":
+        """What finds the statistics of it and of those within: tallies, each with the reducer that leads there."""
+        if not self.collect_stats:
+            return []
+        names: dict[Bounds, list[str]] = {}
+        for name, bounds in self.counts().items():
+            names.setdefault(bounds, []).append(name)
+        made = [Tally(self, alike, bounds) for bounds, alike in names.items()]
+        return [(each, each) for each in made]
 
     def weigh(self, losses: Tensor, weight: Tensor | None = None) -> Tensor:
         """`weight` (None is 1), with 0 in place of each loss that does not count."""
@@ -99,7 +127,17 @@ class Reducer(Component):
             embeddings: `(B, D)`, and labels: `(B,)` or None: what the indices point at.
         """
         parts = [self.of(name)._reduced(part, embeddings, labels) for name, part in loss_dict.items()]
+        if self.collects:
+            self._record(loss_dict, embeddings, labels)
         return torch.stack(parts).sum()
+
+    @torch.no_grad()
+    def _record(self, loss_dict: LossDict, embeddings: Tensor, labels: Tensor | None) -> None:
+        for name, part in loss_dict.items():
+            tallies = self.of(name).tallies()
+            for reducer, _ in tallies:
+                reducer._reduced(part, embeddings, labels)
+            write([tally for _, tally in tallies])
 
     def _reduced(self, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Tensor:
         losses, kind = part["losses"], part["reduction_type"]
@@ -151,6 +189,61 @@ class Reducer(Component):
 _KINDS = ("already_reduced", "element", "pos_pair", "neg_pair", "triplet")
 
 
+class Tally(Reducer):
+    """Stands in for a reducer to find a statistic of it, or of a loss.
+
+    Args:
+        owner: whose statistic it is.
+        names: what that is called there, perhaps several things.
+        bounds: the losses that count lie strictly between these.
+        measure: what the statistic is of these losses; None is their number. What was computed apart is added up.
+    """
+
+    def __init__(
+        self,
+        owner: Recorder,
+        names: Sequence[str],
+        bounds: Bounds = (None, None),
+        measure: Callable[[Kept], Ratio] | None = None,
+    ) -> None:
+        super().__init__()
+        self.owner, self.names, self.between = owner, names, bounds
+        self.measure = measure or (lambda kept: Ratio(kept.counts.sum(dtype=torch.float64), None))
+        self.found: Ratio | None = None
+
+    @property
+    def bounds(self) -> Bounds:
+        return self.between
+
+    def combine(self, kept: Kept) -> Ratio:
+        made = self.measure(kept)
+        self.found = made if self.found is None else self.found.plus(made)
+        return made
+
+    def already_reduced_reduction(self, losses: Tensor, indices: Any, embeddings: Tensor, labels: Any) -> Tensor:
+        self.take_one(losses)
+        return losses.reshape(())
+
+    def take_one(self, loss: Tensor) -> None:
+        """Takes in a part that is one number already: no reducer asks whether that counts."""
+        if "losses_size" in self.names:
+            self.found = Ratio(torch.ones_like(loss, dtype=torch.float64).sum(), None)
+
+    def value(self) -> float:
+        """The statistic, 0 if there was nothing to be seen; a whole number is an int."""
+        value = 0.0 if self.found is None else float(self.found.value().detach())
+        return int(value) if value.is_integer() else value
+
+
+def write(tallies: Sequence[Tally]) -> None:
+    """Sets the statistics that were tallied, and the others of their owners to 0."""
+    for tally in tallies:
+        tally.owner.reset_stats()
+    for tally in tallies:
+        for name in tally.names:
+            setattr(tally.owner, name, tally.value())
+
+
 def counted(losses: Tensor, weight: Tensor) -> Tensor:
     """The losses times their weights. A loss that does not count may be infinite, and 0 * inf would be NaN."""
     return torch.where(weight > 0, losses, torch.zeros_like(losses)) * weight
@@ -192,8 +285,31 @@ class SumReducer(Reducer):
         return Ratio(kept.sums.sum(dtype=torch.float64), None)
 
 
+@foundation
+class BoundedReducer(Reducer):
+    """A mean over the losses that lie between bounds of which there is at least one.
+
+    Attributes:
+        num_past_filter: with `collect_stats`, how many losses lie between the bounds.
+        num_above_low, num_below_high: how many are above the lower one, and below the upper one; 0 where there is none.
+    """
+
+    num_past_filter: int | None = field(default=None, init=False)
+    num_above_low: int | None = field(default=None, init=False)
+    num_below_high: int | None = field(default=None, init=False)
+
+    def counts(self) -> Mapping[str, Bounds]:
+        low, high = self.bounds
+        made: dict[str, Bounds] = {"num_past_filter": (low, high)}
+        if low is not None:
+            made["num_above_low"] = low, None
+        if high is not None:
+            made["num_below_high"] = None, high
+        return {**super().counts(), **made}
+
+
 @component
-class ThresholdReducer(Reducer):
+class ThresholdReducer(BoundedReducer):
     """The mean over the losses strictly above `low` and strictly below `high`; 0 if there are none.
 
     Raises:
@@ -208,16 +324,16 @@ class ThresholdReducer(Reducer):
             raise ValueError("ThresholdReducer needs at least one of low and high")
 
     @property
-    def bounds(self) -> tuple[float | None, float | None]:
+    def bounds(self) -> Bounds:
         return self.low, self.high
 
 
 @component
-class AvgNonZeroReducer(Reducer):
+class AvgNonZeroReducer(BoundedReducer):
     """The mean over the losses above 0: `ThresholdReducer(low=0)`."""
 
     @property
-    def bounds(self) -> tuple[float | None, float | None]:
+    def bounds(self) -> Bounds:
         return 0.0, None
 
 
@@ -255,15 +371,28 @@ class ClassWeightedReducer(Reducer):
 class DivisorReducer(Reducer):
     """The sum of the losses over the divisor that the loss itself gives, as `MarginLoss` and `ProxyAnchorLoss` do.
 
+    Attributes:
+        divisor: with `collect_stats`, what the last call divided by.
+
     Raises:
         ValueError: a loss that gives none, when it is called.
     """
 
+    divisor: float | None = field(default=None, init=False)
+
+    def tallies(self) -> list[tuple[Reducer, Tally]]:
+        if not self.collect_stats:
+            return []
+        divisor = Tally(self, ["divisor"], measure=lambda kept: Ratio(self._divisor(kept), None))
+        return [*super().tallies(), (divisor, divisor)]
+
     def combine(self, kept: Kept) -> Ratio:
+        return Ratio(kept.sums.sum(dtype=torch.float64), self._divisor(kept))
+
+    def _divisor(self, kept: Kept) -> Tensor:
         if kept.divisor is None:
             raise ValueError("DivisorReducer needs a loss that gives a divisor (MarginLoss or ProxyAnchorLoss do)")
-        divisor = torch.as_tensor(kept.divisor, dtype=torch.float64, device=kept.sums.device)
-        return Ratio(kept.sums.sum(dtype=torch.float64), divisor)
+        return torch.as_tensor(kept.divisor, dtype=torch.float64, device=kept.sums.device)
 
 
 @component
@@ -284,8 +413,16 @@ class PerAnchorReducer(Reducer):
         return self.aggregation_func is not None or self.reducer.needs_list or super().needs_list
 
     @property
-    def bounds(self) -> tuple[float | None, float | None]:
+    def bounds(self) -> Bounds:
         return None, None
+
+    @property
+    def collects(self) -> bool:
+        return super().collects or self.reducer.collects
+
+    def tallies(self) -> list[tuple[Reducer, Tally]]:
+        within = [(PerAnchorReducer(inner, self.aggregation_func), tally) for inner, tally in self.reducer.tallies()]
+        return [*super().tallies(), *within]
 
     def combine(self, kept: Kept) -> Ratio:
         some = kept.counts > 0 if kept.kind == "element" else torch.ones_like(kept.counts, dtype=torch.bool)
@@ -329,6 +466,10 @@ class MultipleReducers(Reducer):
     @property
     def needs_list(self) -> bool:
         return any(each.needs_list for each in (*dict(self.reducers).values(), self.default_reducer))
+
+    @property
+    def collects(self) -> bool:
+        return any(each.collects for each in (*dict(self.reducers).values(), self.default_reducer))
 
     def of(self, part: str) -> Reducer:
         known: dict[str, Reducer] = dict(self.reducers.items())

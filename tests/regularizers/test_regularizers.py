@@ -170,6 +170,26 @@ def test_a_regularizer_written_for_pml_works(rows: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_distance_and_reducer_write_what_they_do_for_pml(name: str, arguments: Any, rows: Any) -> None:
+    made = []
+    for kinds, measuring, reducing in (
+        (regularizers, distances, reducers),
+        (pml_regularizers, pml_distances, pml_reducers),
+    ):
+        default = getattr(regularizers, name)(**arguments).distance
+        options = {} if default.is_inverted else {"normalize_embeddings": default.normalize_embeddings}
+        distance = getattr(measuring, type(default).__name__)(collect_stats=True, **options)
+        reducer = reducing.ThresholdReducer(low=0.3, collect_stats=True)
+        made.append(getattr(kinds, name)(**arguments, distance=distance, reducer=reducer))
+        made[-1](rows(CLASSES * CENTERS))
+    ours, theirs = made
+    for part in ("distance", "reducer"):
+        for each in getattr(theirs, part)._record_these_stats:
+            assert getattr(getattr(ours, part), each) == pytest.approx(getattr(getattr(theirs, part), each))
+    assert ours.reducer.losses_size > 0
+
+
 def test_sparse_centers_tell_how_alike_centers_are(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regularizers, "TILE", 16)
     weights = rows(CLASSES * CENTERS)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Gathered, Part, Positives
 from gradbank.engine.block import sweep
+from gradbank.engine.counting import count
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.dense import dense, listed
 from gradbank.engine.each import every_pair, every_positive, triplets_of
@@ -71,6 +72,7 @@ __all__ = [
     "first_not_above",
     "full_precision",
     "listed_distances",
+    "look",
     "named_weight",
     "sweep",
     "triplets_of",
@@ -126,7 +128,16 @@ def evaluate(
         return dense(loss, *with_inputs(inputs), pairs)
 
     evaluation = by_autograd(whole, 1 + len(references.pieces)) if engine == "dense" else in_tiles
-    return eager(evaluation, (embeddings, *references.pieces, *learned), owned=engine == "tiled")
+    value = eager(evaluation, (embeddings, *references.pieces, *learned), owned=engine == "tiled")
+    if loss.reducer.collects:
+        count(loss, lambda counting: look(counting, embeddings, references, pairs))
+    return value
+
+
+@torch.no_grad()
+def look(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
+    """`evaluate` without gradients, for what is only to be known."""
+    return evaluate(loss, embeddings.detach(), references.detach(), pairs)
 
 
 def evaluate_triplets(
@@ -145,7 +156,11 @@ def evaluate_triplets(
         made: Tensor = of_triplets(loss, inputs[0], replace(references, pieces=inputs[1:]), triplets, labels)
         return made
 
-    return at_once(whole, (embeddings, *references.pieces), learned)
+    value = at_once(whole, (embeddings, *references.pieces), learned)
+    if loss.reducer.collects:
+        rows, others = embeddings.detach(), references.detach()
+        count(loss, lambda counting: evaluate_triplets(counting, rows, others, triplets, labels))
+    return value
 
 
 def _small(loss: Declaration, embeddings: Tensor, pairs: Pairs) -> int:

@@ -26,16 +26,17 @@ from gradbank.engine import (
 from gradbank.losses.base import BaseMetricLossFunction, Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.miners.triplets import TripletMarginMiner
+from gradbank.recorder import Recorder
 
 
 @component
-class CrossBatchMemory(Loss):
+class CrossBatchMemory(Loss, Recorder):
     """Computes `loss` between each batch and the last `memory_size` embeddings, the batch included.
 
     Each call first enters the batch into the queue, overwriting the oldest rows, then compares it with the whole
     queue; an anchor's own row is not its positive. Rows in the queue get no gradient.
 
-    A call that fails leaves the queue as it was.
+    A call that fails leaves the queue as it was. It has no statistics of its own; its loss and miner write theirs.
 
     Args:
         loss: a loss of pairs or triplets.
@@ -180,13 +181,10 @@ class CrossBatchMemory(Loss):
         loss, shape = self.loss, (len(embeddings), len(references))
         once = not loss.counts_repeats
         pairs: Pairs = LabelledPairs(labels, references.labels, own)
-        mines_intervals = (
-            isinstance(self.miner, TripletMarginMiner)
-            and type(self.miner.distance) is type(loss.distance)
-            and self.miner.distance.arguments() == loss.distance.arguments()
-        )
+        mines_intervals = isinstance(self.miner, TripletMarginMiner) and self.miner.distance.measures_as(loss.distance)
         if mines_intervals and loss.takes_interval and indices is None:
             pairs.interval = self.miner.interval  # type: ignore[union-attr, assignment]
+            self.miner.distance.record(embeddings, references.pieces)  # type: ignore[union-attr]
         elif self.miner is not None:
             # the miner sees each anchor's own row as a positive, as in PML; the loss does not
             with full_precision(embeddings.device):

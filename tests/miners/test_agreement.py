@@ -9,7 +9,7 @@ import pytorch_metric_learning.miners as pml_miners
 import torch
 from torch import Tensor
 
-from gradbank import distances, miners
+from gradbank import distances, losses, miners
 
 Tuples = list[list[tuple[int, ...]]]
 
@@ -136,6 +136,23 @@ def test_statistics_are_those_of_pml(name: str, arguments: dict[str, Any], dista
         expected = {each: getattr(theirs, each) for each in theirs._record_these_stats}
         assert {each: getattr(ours, each) for each in expected} == pytest.approx(expected, rel=1e-9)
         assert all(isinstance(getattr(ours, each), int | float) for each in expected)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [*MINERS, ("AngularMiner", {})], ids=str)
+def test_distance_of_a_miner_writes_what_it_does_for_pml(name: str, arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    made = [m.LpDistance(collect_stats=True) for m in (distances, pml_distances)]
+    miner, theirs = (getattr(m, name)(**arguments, distance=d) for m, d in zip((miners, pml_miners), made))
+    given = *batch(20, "some", torch.float64), *batch(15, "some", torch.float64)
+    miner(*given)
+    theirs(*given)
+    for norm in made[1]._record_these_stats:  # 0 where the miner only asks it for norms
+        assert getattr(made[0], norm) == pytest.approx(getattr(made[1], norm), rel=1e-9)
+    kept = losses.CrossBatchMemory(losses.ContrastiveLoss(), 5, 20, miner=miner)
+    kept(*given[:2])
+    assert made[0].initial_avg_query_norm == pytest.approx(
+        0 if name == "AngularMiner" else float(given[0].norm(dim=1).mean())
+    )
 
 
 @pytest.mark.parametrize("name", ["AngularMiner", "BatchEasyHardMiner", "PairMarginMiner", "TripletMarginMiner"])

@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradbank.component import component
 from gradbank.distances import Distance, DotProductSimilarity, LpDistance
 from gradbank.engine import (
     Anchors,
+    Each,
     Indices,
     LabelledPairs,
     LogSumExp,
@@ -20,10 +23,11 @@ from gradbank.engine import (
     Statistic,
     evaluate,
     full_precision,
+    look,
 )
 from gradbank.losses.by_pair import positives_with_negatives
 from gradbank.losses.pair import PairLoss, softplus
-from gradbank.reducers import DoNothingReducer, Reducer
+from gradbank.reducers import DoNothingReducer, MeanReducer, Reducer
 
 
 @component
@@ -39,6 +43,10 @@ class AngularLoss(PairLoss):
     Args:
         alpha: the angle, in degrees.
 
+    Attributes:
+        average_angle: with `collect_stats`, the mean angle at the negatives, in degrees: `atan(|a - p| / (2 |n - c|))`
+            with c between a and p.
+
     Raises:
         ValueError: a distance other than `LpDistance()`.
 
@@ -47,11 +55,15 @@ class AngularLoss(PairLoss):
 
     alpha: float = 40
     distance: Distance = field(default_factory=LpDistance, kw_only=True)
+    average_angle: float | None = field(default=None, init=False)
 
     needs_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.require_distance(LpDistance, p=2, power=1, normalize_embeddings=True)
+
+    def record_distance(self, embeddings: Tensor, references: References) -> None:
+        pass  # it is not asked, except to bring rows to length 1
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         a, p = positives_with_negatives(pairs, embeddings, references, vectors=1)
@@ -66,6 +78,10 @@ class AngularLoss(PairLoss):
             value = evaluate(declared, anchors + positives, references, negatives, [declared.between])
             if self.reducer.needs_list:  # which sees the batch, and not its pairs as anchors
                 value = self.reducer(value, embeddings, labels)
+            if self.collect_stats:
+                angles = _Angles(F.pairwise_distance(anchors.detach(), positives.detach()))
+                mean = look(angles, (anchors + positives) / 2, references, negatives)
+                self.average_angle = math.degrees(float(mean))
             return self.regularized(value, embeddings)  # type: ignore[no-any-return]
 
     def compare_listed(
@@ -73,6 +89,7 @@ class AngularLoss(PairLoss):
     ) -> Tensor:
         if len(indices[-1]):
             return super().compare_listed(embeddings, references, indices, labels)
+        self.reset_stats()
         with full_precision(embeddings.device):  # as PML has it: without a negative pair nothing is compared
             return self.regularized(self.reducer(self.zero_losses(), embeddings, labels), embeddings)  # type: ignore[no-any-return]
 
@@ -96,3 +113,24 @@ class _Angular:
         losses = softplus(anchors.found["seen"].value - least)
         a, p = self.a[anchors.place], self.p[anchors.place]
         return {"loss": Part("pos_pair", losses, anchor=a, labels=self.labels, listed=(losses, (a, p)))}
+
+
+class _Angles:
+    """The angles at all negatives, as losses of which the mean is to be known.
+
+    Args:
+        width: `(P,)` the distance between the members of each positive pair, the anchors being halfway.
+    """
+
+    joins_anchors = False
+
+    def __init__(self, width: Tensor) -> None:
+        self.width = width
+        self.reducer: Reducer = MeanReducer()
+        self.distance: Distance = LpDistance(normalize_embeddings=False)
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"angle": Each(lambda d, width: torch.atan(width / (2 * d)), row=self.width[anchors.place, None])}
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        return {"angle": anchors.per_negative("angle")}

@@ -19,6 +19,7 @@ from gradbank.engine import (
     widened,
 )
 from gradbank.mismatch import Mismatch
+from gradbank.recorder import Recorder
 from gradbank.reducers import LossDict, MeanReducer, Reducer
 from gradbank.regularizers import Regularizer
 
@@ -65,7 +66,7 @@ class Loss(Component):
 
 
 @foundation
-class BaseMetricLossFunction(Loss):
+class BaseMetricLossFunction(Loss, Recorder):
     """A loss over pairs or triplets, of a batch with itself, with `ref_emb` or with a queue.
 
     A loss of your own defines `compute_loss`, as in pytorch-metric-learning, and holds whatever that holds; or it is a

@@ -126,8 +126,17 @@ class ClassificationLoss(PairLoss):
 
         with full_precision(embeddings.device):
             if self.reducer.needs_list:
-                return whole((embeddings,))  # type: ignore[no-any-return]
-            return at_once(whole, (embeddings,), [each for each in self.parameters() if each.requires_grad], owned=True)
+                value = whole((embeddings,))
+            else:
+                learned = [each for each in self.parameters() if each.requires_grad]
+                value = at_once(whole, (embeddings,), learned, owned=True)
+            self.record(embeddings, labels)
+        return value  # type: ignore[no-any-return]
+
+    def record(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Writes the statistics of a call, if any are collected."""
+        if self.distance.collect_stats:
+            self.distance.record(embeddings, (self.vectors(),))
 
     def classify(self, embeddings: Tensor, labels: Tensor, weight: Tensor | None) -> Any:
         """The loss without its regularizers, of embeddings that count as `(B,)` weights say, or alike."""

@@ -5,10 +5,12 @@ from dataclasses import field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, DotProductSimilarity
 from gradbank.engine import Anchors
+from gradbank.losses.angles import AngleLoss
 from gradbank.losses.classes import ClassificationLoss, require_positive
 from gradbank.losses.logits import Logits
 from gradbank.losses.softmax import angle
@@ -43,9 +45,13 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
     def logits(self) -> Distance:
         return Logits(self.distance, 1 / self.temperature, unit=True)
 
+    def record(self, embeddings: Tensor, labels: Tensor) -> None:
+        if self.distance.collect_stats:
+            self.distance.record(embeddings, (F.normalize(self.vectors(), p=self.distance.p, dim=1),))
+
 
 @component
-class CosFaceLoss(ClassificationLoss):
+class CosFaceLoss(AngleLoss):
     """Softmax over classes, with a margin taken off the cosine to the embedding's own class.
 
         z[a, c] = scale * cos(t_c),   z'[a, y] = scale * (cos(t_y) - margin)
@@ -82,7 +88,7 @@ class CosFaceLoss(ClassificationLoss):
 
 
 @component
-class ArcFaceLoss(ClassificationLoss):
+class ArcFaceLoss(AngleLoss):
     """Softmax over classes, with a margin added to the angle to the embedding's own class.
 
         z[a, c] = scale * cos(t_c),   z'[a, y] = scale * cos(t_y + margin)

@@ -89,10 +89,17 @@ class NPairsLoss(OwnClassLoss):
     over one pair `(a_i, p_i)` of each label that at least two rows have: its first two rows, or the first pair of it
     that `indices_tuple` lists. A distance is negated. `NPairLoss` draws the pairs at random and takes rows of length 1.
 
+    Attributes:
+        num_pairs: how many pairs the last call compared.
+
     Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016.
     """
 
     distance: Distance = field(default_factory=DotProductSimilarity, kw_only=True)
+    num_pairs: int = field(default=0, init=False)
+
+    def record_distance(self, embeddings: Tensor, references: References) -> None:
+        pass  # it compares only the pairs
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         labels = pairs.anchor_labels
@@ -122,6 +129,8 @@ class NPairsLoss(OwnClassLoss):
             else:
                 pairs = _own(torch.arange(len(a), device=a.device), labels[a])
                 value = evaluate(self, embeddings[a], References((embeddings[p],)), pairs)
+            self.num_pairs = len(a)
+            self.distance.record(embeddings[a], (embeddings[p],))
             return self.regularized(value, embeddings)  # type: ignore[no-any-return]
 
     def _listed(self, embeddings: Tensor, a: Tensor, p: Tensor) -> LossDict:

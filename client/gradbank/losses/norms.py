@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, DotProductSimilarity
 from gradbank.engine import Anchors
-from gradbank.losses.classes import ClassificationLoss, require_positive
+from gradbank.losses.angles import AngleLoss
+from gradbank.losses.classes import require_positive
 from gradbank.losses.logits import Logits
 
 
 @component
-class SphereFaceLoss(ClassificationLoss):
+class SphereFaceLoss(AngleLoss):
     """Softmax over classes, with the angle to the embedding's own class multiplied; longer embeddings count more.
 
         z[a, c] = scale * |x_a| cos(t_c),   z'[a, y] = scale * |x_a| psi(t_y)

@@ -1,7 +1,7 @@
 """Losses that say what pairs cost, and leave it to the engines to go through them."""
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,15 @@ class PairLoss(BaseMetricLossFunction):
         leaves_out = among_themselves if self.sees_own else is_self
         pairs = LabelledPairs(labels, known, own if leaves_out else None, anchor_weight=weight)
         return self.at_once(lambda rows, others: self.compare(rows, others, pairs), embeddings, references)  # type: ignore[no-any-return]
+
+    def at_once(self, call: Callable[[Tensor, References], Any], embeddings: Tensor, references: References) -> Any:
+        value = super().at_once(call, embeddings, references)
+        self.record_distance(embeddings, references)
+        return value
+
+    def record_distance(self, embeddings: Tensor, references: References) -> None:
+        """Has the distance write its statistics of a call; where the distance of others is taken, there are none."""
+        self.distance.record(embeddings, references.pieces)
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         """The loss of `(B, D)` embeddings over the given pairs with references."""

@@ -10,9 +10,20 @@ from torch import Tensor
 
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, LpDistance
-from gradbank.engine import Anchors, Linear, LogSumExp, Part, Statistic
+from gradbank.engine import (
+    Anchors,
+    Each,
+    Linear,
+    LogSumExp,
+    Pairs,
+    Part,
+    References,
+    Statistic,
+    full_precision,
+    look,
+)
 from gradbank.losses.pair import PairLoss, softplus
-from gradbank.reducers import AvgNonZeroReducer, Reducer
+from gradbank.reducers import AvgNonZeroReducer, MeanReducer, MultipleReducers, Reducer, Tally, write
 
 
 @component
@@ -123,6 +134,10 @@ class TupletMarginLoss(PairLoss):
         margin: in degrees.
         scale: the inverse temperature.
 
+    Attributes:
+        avg_pos_angle, avg_neg_angle: with `collect_stats`, the mean angles of the positive and of the negative pairs,
+            in degrees; 0 if there are none.
+
     Raises:
         ValueError: a distance other than `CosineSimilarity`.
 
@@ -132,9 +147,20 @@ class TupletMarginLoss(PairLoss):
     margin: float = 5.73
     scale: float = 64.0
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
+    avg_pos_angle: float | None = field(default=None, init=False)
+    avg_neg_angle: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.require_distance(CosineSimilarity)
+
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+        value = super().compare(embeddings, references, pairs)
+        if self.collect_stats:
+            angles = _Angles(self)
+            with full_precision(embeddings.device):
+                look(angles, embeddings, references, pairs)
+            write(angles.tallies)
+        return value
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         return {"near": LogSumExp(Linear(self.scale))}
@@ -142,6 +168,32 @@ class TupletMarginLoss(PairLoss):
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         nearer = (angle(anchors.s) - math.radians(self.margin)).cos() * self.scale
         return {"loss": anchors.per_positive(softplus(anchors.each(anchors.found["near"].value) - nearer))}
+
+
+class _Angles:
+    """The angles of all pairs, as the losses of two parts whose means are statistics of `loss`."""
+
+    joins_anchors = False
+
+    def __init__(self, loss: TupletMarginLoss) -> None:
+        names = ("avg_pos_angle", "avg_neg_angle")
+        self.tallies = [Tally(loss, [name], measure=MeanReducer().combine) for name in names]
+        self.distance: Distance = loss.distance
+        self.reducer: Reducer = MultipleReducers(dict(zip(names, self.tallies)))
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"avg_neg_angle": Each(degrees)}
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        return {
+            "avg_pos_angle": anchors.per_positive(degrees(anchors.s)),
+            "avg_neg_angle": anchors.per_negative("avg_neg_angle"),
+        }
+
+
+def degrees(cosine: Tensor) -> Tensor:
+    """The angle of a cosine, in degrees."""
+    return cosine.clamp(-1, 1).acos().rad2deg()
 
 
 def angle(cosine: Tensor) -> Tensor:

@@ -88,9 +88,23 @@ class Distance(Recorder):
         return False
 
     @property
+    def knows_pull(self) -> bool:
+        """Whether `pull` gives the gradient of `matrix`, so that autograd need not."""
+        return False
+
+    @property
     def gradient_reads_matrix(self) -> bool:
         """Whether the gradient of `matrix` is computed from what it made, which is then not to be written to."""
         return not self.is_product
+
+    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        """The `(B, D)` gradient of `(weight * s).sum()` at the queries, where `s` is `matrix(queries, references)`; may
+        write to `weight`, `(B, M)`."""
+        raise NotImplementedError(f"{type(self).__name__} leaves its gradient to autograd")
+
+    def computes_as(self, kind: "type[Distance]") -> bool:
+        """Whether its matrix is computed by what `kind` defines, and not by a subclass of a user's own."""
+        return all(getattr(type(self), name) is getattr(kind, name) for name in ("compute_mat", "matrix", "raised"))
 
     @property
     def sign(self) -> int:
@@ -152,8 +166,19 @@ class LpDistance(Distance):
     """The Lp distance: `d[a, b] = (sum_k |a_k - b_k|^p)^(power / p)`."""
 
     @property
+    def knows_pull(self) -> bool:
+        return self.p == 2 and self.power in (1, 2) and self.computes_as(LpDistance)
+
+    @property
     def gradient_reads_matrix(self) -> bool:
-        return (self.p, self.power) != (2, 2)
+        return not (self.knows_pull and self.power == 2)
+
+    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        if self.power == 1:
+            weight = _without_nan(weight.div_(s), s)
+        made, _ = _toward(queries, references, weight, self.power, True, False)
+        assert made is not None
+        return made
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         if self.p == 2 and max(len(query_emb), len(ref_emb)) > _DIRECT_AT_MOST:
@@ -200,10 +225,14 @@ class _Euclidean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b, d = ctx.saved_tensors
-        weight = gradient / d
-        if d.device.type != "cpu" or not d.numel() or not d.amin() > 0:
-            weight.nan_to_num_(0, 0, 0)  # at distance 0 there is no direction, and the gradient is 0
-        return _toward(a, b, weight, 1, *ctx.needs_input_grad)
+        return _toward(a, b, _without_nan(gradient / d, d), 1, *ctx.needs_input_grad)
+
+
+def _without_nan(quotient: Tensor, d: Tensor) -> Tensor:
+    """What was divided by distances, 0 where these are: there is no direction, and the gradient is 0. Written to."""
+    if d.device.type != "cpu" or not d.numel() or not d.amin() > 0:
+        quotient.nan_to_num_(0, 0, 0)
+    return quotient
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:
@@ -230,7 +259,14 @@ class CosineSimilarity(Distance):
 
     @property
     def is_product(self) -> bool:
-        return self.power == 1
+        return self.power == 1 and self.computes_as(CosineSimilarity)
+
+    @property
+    def knows_pull(self) -> bool:
+        return self.is_product
+
+    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        return weight @ references
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
@@ -247,7 +283,14 @@ class DotProductSimilarity(Distance):
 
     @property
     def is_product(self) -> bool:
-        return self.power == 1
+        return self.power == 1 and self.computes_as(DotProductSimilarity)
+
+    @property
+    def knows_pull(self) -> bool:
+        return self.is_product
+
+    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        return weight @ references
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
@@ -268,6 +311,13 @@ class SNRDistance(Distance):
     def prepare(self, embeddings: Tensor) -> Tensor:
         """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to, and less their mean."""
         return _centered(super().prepare(embeddings))
+
+    @property
+    def knows_pull(self) -> bool:
+        return self.power == 1 and self.computes_as(SNRDistance)
+
+    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        return _toward_signal(queries, references, queries.square().sum(1, keepdim=True).reciprocal_(), s, weight)
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
         made: Tensor = _NoiseToSignal.apply(queries, references)  # type: ignore[no-untyped-call]
@@ -299,10 +349,17 @@ class _NoiseToSignal(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b, inverse, s = ctx.saved_tensors
         of_a, of_b = ctx.needs_input_grad
-        made, _ = _toward(a, b, gradient, 2, of_a, False)
-        if made is not None:  # of the numerator, and of the denominator
-            made = made.addcmul_(a, (gradient * s).sum(1, keepdim=True), value=-2).mul_(inverse)
-        return made, _toward(a, b, gradient * inverse, 2, False, True)[1] if of_b else None
+        return (
+            _toward_signal(a, b, inverse, s, gradient) if of_a else None,
+            _toward(a, b, gradient * inverse, 2, False, True)[1] if of_b else None,
+        )
+
+
+def _toward_signal(a: Tensor, b: Tensor, inverse: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of `(weight * s).sum()` at a: of the numerator, and of the denominator."""
+    made, _ = _toward(a, b, weight, 2, True, False)
+    assert made is not None
+    return made.addcmul_(a, (weight * s).sum(1, keepdim=True), value=-2).mul_(inverse)
 
 
 @component

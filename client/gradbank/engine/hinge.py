@@ -86,6 +86,7 @@ class Hinge(Triplets):
             (torch.minimum(t, edge), sign * add, sign * count)
             for t, add, count in asked
             for edge, sign in ((below, 1.0), (above, -1.0))
+            if bool((edge > -most).any())  # else no negative is below any of them
         ]
 
 

@@ -17,6 +17,10 @@ class Negatives(Protocol):
         """The floating weights, times how often each counts; may write to them."""
         ...
 
+    def zeroed(self, values: Tensor) -> Tensor:
+        """The values, 0 where there is no negative; may write to them."""
+        ...
+
     def beyond(self, values: Tensor) -> Tensor:
         """A copy of the values, the largest float where there is no negative."""
         ...
@@ -47,6 +51,9 @@ class Holes:
     def weighed(self, weight: Tensor) -> Tensor:
         weight.view(-1).index_fill_(0, self.flat, 0)
         return weight
+
+    def zeroed(self, values: Tensor) -> Tensor:
+        return self.weighed(values)
 
     def beyond(self, values: Tensor) -> Tensor:
         copy = values.clone(memory_format=torch.contiguous_format)
@@ -81,6 +88,9 @@ class Masked:
     def weighed(self, weight: Tensor) -> Tensor:
         return weight.masked_fill_(~self.mask, 0) if self.mask.dtype == torch.bool else weight * self.mask
 
+    def zeroed(self, values: Tensor) -> Tensor:
+        return values.masked_fill_(self.mask == 0, 0)
+
     def beyond(self, values: Tensor) -> Tensor:
         return values.masked_fill(self.mask == 0, torch.finfo(values.dtype).max)
 
@@ -105,6 +115,10 @@ class Weighted:
 
     def weighed(self, weight: Tensor) -> Tensor:
         return weight.mul_(self.weight)
+
+    def zeroed(self, values: Tensor) -> Tensor:
+        # 0 times infinity is no number, and a choice of each number would take several times as long
+        return values.clamp_(max=torch.finfo(values.dtype).max).mul_(self.weight)
 
     def beyond(self, values: Tensor) -> Tensor:
         return values.masked_fill(self.weight == 0, torch.finfo(values.dtype).max)

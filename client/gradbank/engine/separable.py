@@ -1,18 +1,14 @@
 """Triplet losses that are the sum of what the positive costs and what the negative costs."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.negatives import Negatives
-from gradbank.engine.statistics import Running, RunningSum
+from gradbank.engine.statistics import Ramp, Running, RunningRamp
 from gradbank.engine.tile import Tile
 from gradbank.engine.triplets import RunningTriplets, Triplets
-from gradbank.reducers import AvgNonZeroReducer, Reducer
-
-Cost = Callable[..., Tensor]
+from gradbank.reducers import Reducer
 
 
 class Separable(Triplets):
@@ -24,16 +20,14 @@ class Separable(Triplets):
     above 0, and how many triplets there are.
 
     Args:
-        of_positive, of_negative: of a tensor, and of the row's broadcast to it if there is one.
-        row: `(b, 1)` numbers of the anchors that both also take; they get a gradient.
+        row: `(b, 1)` numbers of the anchors that both ramps also take; they get a gradient.
     """
 
     needs_positives = False
 
-    def __init__(self, of_positive: Cost, of_negative: Cost, row: Tensor | None = None) -> None:
+    def __init__(self, of_positive: Ramp, of_negative: Ramp, row: Tensor | None = None) -> None:
         def kernel(positive: Tensor, negative: Tensor, *row: Tensor) -> Tensor:
-            made: Tensor = of_positive(positive, *row) + of_negative(negative, *row)
-            return made
+            return of_positive(positive, *row) + of_negative(negative, *row)
 
         super().__init__(kernel, row)
         self.of_positive, self.of_negative = of_positive, of_negative
@@ -66,8 +60,7 @@ class Separable(Triplets):
     def costs(self, positives: Positives) -> Tensor:
         """`(P,)`: what each positive costs."""
         row = () if self.row is None else (self.row.squeeze(1)[positives.anchor],)
-        made: Tensor = self.of_positive(positives.s, *row)
-        return made
+        return self.of_positive(positives.s, *row)
 
     def tally(self, active: Tensor, number: Tensor, positives: Positives) -> Tensor:
         """The statistic's `extra`, given for each anchor how many of its negatives cost something, and how many there
@@ -78,10 +71,9 @@ class Separable(Triplets):
         return torch.stack([of_positives * number + mine * active, mine * number], 1)
 
 
-class _RunningSeparable(RunningSum):
+class _RunningSeparable(RunningRamp):
     def __init__(self, separable: Separable, anchors: int, like: Tensor) -> None:
-        above_zero = AvgNonZeroReducer().weigh
-        super().__init__(separable.of_negative, separable.row, above_zero, anchors, like, rises=True)
+        super().__init__(separable.of_negative, separable.row, False, anchors, like)
         self.separable = separable
         self.number = torch.zeros_like(self.count)  # of negatives
 

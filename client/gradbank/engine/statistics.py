@@ -38,17 +38,21 @@ class Linear:
 
 
 class Ramp:
-    """`max(0, slope * s + row_slope * row + intercept)`: a function whose derivative is its slope wherever it is above
-    0, so that it need not be computed."""
+    """`max(0, slope * s + row_slope * row + intercept) ^ power`, whose derivative is known where its base is.
 
-    def __init__(self, slope: float, intercept: float = 0.0, row_slope: float = 0.0) -> None:
-        self.slope, self.intercept, self.row_slope = slope, intercept, row_slope
+    Args:
+        power: 1 or 2.
+    """
+
+    def __init__(self, slope: float, intercept: float = 0.0, row_slope: float = 0.0, power: int = 1) -> None:
+        self.slope, self.intercept, self.row_slope, self.power = slope, intercept, row_slope, power
 
     def __call__(self, s: Tensor, *row: Tensor) -> Tensor:
-        return self._sloping(s, *row).relu()
+        base = self._sloping(s, *row).relu()
+        return base if self.power == 1 else base.square()
 
-    def plainly(self, s: Tensor, *row: Tensor) -> Tensor:
-        """The same, without a graph."""
+    def base(self, s: Tensor, *row: Tensor) -> Tensor:
+        """What is raised to the power, without a graph."""
         return self._sloping(s.detach(), *(each.detach() for each in row)).clamp_(min=0)
 
     def _sloping(self, s: Tensor, *row: Tensor) -> Tensor:
@@ -252,13 +256,11 @@ class Sum(Statistic):
         weigh: which values count and so are summed, given them and their weights; None is all.
     """
 
-    rises = False  # whether what counts is above 0
-
     def __init__(self, f: Elementwise, row: Tensor | None = None, weigh: Weigh | None = None) -> None:
         self.f, self.row, self.weigh = f, row, weigh
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
-        return RunningSum(self.f, self.row, self.weigh, anchors, like, self.rises)
+        return _RunningSum(self.f, self.row, self.weigh, anchors, like)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         losses = self.f(s) if self.row is None else self.f(s, self.row)
@@ -278,32 +280,29 @@ class Each(Sum):
     Its name is that of the part of the loss that it is, for that is how the reducer is asked.
     """
 
+    bounds: tuple[float | None, float | None] | None = None
+
     def reduced_by(self, reducer: Reducer) -> None:
-        low, _ = reducer.bounds
-        self.weigh, self.rises = reducer.weigh, low is not None and low >= 0
+        self.weigh, self.bounds = reducer.weigh, reducer.bounds
+
+    def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
+        if isinstance(self.f, Ramp) and self.bounds in ((None, None), (0.0, None)):
+            return RunningRamp(self.f, self.row, self.bounds == (None, None), anchors, like)
+        return super().begin(anchors, like, positives)
 
 
-class RunningSum(Running):
-    """The sum of the values of a block that count, and how many there are."""
-
-    def __init__(
-        self,
-        f: Elementwise,
-        row: Tensor | None,
-        weigh: Weigh | None,
-        anchors: int,
-        like: Tensor,
-        rises: bool = False,
-    ) -> None:
+class _RunningSum(Running):
+    def __init__(self, f: Elementwise, row: Tensor | None, weigh: Weigh | None, anchors: int, like: Tensor) -> None:
         super().__init__(f, row)
-        self.weigh, self.rises = weigh, rises
-        self.ramp = f if isinstance(f, Ramp) else None
+        self.weigh = weigh
         self.total = like.new_zeros(anchors, dtype=torch.float64)
         self.count = like.new_zeros(anchors, dtype=torch.float64)
 
+    def _weight(self, losses: Tensor, negatives: Negatives) -> Tensor:
+        return negatives.weighed(torch.ones_like(losses) if self.weigh is None else self.weigh(losses, None))
+
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        row = () if self.row is None else (self.row,)
-        values = self.values(tile.s) if self.ramp is None else self.ramp.plainly(tile.s, *row)
+        values = self.values(tile.s)
         losses = values.detach()
         weight = self._weight(losses, negatives)
         count = weight.sum(1)
@@ -314,14 +313,8 @@ class RunningSum(Running):
         if tile.s.device.type != "cpu" or total.isnan().any():  # slower, and seldom needed
             total = counted(losses, weight).sum(1)
         self.total += total
-        if not tile.gathers:
-            return
-        if self.ramp is None:
+        if tile.gathers:
             self.gather(tile, values, weight, few=True)
-            return
-        weight = self._sloping(losses, weight)
-        of_row = () if self.row is None else (weight.sum(1, keepdim=True).mul_(self.ramp.row_slope),)
-        self.keep([tile.pull(weight, few=True).mul_(self.ramp.slope), *of_row])
 
     def leaf(self) -> Tensor:
         return self.total
@@ -330,20 +323,55 @@ class RunningSum(Running):
         return Gathered(leaf, self.count)
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = gradient[:, None]
-        if self.ramp is None or self.row is not None:
-            losses = self.values(s)
-            return losses, self._weight(losses.detach(), negatives) * gradient.to(losses.dtype)
-        losses = self.ramp.plainly(s)
-        weight = self._sloping(losses, self._weight(losses, negatives))
-        return s, weight.mul_((gradient * self.ramp.slope).to(s.dtype))
+        losses = self.values(s)
+        return losses, self._weight(losses.detach(), negatives) * gradient.to(losses.dtype)[:, None]
 
-    def _weight(self, losses: Tensor, negatives: Negatives) -> Tensor:
-        return negatives.weighed(torch.ones_like(losses) if self.weigh is None else self.weigh(losses, None))
 
-    def _sloping(self, losses: Tensor, weight: Tensor) -> Tensor:
-        """The weights of those that have a derivative: a ramp's is 0 where a value of 0 counts."""
-        return weight if self.rises else weight.mul_(losses.sign())
+class RunningRamp(Running):
+    """The sum of a `Ramp`, and of how many negatives: all, or those for which it is above 0."""
+
+    def __init__(self, ramp: Ramp, row: Tensor | None, counts_every: bool, anchors: int, like: Tensor) -> None:
+        super().__init__(ramp, row)
+        self.ramp, self.counts_every = ramp, counts_every
+        self.total = like.new_zeros(anchors, dtype=torch.float64)
+        self.count = like.new_zeros(anchors, dtype=torch.float64)
+
+    def add(self, tile: Tile, negatives: Negatives) -> None:
+        base, times = self._base(tile.s, negatives), negatives.times()
+        straight = self.ramp.power == 1
+        losses = base if straight else base.square()
+        total = _times(losses, times).sum(1)
+        slope = _times(base.sign_() if straight else base, times)
+        self.total += total
+        if self.counts_every:
+            self.count += negatives.number(tile.s)
+        else:
+            self.count += (slope if straight else _times(losses.sign_(), times)).sum(1)
+        if not tile.gathers or (tile.s.device.type == "cpu" and not total.any()):  # as once a model has learned
+            return
+        of_row = [] if self.row is None else [slope.sum(1, keepdim=True).mul_(self.ramp.power * self.ramp.row_slope)]
+        self.keep([tile.pull(slope, few=True).mul_(self.ramp.power * self.ramp.slope), *of_row])
+
+    def leaf(self) -> Tensor:
+        return self.total
+
+    def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
+        return Gathered(leaf, self.count)
+
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        if self.row is not None:
+            values = self.values(s)
+            return values, negatives.weighed(torch.ones_like(s)) * gradient.to(values.dtype)[:, None]
+        base = self._base(s, negatives)
+        slope = _times(base.sign_() if self.ramp.power == 1 else base, negatives.times())
+        return s, slope.mul_((gradient * (self.ramp.power * self.ramp.slope)).to(s.dtype)[:, None])
+
+    def _base(self, s: Tensor, negatives: Negatives) -> Tensor:
+        return negatives.zeroed(self.ramp.base(s, *(() if self.row is None else (self.row,))))
+
+
+def _times(values: Tensor, times: Tensor | None) -> Tensor:
+    return values if times is None else values * times
 
 
 def _masked(values: Tensor, negatives: Tensor) -> Tensor:

@@ -42,17 +42,17 @@ class Buckets:
 
     def _make_grid(self, table: Tensor) -> None:
         anchors, most = table.shape
-        finite = table.isfinite()
+        limits = torch.finfo(table.dtype)
+        finite = table.abs() < limits.max  # the grid need not reach those that every value is above, or none
         low = torch.where(finite, table, torch.inf).amin(1, keepdim=True) if most else table.new_zeros(anchors, 1)
         self.low = torch.where(low.isfinite(), low, 0)
         high = torch.where(finite, table, self.low).amax(1, keepdim=True) if most else self.low
-        limits = torch.finfo(table.dtype)
         cells = max(16, min(_CELLS * most, _GRID // max(anchors, 1)))
         self.cells = cells
         self.scale = ((cells - 1) / (high - self.low).clamp(min=limits.tiny)).clamp(max=limits.max)
         row = torch.arange(anchors, device=table.device)[:, None]
         self.row = (row * (cells + 2) + 1).to(table.dtype)
-        taken = self._cell(torch.where(finite, table, self.low))[finite]
+        taken = self._cell(torch.where(table.isfinite(), table, self.low))[table.isfinite()]
         inside = torch.zeros(anchors * (cells + 2), dtype=torch.int32, device=table.device)
         inside.index_add_(0, taken, torch.ones_like(taken))
         crowded = int(inside.max()) if inside.numel() else 0

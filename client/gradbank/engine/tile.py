@@ -23,7 +23,7 @@ class Tile:
     def __init__(self, distance: Distance, queries: Tensor, rows: Tensor, shared: bool = True) -> None:
         self.distance, self.queries, self.rows, self.shared = distance, queries, rows, shared
         self.gathers = queries.requires_grad
-        with torch.set_grad_enabled(self.gathers):
+        with torch.set_grad_enabled(self.gathers and not distance.knows_pull):
             self._graph = distance.matrix(queries, rows)
         self.s = self._graph.detach().requires_grad_(self.gathers)
 
@@ -34,7 +34,7 @@ class Tile:
         return self.s.detach() * times if self.shared or held else self.s.detach().mul_(times)
 
     def pull(self, of_s: Tensor, few: bool) -> Tensor:
-        """What the `(b, w)` gradient of `s` comes to at the queries: `(b, D)`.
+        """What the `(b, w)` gradient of `s`, which is written to, comes to at the queries: `(b, D)`.
 
         Args:
             few: whether many references may get nothing; then only the others are multiplied.
@@ -44,8 +44,15 @@ class Tile:
             if not len(live):
                 return torch.zeros_like(self.queries)
             if len(live) * 4 < of_s.shape[1]:
-                some = self.distance.matrix(self.queries, self.rows[live])
-                return torch.autograd.grad(some, self.queries, of_s[:, live])[0]
+                s = self.s.index_select(1, live) if self.distance.gradient_reads_matrix else self.s
+                return self._pulled(self.rows.index_select(0, live), s, of_s.index_select(1, live))
+        return self._pulled(self.rows, self.s, of_s)
+
+    def _pulled(self, rows: Tensor, s: Tensor, of_s: Tensor) -> Tensor:
+        if self.distance.knows_pull:
+            return self.distance.pull(self.queries.detach(), rows, s.detach(), of_s)
+        if rows is not self.rows:
+            return torch.autograd.grad(self.distance.matrix(self.queries, rows), self.queries, of_s)[0]
         return torch.autograd.grad(self._graph, self.queries, of_s, retain_graph=True)[0]
 
     def _mostly_zero(self, of_some: Tensor) -> bool:

@@ -188,18 +188,16 @@ class _IntraPairVariance:
         self.loss, self.distance, self.reducer, self.mean = loss, loss.distance, loss.reducer, mean
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
-        def spread(s: Tensor, mean: Tensor) -> Tensor:
-            return _past(s, mean, self.loss.neg_eps, not self.distance.is_inverted)
-
-        return {"neg_loss": Each(spread, row=self.mean.expand(anchors.size, 1))}
+        past = _past(self.loss.neg_eps, not self.distance.is_inverted)
+        return {"neg_loss": Each(past, row=self.mean.expand(anchors.size, 1))}
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         s, times = anchors.s, anchors.positives.times
         mean = (s * times).sum() / times.sum().clamp(min=1)
-        spread = _past(s, mean, self.loss.pos_eps, self.distance.is_inverted)
+        spread = _past(self.loss.pos_eps, self.distance.is_inverted)(s, mean)
         return {"pos_loss": anchors.per_positive(spread), "neg_loss": anchors.per_negative("neg_loss")}
 
 
-def _past(s: Tensor, mean: Tensor, eps: float, is_low: bool) -> Tensor:
-    """The squares of how far each lies below (or above) its mean, which is lowered (or raised) by a share `eps`."""
-    return relu((1 - eps) * mean - s if is_low else s - (1 + eps) * mean) ** 2
+def _past(eps: float, is_low: bool) -> Ramp:
+    """The square of how far one lies below (or above) the mean, which is lowered (or raised) by a share `eps`."""
+    return Ramp(-1, 0, 1 - eps, power=2) if is_low else Ramp(1, 0, -1 - eps, power=2)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.component import component
-from gradbank.engine import Indices, at_once
+from gradbank.engine import Indices, at_once, full_precision, widened
 from gradbank.losses.base import Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.mismatch import Mismatch
@@ -74,11 +74,14 @@ class MultipleLosses(Loss):
                 staged = _staged(losses[key], rows, labels, chosen)
                 total = total + staged.loss * weights[key]
                 commits.append(staged.commit)
-            value: Tensor = self.regularized(total, rows)
+            with full_precision(rows.device):
+                value: Tensor = self.regularized(total, rows)
             return value
 
         learned = [each for each in self.parameters() if each.requires_grad]
-        loss = at_once(whole, (embeddings,), learned)
+        # the gradients of half precision are added up, and multiplied by what backward brings, before they are rounded
+        rows = widened(embeddings) if embeddings.is_floating_point() else embeddings
+        loss = at_once(whole, (rows,), learned)
 
         def commit() -> None:
             for each in commits:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from gradbank.checks import check_batch
 from gradbank.component import component
+from gradbank.engine import full_precision, widened
 from gradbank.losses.base import Staged
 from gradbank.losses.pair import PairLoss
 from gradbank.wrappers.base import BaseLossWrapper
@@ -67,12 +68,15 @@ class SelfSupervisedLoss(BaseLossWrapper):
                 f"{tuple(ref_emb.shape)}"
             )
         sample = torch.arange(len(embeddings), device=embeddings.device)
+        rows = widened(embeddings)
+        others = rows if ref_emb is embeddings else widened(ref_emb)
         if self.symmetric:
-            views = torch.cat([embeddings, ref_emb])
+            with full_precision(rows.device):
+                views = torch.cat([rows, others])
             return self._around(self.loss.stage(views, torch.cat([sample, sample])), views)
         # of the very same labels, reference i would be anchor i itself, and not its positive
-        staged = self.loss.stage(embeddings, sample, ref_emb=ref_emb, ref_labels=sample.clone())
-        return self._around(staged, embeddings)
+        staged = self.loss.stage(rows, sample, ref_emb=others, ref_labels=sample.clone())
+        return self._around(staged, rows)
 
     def _around(self, staged: Staged, embeddings: Tensor) -> Staged:
         return staged._replace(loss=self.regularized(staged.loss, embeddings))
@@ -107,7 +111,8 @@ class SelfSupervisedLossWrapper(SelfSupervisedLoss):
         assert view is not None
         if view.ndim > 1:
             return super().stage(embeddings, view)
-        return self._around(self.loss.stage(embeddings, view), embeddings)
+        rows = widened(embeddings)
+        return self._around(self.loss.stage(rows, view), rows)
 
 
 def _compares(loss: nn.Module) -> bool:

@@ -425,10 +425,10 @@ class PerAnchorReducer(Reducer):
         return [*super().tallies(), *within]
 
     def combine(self, kept: Kept) -> Ratio:
-        some = kept.counts > 0 if kept.kind == "element" else torch.ones_like(kept.counts, dtype=torch.bool)
+        times = kept.counts if kept.kind == "element" else torch.ones_like(kept.counts)
         means = kept.sums / kept.counts.clamp(min=1)
         return self.reducer.combine(
-            add_up(self.reducer, "element", means, some.to(means.dtype), None, len(means), kept.labels, kept.divisor)
+            add_up(self.reducer, "element", means, times, None, len(means), kept.labels, kept.divisor)
         )
 
     def _reduced(self, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Tensor:

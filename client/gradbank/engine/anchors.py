@@ -147,7 +147,7 @@ class Anchors:
         elif part.kind == "element":
             indices = torch.arange(len(losses), device=losses.device)
             if part.times is not None:
-                indices = part.times.nonzero().squeeze(1)
+                indices = indices.repeat_interleave(part.times.long())
                 losses = losses[indices]
         made = {"losses": losses, "indices": indices, "reduction_type": part.kind}
         return made if part.divisor is None else {**made, "divisor": part.divisor}

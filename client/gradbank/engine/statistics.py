@@ -268,11 +268,6 @@ class Sum(Statistic):
         weight = weight if self.weigh is None else self.weigh(losses.detach(), weight)
         return Gathered(counted(losses, weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64))
 
-    def listed(self, s: Tensor, pairs: EveryPair) -> Gathered | None:
-        row = () if self.row is None else (self.row[pairs.a2],)
-        losses = self.f(s[pairs.a2, pairs.n].unsqueeze(1), *row).squeeze(1)
-        return Gathered(losses, None, (losses, (pairs.a2, pairs.n)))
-
 
 class Each(Sum):
     """The losses `f(s_n)` of the negatives themselves, as the reducer counts them: the sum over those that count.
@@ -289,6 +284,11 @@ class Each(Sum):
         if isinstance(self.f, Ramp) and self.bounds in ((None, None), (0.0, None)):
             return RunningRamp(self.f, self.row, self.bounds == (None, None), anchors, like)
         return super().begin(anchors, like, positives)
+
+    def listed(self, s: Tensor, pairs: EveryPair) -> Gathered | None:
+        row = () if self.row is None else (self.row[pairs.a2],)
+        losses = self.f(s[pairs.a2, pairs.n].unsqueeze(1), *row).squeeze(1)
+        return Gathered(losses, None, (losses, (pairs.a2, pairs.n)))
 
 
 class _RunningSum(Running):

@@ -97,9 +97,11 @@ class Distance(Recorder):
         """Whether the gradient of `matrix` is computed from what it made, which is then not to be written to."""
         return not self.is_product
 
-    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        """The `(B, D)` gradient of `(weight * s).sum()` at the queries, where `s` is `matrix(queries, references)`; may
-        write to `weight`, `(B, M)`."""
+    def pull(
+        self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient of `(weight * s).sum()`, where `s` is `matrix(queries, references)`: `(B, D)` at the queries
+        and, if `of_both`, `(M, D)` at the references. May write to `weight`, `(B, M)`."""
         raise NotImplementedError(f"{type(self).__name__} leaves its gradient to autograd")
 
     def computes_as(self, kind: "type[Distance]") -> bool:
@@ -133,6 +135,10 @@ class Distance(Recorder):
             else self._mean_norms(references, dtype)
         )
 
+    def _measured(self, embeddings: Tensor) -> Tensor:
+        """The prepared embeddings, as statistics take them."""
+        return self.prepare(embeddings)
+
     @torch.no_grad()
     def _mean_norms(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
         """The mean `p`-norm of all rows, as they are and prepared: 0 of none."""
@@ -140,7 +146,7 @@ class Distance(Recorder):
         for piece in pieces:
             for rows in torch.split(piece.detach(), max(1, _NUMBERS_AT_ONCE // max(piece.shape[1], 1))):
                 given = rows.to(dtype)
-                for i, each in enumerate((given, self.prepare(given))):
+                for i, each in enumerate((given, self._measured(given))):
                     norms = torch.linalg.vector_norm(each, ord=self.p, dim=1, dtype=torch.float64)
                     total[i] += norms.sum().cpu()
         initial, final = (total / max(sum(map(len, pieces)), 1)).tolist()
@@ -173,12 +179,14 @@ class LpDistance(Distance):
     def gradient_reads_matrix(self) -> bool:
         return not (self.knows_pull and self.power == 2)
 
-    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+    def pull(
+        self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         if self.power == 1:
             weight = _without_nan(weight.div_(s), s)
-        made, _ = _toward(queries, references, weight, self.power, True, False)
-        assert made is not None
-        return made
+        of_queries, of_references = _toward(queries, references, weight, self.power, True, of_both)
+        assert of_queries is not None
+        return of_queries, of_references
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         if self.p == 2 and max(len(query_emb), len(ref_emb)) > _DIRECT_AT_MOST:
@@ -265,8 +273,10 @@ class CosineSimilarity(Distance):
     def knows_pull(self) -> bool:
         return self.is_product
 
-    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        return weight @ references
+    def pull(
+        self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return weight @ references, weight.mT @ queries if of_both else None
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
@@ -289,8 +299,10 @@ class DotProductSimilarity(Distance):
     def knows_pull(self) -> bool:
         return self.is_product
 
-    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        return weight @ references
+    def pull(
+        self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return weight @ references, weight.mT @ queries if of_both else None
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
@@ -312,12 +324,20 @@ class SNRDistance(Distance):
         """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to, and less their mean."""
         return _centered(super().prepare(embeddings))
 
+    def _measured(self, embeddings: Tensor) -> Tensor:
+        return super().prepare(embeddings)  # a mean that is taken off is not part of a norm
+
     @property
     def knows_pull(self) -> bool:
         return self.power == 1 and self.computes_as(SNRDistance)
 
-    def pull(self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        return _toward_signal(queries, references, queries.square().sum(1, keepdim=True).reciprocal_(), s, weight)
+    def pull(
+        self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        inverse = queries.square().sum(1, keepdim=True).reciprocal_()
+        of_queries, of_references = _toward_signal(queries, references, inverse, s, weight, True, of_both)
+        assert of_queries is not None
+        return of_queries, of_references
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
         made: Tensor = _NoiseToSignal.apply(queries, references)  # type: ignore[no-untyped-call]
@@ -349,17 +369,21 @@ class _NoiseToSignal(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b, inverse, s = ctx.saved_tensors
         of_a, of_b = ctx.needs_input_grad
-        return (
-            _toward_signal(a, b, inverse, s, gradient) if of_a else None,
-            _toward(a, b, gradient * inverse, 2, False, True)[1] if of_b else None,
-        )
+        return _toward_signal(a, b, inverse, s, gradient, of_a, of_b)
 
 
-def _toward_signal(a: Tensor, b: Tensor, inverse: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of `(weight * s).sum()` at a: of the numerator, and of the denominator."""
-    made, _ = _toward(a, b, weight, 2, True, False)
-    assert made is not None
-    return made.addcmul_(a, (weight * s).sum(1, keepdim=True), value=-2).mul_(inverse)
+def _toward_signal(
+    a: Tensor, b: Tensor, inverse: Tensor, s: Tensor, weight: Tensor, of_a: bool, of_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of `(weight * s).sum()`: at each a, of the numerator and of the denominator, and at each b."""
+    at_a, at_b = None, None
+    if of_a:
+        at_a, _ = _toward(a, b, weight, 2, True, False)
+        assert at_a is not None
+        at_a.addcmul_(a, (weight * s).sum(1, keepdim=True), value=-2).mul_(inverse)
+    if of_b:
+        _, at_b = _toward(a, b, weight * inverse, 2, False, True)
+    return at_a, at_b
 
 
 @component
@@ -397,6 +421,9 @@ class BatchedDistance(Distance):
 
     def prepare(self, embeddings: Tensor) -> Tensor:
         return self.distance.prepare(embeddings)
+
+    def _measured(self, embeddings: Tensor) -> Tensor:
+        return self.distance._measured(embeddings)
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
         return self.distance.matrix(queries, references)

@@ -28,7 +28,7 @@ from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, Pairs
 from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
 from gradbank.engine.separable import Separable
-from gradbank.engine.statistics import Each, Linear, LogSumExp, Number, Ramp, Running, Statistic, Sum
+from gradbank.engine.statistics import Each, Linear, LogSumExp, Number, Ramp, Running, Sloped, Statistic, Sum
 from gradbank.engine.thresholds import Buckets, first_not_above
 from gradbank.engine.tiled import Bounds, tiled
 from gradbank.engine.triplets import Triplets
@@ -58,6 +58,7 @@ __all__ = [
     "References",
     "Running",
     "Separable",
+    "Sloped",
     "Statistic",
     "Sum",
     "Triplets",

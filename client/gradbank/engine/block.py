@@ -37,6 +37,7 @@ class Block:
         width: int,
         gathers: bool,
         keeps: bool,
+        keeps_tiles: bool = False,
     ) -> None:
         self.loss, self.references, self.pairs, self.rows, self.width = loss, references, pairs, rows, width
         self.keeps = keeps
@@ -56,6 +57,7 @@ class Block:
         self.running: dict[str, Running] = {name: each.begin(self.size, like, early) for name, each in wanted.items()}
         gathers = gathers and self.listing is not None
         self.gathers = gathers and all(r.by_anchor and not r.learns(like) for r in self.running.values())
+        self.tiles: list[Tensor] | None = [] if keeps_tiles and loss.distance.knows_pull and not self.gathers else None
         self.positives: Positives | None = self._sweep()
         self.leaves = {name: running.leaf() for name, running in self.running.items()}
         if not keeps:
@@ -98,7 +100,9 @@ class Block:
         found: list[Tensor] = []
         masked: list[tuple[TilePairs, slice]] = []
         for index, columns, rows in self._rows():
-            tile = Tile(self.loss.distance, queries, rows, len(self.running) > 1)
+            tile = Tile(self.loss.distance, queries, rows, len(self.running) > 1, self.tiles is not None)
+            if self.tiles is not None:
+                self.tiles.append(tile.s)
             flat, negatives, pairs = self._pairs(index, columns)
             if self.keeps:  # before anything writes to the tile
                 found.append(tile.s.detach().reshape(-1).index_select(0, flat))
@@ -193,11 +197,12 @@ class Block:
         for index, (columns, piece, part) in enumerate(self.references.tiles(self.width)):
             wanted = into.rows[1 + piece] is not None
             with torch.enable_grad():
-                rows = self.references.pieces[piece][part].to(queries.dtype).requires_grad_(wanted)
-                s = distance.matrix(queries, distance.prepare(rows))
+                given = self.references.pieces[piece][part].to(queries.dtype).requires_grad_(wanted)
+                rows = distance.prepare(given)
+                s = self._matrix_again(queries, rows, index)
                 flat, negatives, _ = self._pairs(index, columns)
                 leaf = s.detach().requires_grad_()
-                outputs = [running.spread(leaf, negatives, gradient) for running, gradient in spread.items()]
+                outputs = [pair for r, gradient in spread.items() for pair in r.spread(leaf, negatives, gradient)]
             of_s = None
             if outputs:
                 values, weights = zip(*outputs)
@@ -210,11 +215,22 @@ class Block:
             if of_positives is not None:
                 of_s.view(-1).index_add_(0, flat, of_positives[start : start + len(flat)])
                 start += len(flat)
-            of_queries, *of_rows = torch.autograd.grad(s, [queries, rows] if wanted else [queries], of_s)
+            if distance.knows_pull:
+                of_queries, of_rows = distance.pull(queries.detach(), rows.detach(), s, of_s, wanted)
+                of_given = list(torch.autograd.grad(rows, given, of_rows)) if wanted else []
+            else:
+                of_queries, *of_given = torch.autograd.grad(s, [queries, given] if wanted else [queries], of_s)
             done = of_queries.contiguous() if done is None else done.add_(of_queries)
             if wanted:
-                into.add(1 + piece, part, of_rows[0])
+                into.add(1 + piece, part, of_given[0])
         return torch.zeros_like(queries) if done is None else done
+
+    def _matrix_again(self, queries: Tensor, rows: Tensor, index: int) -> Tensor:
+        """A tile of the first sweep: as it was kept, or computed again, with a graph if that is needed."""
+        if self.tiles is not None:
+            return self.tiles[index]
+        with torch.set_grad_enabled(not self.loss.distance.knows_pull):
+            return self.loss.distance.matrix(queries, rows)
 
 
 def sweep(

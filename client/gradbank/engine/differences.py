@@ -100,10 +100,10 @@ class _RunningDifferences(Running):
         sums = (number * positives.s).sum(1)[None] - leaf
         return Gathered(_between(sums), _between(number.sum(1)[None]))
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         of_past = (gradient[0, 1:, None] * self.times).view(-1)
         share = self.buckets.at_or_above(of_past) + (gradient[0, 0] * self.mine)[:, None]
-        return s, negatives.weighed(self.buckets.lookup(self.buckets.find(s.detach()), share.to(s.dtype)))
+        return [(s, negatives.weighed(self.buckets.lookup(self.buckets.find(s.detach()), share.to(s.dtype))))]
 
 
 def _between(past: Tensor) -> Tensor:

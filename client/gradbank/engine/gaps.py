@@ -57,8 +57,8 @@ class _RunningGaps(Running):
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         return Gathered(leaf, self.number)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         gap, weight = self.gaps.weighed(s.detach())
         of_weight, of_cost = gradient.to(s.dtype)[:, :1], gradient.to(s.dtype)[:, 1:]
         slope = gap.mul_(-self.gaps.temperature * of_cost).sub_(self.gaps.temperature * of_weight + of_cost)
-        return s, negatives.weighed(slope.mul_(weight))
+        return [(s, negatives.weighed(slope.mul_(weight)))]

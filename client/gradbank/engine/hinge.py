@@ -6,6 +6,8 @@ anchor's thresholds, once each, and cumulative sums answer every positive: `O(N)
 counts that equal those of the plain triplets.
 """
 
+from collections import deque
+
 import torch
 from torch import Tensor, relu
 
@@ -105,12 +107,15 @@ class _RunningHinge(Running):
         self.counts = torch.zeros_like(self.buckets.table, dtype=torch.float64)
         self.total = u.new_zeros(anchors, dtype=torch.float64)
         self.number = u.new_zeros(anchors, dtype=torch.float64)  # of negatives
+        self.shares: deque[Tensor] = deque()  # of the tiles that are kept for a second sweep, in their order
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         values, times = self.values(tile.s), negatives.times()
         v, bucket = values.detach(), self._buckets(values, negatives)
         share = self.buckets.lookup(bucket, self.share)
         share = share if times is None else share * times
+        if tile.kept:
+            self.shares.append(share)
         self.counts += self.buckets.count(bucket, times)
         total = (share * v).sum(1)
         if tile.s.device.type != "cpu" or total.isnan().any():  # slower, and seldom needed
@@ -138,8 +143,11 @@ class _RunningHinge(Running):
         of_positives = torch.zeros_like(leaf).index_add(0, anchor, u)
         return Gathered(of_positives - leaf, torch.zeros_like(self.total).index_add(0, anchor, counts))
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         values, times = self.values(s), negatives.times()
-        share = self.buckets.lookup(self._buckets(values, negatives), self.share)
-        share = share if times is None else share * times
-        return values, share * gradient.to(share.dtype)[:, None]
+        if self.shares:
+            share = self.shares.popleft()
+        else:
+            share = self.buckets.lookup(self._buckets(values, negatives), self.share)
+            share = share if times is None else share * times
+        return [(values, share * gradient.to(share.dtype)[:, None])]

@@ -85,6 +85,6 @@ class _RunningHistogram(Running):
     def leaf(self) -> Tensor:
         return self.grid.nodes(self.number, self.shares)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         cell, _ = self.grid.cells(s)
-        return s, negatives.weighed(self.grid.slopes(gradient).to(s.dtype).gather(1, cell))
+        return [(s, negatives.weighed(self.grid.slopes(gradient).to(s.dtype).gather(1, cell)))]

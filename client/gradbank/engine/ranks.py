@@ -73,13 +73,13 @@ class _RunningRanks(Running):
         change = (positives.s - positives.s.detach()) * (self.slope / self.temperature).to(positives.s.dtype)
         return Gathered(leaf + change)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         weight = torch.zeros_like(s, requires_grad=False)
         scaled = gradient / self.temperature
         for part, anchor, before, times in self._before(s.detach(), negatives):
             slope = (1 - before).mul_(before).mul_(scaled[part, None])
             weight.index_add_(0, anchor, slope if times is None else slope.mul_(times))
-        return s, weight
+        return [(s, weight)]
 
 
 def ranks_among(positives: Positives, anchors: int, temperature: float) -> Tensor:

@@ -60,6 +60,21 @@ class Ramp:
         return torch.add(offset, s, alpha=self.slope)
 
 
+class Sloped:
+    """A function given along with its derivative, so that neither needs a graph.
+
+    Args:
+        both: from a tensor to the values and the slopes, new tensors both.
+    """
+
+    def __init__(self, both: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.both = both
+
+    def __call__(self, s: Tensor) -> Tensor:
+        values, slopes = self.both(s.detach())
+        return values + (s - s.detach()) * slopes
+
+
 class EveryPair(NamedTuple):
     """The pairs of a whole batch, one by one."""
 
@@ -109,9 +124,9 @@ class Running:
         """The statistic, as a differentiable function of the leaf and of the block's positives."""
         return Gathered(leaf)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """`(output, weight)`: backpropagating `weight` through `output`, a function of the tile `s`, is
-        backpropagating `gradient` through the leaf."""
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Outputs and their weights: backpropagating these through functions of the tile `s`, and of the row if there
+        is one, is backpropagating `gradient` through the leaf."""
         raise NotImplementedError
 
     def gather(
@@ -179,16 +194,21 @@ class _RunningLogSumExp(Running):
         # with a plain slope, the derivative of f is left to the end
         self.slope = f.slope if isinstance(f, Linear) and not isinstance(f.slope, Tensor) else None
 
-    def _values(self, s: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor]:
-        """What is exponentiated, as a function of `s`, and the same where there is a negative, to be written to."""
+    def _values(self, s: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is exponentiated, as a function of `s` but for its slopes, if these are the third; and the same where
+        there is a negative, to be written to."""
+        if isinstance(self.f, Sloped):
+            values, slopes = self.f.both(s.detach())
+            return s, negatives.logged(values), slopes
         if self.slope is None:
             values = self.values(s)
-            return values, negatives.logged(values.detach().clone())
-        return s, negatives.logged(s.detach() * self.slope)
+            return values, negatives.logged(values.detach().clone()), None
+        return s, negatives.logged(s.detach() * self.slope), None
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
+        slopes = None
         if self.slope is None:
-            values, share = self._values(tile.s, negatives)
+            values, share, slopes = self._values(tile.s, negatives)
         else:
             values, share = tile.s, negatives.logged(tile.own(self.slope))
         most = torch.maximum(self.most, share.amax(1)) if share.shape[1] else self.most
@@ -199,10 +219,10 @@ class _RunningLogSumExp(Running):
         self.most = most
         if not tile.gathers:
             return
-        if self.slope is None:
+        if self.slope is None and slopes is None:
             self.gather(tile, values, share, decay)
         else:
-            self.keep([tile.pull(share, few=False)], decay)
+            self.keep([tile.pull(share if slopes is None else share.mul_(slopes), few=False)], decay)
 
     def leaf(self) -> Tensor:
         shift = torch.where(self.most.isneginf(), 0, self.most)
@@ -215,11 +235,12 @@ class _RunningLogSumExp(Running):
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         return Gathered(leaf if self.slope is None else leaf + self.f.intercept)  # type: ignore[attr-defined]
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        values, share = self._values(s, negatives)
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        values, share, slopes = self._values(s, negatives)
         some = self.logarithm > -torch.inf
         share.sub_(torch.where(some, self.logarithm, 0)[:, None]).exp_()
-        return values, share.mul_(torch.where(some, gradient * (self.slope or 1), 0)[:, None])
+        share.mul_(torch.where(some, gradient * (self.slope or 1), 0)[:, None])
+        return [(values, share if slopes is None else share.mul_(slopes))]
 
 
 class Number(Statistic):
@@ -322,9 +343,9 @@ class _RunningSum(Running):
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         return Gathered(leaf, self.count)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         losses = self.values(s)
-        return losses, self._weight(losses.detach(), negatives) * gradient.to(losses.dtype)[:, None]
+        return [(losses, self._weight(losses.detach(), negatives) * gradient.to(losses.dtype)[:, None])]
 
 
 class RunningRamp(Running):
@@ -341,13 +362,15 @@ class RunningRamp(Running):
         straight = self.ramp.power == 1
         losses = base if straight else base.square()
         total = _times(losses, times).sum(1)
-        slope = _times(base.sign_() if straight else base, times)
         self.total += total
         if self.counts_every:
             self.count += negatives.number(tile.s)
-        else:
+        if tile.s.device.type == "cpu" and not total.any():  # as is common once a model has learned
+            return
+        slope = _times(base.sign_() if straight else base, times)
+        if not self.counts_every:
             self.count += (slope if straight else _times(losses.sign_(), times)).sum(1)
-        if not tile.gathers or (tile.s.device.type == "cpu" and not total.any()):  # as once a model has learned
+        if not tile.gathers:
             return
         of_row = [] if self.row is None else [slope.sum(1, keepdim=True).mul_(self.ramp.power * self.ramp.row_slope)]
         self.keep([tile.pull(slope, few=True).mul_(self.ramp.power * self.ramp.slope), *of_row])
@@ -358,13 +381,14 @@ class RunningRamp(Running):
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         return Gathered(leaf, self.count)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        if self.row is not None:
-            values = self.values(s)
-            return values, negatives.weighed(torch.ones_like(s)) * gradient.to(values.dtype)[:, None]
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         base = self._base(s, negatives)
         slope = _times(base.sign_() if self.ramp.power == 1 else base, negatives.times())
-        return s, slope.mul_((gradient * (self.ramp.power * self.ramp.slope)).to(s.dtype)[:, None])
+        slope.mul_((gradient * self.ramp.power).to(s.dtype)[:, None])
+        made = []
+        if self.row is not None:
+            made.append((self.row, slope.sum(1, keepdim=True).mul_(self.ramp.row_slope)))
+        return [*made, (s, slope.mul_(self.ramp.slope))]
 
     def _base(self, s: Tensor, negatives: Negatives) -> Tensor:
         return negatives.zeroed(self.ramp.base(s, *(() if self.row is None else (self.row,))))

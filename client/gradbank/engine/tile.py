@@ -18,10 +18,13 @@ class Tile:
     Attributes:
         s: the distances; they require a gradient if the queries do.
         gathers: whether the queries do.
+        kept: whether the tile is, for a second sweep.
     """
 
-    def __init__(self, distance: Distance, queries: Tensor, rows: Tensor, shared: bool = True) -> None:
-        self.distance, self.queries, self.rows, self.shared = distance, queries, rows, shared
+    def __init__(
+        self, distance: Distance, queries: Tensor, rows: Tensor, shared: bool = True, kept: bool = False
+    ) -> None:
+        self.distance, self.queries, self.rows, self.shared, self.kept = distance, queries, rows, shared or kept, kept
         self.gathers = queries.requires_grad
         with torch.set_grad_enabled(self.gathers and not distance.knows_pull):
             self._graph = distance.matrix(queries, rows)
@@ -40,7 +43,7 @@ class Tile:
             few: whether many references may get nothing; then only the others are multiplied.
         """
         if few and self._mostly_zero(of_s[:8]):
-            live = of_s.abs().sum(0).nonzero().squeeze(1)
+            live = (of_s.amax(0).abs() + of_s.amin(0).abs()).nonzero().squeeze(1)
             if not len(live):
                 return torch.zeros_like(self.queries)
             if len(live) * 4 < of_s.shape[1]:
@@ -50,7 +53,7 @@ class Tile:
 
     def _pulled(self, rows: Tensor, s: Tensor, of_s: Tensor) -> Tensor:
         if self.distance.knows_pull:
-            return self.distance.pull(self.queries.detach(), rows, s.detach(), of_s)
+            return self.distance.pull(self.queries.detach(), rows, s.detach(), of_s)[0]
         if rows is not self.rows:
             return torch.autograd.grad(self.distance.matrix(self.queries, rows), self.queries, of_s)[0]
         return torch.autograd.grad(self._graph, self.queries, of_s, retain_graph=True)[0]

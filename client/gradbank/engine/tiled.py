@@ -33,11 +33,13 @@ class Bounds:
         rows: anchors in a block, at most, where there are references enough to fill a tile.
         positives: positive pairs held, at most; each takes some 50 bytes. Where there are more, blocks of anchors are
             written one at a time, each (but for a single anchor) with no more than these.
+        kept: entries of the distance matrix, at most, that are kept from a first sweep for a second one.
     """
 
     tile: int = 2**19
     rows: int = 512
-    positives: int = 2**21
+    positives: int = 3 * 2**19
+    kept: int = 2**23
 
     def blocks(self, pairs: Pairs, anchors: int, references: int) -> Iterator[slice]:
         """Blocks of anchors; those of a block have room for as many positives as the richest has."""
@@ -74,10 +76,11 @@ def tiled(
     keeps = len(embeddings) * len(references) <= bounds.positives
     keeps = keeps or not pairs.names_positives or int(pairs.most_positives().sum()) <= bounds.positives
     gathers = any(needed) and not any(needed[1 : 1 + len(references.pieces)])
-    blocks = [
-        Block(loss, embeddings[rows], references, pairs, rows, bounds.width(rows, references.vectors), gathers, keeps)
-        for rows in bounds.blocks(pairs, len(embeddings), len(references))
-    ]
+    keeps_tiles = keeps and any(needed) and len(embeddings) * len(references) <= bounds.kept
+    blocks = []
+    for rows in bounds.blocks(pairs, len(embeddings), len(references)):
+        width = bounds.width(rows, references.vectors)
+        blocks.append(Block(loss, embeddings[rows], references, pairs, rows, width, gathers, keeps, keeps_tiles))
     written = _Written(loss, embeddings, [blocks] if keeps else [[block] for block in blocks])
     value = written.value().to(embeddings.dtype)
     into = Gradients(embeddings, references.pieces, learned, needed)

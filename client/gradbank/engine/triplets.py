@@ -119,7 +119,7 @@ class RunningTriplets(Running):
         change = (s - s.detach()).double() * self.of_positives
         return Gathered(leaf + torch.zeros_like(leaf).index_add(0, positives.anchor, change), self.count)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         total, far = torch.zeros_like(s[:, 0]), negatives.beyond(s)
         for part in torch.split(self.order, max(1, _AT_ONCE // max(s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
@@ -128,4 +128,4 @@ class RunningTriplets(Running):
             weight = self.triplets.within(self.positives.s[part, None], far.detach()[anchor], weight)
             weight = self.triplets.reducer.weigh(losses.detach(), weight)
             total = total.index_add(0, anchor, counted(losses, weight).sum(1))
-        return total, gradient.to(s.dtype)
+        return [(total, gradient.to(s.dtype))]

@@ -5,11 +5,11 @@ from dataclasses import field
 from typing import ClassVar
 
 import torch
-from torch import relu
+from torch import Tensor, relu
 
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance
-from gradbank.engine import Anchors, Linear, LogSumExp, Part, Statistic
+from gradbank.engine import Anchors, Linear, LogSumExp, Part, Sloped, Statistic
 from gradbank.losses.pair import PairLoss, or_zero, softplus
 from gradbank.reducers import AvgNonZeroReducer, Reducer
 
@@ -71,7 +71,11 @@ class CircleLoss(PairLoss):
         self.require_distance(CosineSimilarity)
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
-        return {"near": LogSumExp(lambda s: self.gamma * relu(s.detach() + self.m) * (s - self.m))}
+        return {"near": LogSumExp(Sloped(self._near))}
+
+    def _near(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        weight = (s + self.m).clamp_(min=0).mul_(self.gamma)
+        return (s - self.m).mul_(weight), weight
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         s, near = anchors.s, anchors.found["near"].value

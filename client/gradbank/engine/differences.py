@@ -5,6 +5,7 @@ alone. So negatives are dropped into the buckets between an anchor's thresholds,
 say how many triplets are past each edge, and the sum of their differences.
 """
 
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,9 @@ class _RunningDifferences(Running):
         super().__init__(torch.zeros_like)
         self.edges, self.positives = edges, positives
         self.times = positives.times.double()
-        self.buckets = Buckets(anchors, positives.anchor.repeat(edges.number), self._thresholds(positives.s).view(-1))
+        thresholds = self._thresholds(positives.s).view(-1)
+        self.buckets = Buckets(anchors, positives.anchor.repeat(edges.number), thresholds, cells=16)
+        self.kept_buckets: deque[Tensor] = deque()  # of the tiles that are kept for a second sweep, in their order
         self.mine = positives.s.new_zeros(anchors, dtype=torch.float64).index_add(0, positives.anchor, self.times)
         self.counts = torch.zeros_like(self.buckets.table, dtype=torch.float64)
         self.sums = torch.zeros_like(self.counts)
@@ -86,6 +89,8 @@ class _RunningDifferences(Running):
     def add(self, tile: Tile, negatives: Negatives) -> None:
         s, times = tile.s.detach(), negatives.times()
         bucket = negatives.elsewhere(self.buckets.find(s), self.buckets.last)
+        if tile.kept:
+            self.kept_buckets.append(bucket)
         self.counts += self.buckets.count(bucket, times)
         self.sums += self.buckets.count(bucket, s if times is None else s * times)
 
@@ -103,7 +108,8 @@ class _RunningDifferences(Running):
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         of_past = (gradient[0, 1:, None] * self.times).view(-1)
         share = self.buckets.at_or_above(of_past) + (gradient[0, 0] * self.mine)[:, None]
-        return [(s, negatives.weighed(self.buckets.lookup(self.buckets.find(s.detach()), share.to(s.dtype))))]
+        bucket = self.kept_buckets.popleft() if self.kept_buckets else self.buckets.find(s.detach())
+        return [(s, negatives.weighed(self.buckets.lookup(bucket, share.to(s.dtype))))]
 
 
 def _between(past: Tensor) -> Tensor:

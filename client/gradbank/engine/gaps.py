@@ -31,9 +31,10 @@ class Gaps(Statistic):
 
     def weighed(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """The gap of each value, and its weight: 0 where it does not count."""
-        gap = (self.edge - s).clamp(min=0)
+        gap = (self.edge - s).clamp_(min=0)
         counts = (gap * s).detach().clamp_(min=0).sign_()  # by signs, for masks are slow
-        return gap, (gap * self.temperature).exp() * counts
+        weight = (gap * self.temperature).exp_()
+        return gap, weight * counts if weight.requires_grad else weight.mul_(counts)
 
 
 class _RunningGaps(Running):
@@ -49,7 +50,7 @@ class _RunningGaps(Running):
         gap, weight = self.gaps.weighed(tile.s.detach())
         weight = negatives.weighed(weight)
         self.sums += torch.stack([weight.sum(1), gap.mul_(weight).sum(1)], 1)
-        self.number += negatives.weighed(torch.ones_like(weight)).sum(1)
+        self.number += negatives.number(tile.s)
 
     def leaf(self) -> Tensor:
         return self.sums

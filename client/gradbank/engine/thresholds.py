@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_CELLS = 128  # of the grid that says roughly where a value falls, for each threshold
+_CELLS = 128  # of a grid for each threshold: these crowd where the values do
 _GRID = 2**21  # cells of all anchors' grids together, at most
 _GROUP = 4  # values that are looked at together for one that a grid does not place
 
@@ -22,12 +22,13 @@ class Buckets:
     Args:
         anchor: `(Q,)` whose threshold each one is.
         thresholds: `(Q,)`, finite.
+        cells: of the grid for each threshold; few of them do where thresholds are spread evenly.
 
     Attributes:
         last: `(b, 1)` int32, each anchor's last bucket, which no value falls in: for what is not to be counted.
     """
 
-    def __init__(self, anchors: int, anchor: Tensor, thresholds: Tensor) -> None:
+    def __init__(self, anchors: int, anchor: Tensor, thresholds: Tensor, cells: int = _CELLS) -> None:
         by_anchor = anchor.argsort(stable=True)
         number = torch.bincount(anchor, minlength=anchors)
         start = number.cumsum(0) - number
@@ -38,16 +39,15 @@ class Buckets:
         places = torch.arange(most, device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(1, order, places)
         self.anchor, self.rank = anchor, rank[anchor, column]
-        self._make_grid(table)
+        self._make_grid(table, max(16, min(cells * most, _GRID // max(anchors, 1))))
 
-    def _make_grid(self, table: Tensor) -> None:
+    def _make_grid(self, table: Tensor, cells: int) -> None:
         anchors, most = table.shape
         limits = torch.finfo(table.dtype)
         finite = table.abs() < limits.max  # the grid need not reach those that every value is above, or none
         low = torch.where(finite, table, torch.inf).amin(1, keepdim=True) if most else table.new_zeros(anchors, 1)
         self.low = torch.where(low.isfinite(), low, 0)
         high = torch.where(finite, table, self.low).amax(1, keepdim=True) if most else self.low
-        cells = max(16, min(_CELLS * most, _GRID // max(anchors, 1)))
         self.cells = cells
         self.scale = ((cells - 1) / (high - self.low).clamp(min=limits.tiny)).clamp(max=limits.max)
         row = torch.arange(anchors, device=table.device)[:, None]

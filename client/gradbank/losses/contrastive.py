@@ -158,10 +158,10 @@ def _mean_of_negatives(distance: Distance, embeddings: Tensor, references: Refer
     everything, alike, step = queries.new_zeros(queries.shape[1]), torch.zeros_like(of_group), 2**13
     for columns, piece, part in references.tiles(step):
         rows = distance.prepare(references.pieces[piece][part].to(embeddings.dtype))
-        everything = everything + rows.sum(0, dtype=torch.float64)
+        everything = everything + rows.sum(0).double()
         start, stop = torch.searchsorted(pairs.met, torch.tensor([columns.start, columns.stop], device=rows.device))
-        met = rows.index_select(0, pairs.met[start:stop] - columns.start).double()
-        alike = alike.index_add(0, pairs.met_group[start:stop], met)
+        met = rows.index_select(0, pairs.met[start:stop] - columns.start)
+        alike = alike + met.new_zeros(alike.shape).index_add(0, pairs.met_group[start:stop], met).double()
     sizes = (torch.bincount(group, minlength=groups) for group in (pairs.group, pairs.met_group))
     number = len(queries) * len(references) - torch.stack(list(sizes)).prod(0).sum()
     total = queries.sum(0) @ everything - (of_group * alike).sum()

@@ -75,6 +75,7 @@ class Buckets:
         bucket = self.bucket.index_select(0, self._cell(values).view(-1))  # plain indexing is several times slower
         place = _groups_below_zero(bucket)
         found, among = bucket.index_select(0, place), values.reshape(-1).index_select(0, place)
+        among.clamp_(max=torch.finfo(among.dtype).max)  # what the table is filled up with is infinite
         found ^= found >> 31  # -1 - x where it is negative
         table = self.table.view(-1)
         for step in self.steps:

@@ -1,0 +1,171 @@
+"""Gradients that distances and functions give by themselves, held to autograd; and who must not use them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradbank import distances, engine, losses, miners
+from gradbank.engine import Bounds, Each, Limits, LogSumExp, MinedPairs, Ramp, Sloped
+
+KNOWN: list[distances.Distance] = [
+    distances.LpDistance(),
+    distances.LpDistance(power=2),
+    distances.LpDistance(normalize_embeddings=False),
+    distances.CosineSimilarity(),
+    distances.DotProductSimilarity(normalize_embeddings=False),
+    distances.SNRDistance(),
+]
+
+
+def rows(seed: int, number: int) -> Tensor:
+    return torch.randn(number, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("distance", KNOWN, ids=str)
+@pytest.mark.parametrize("number", [5, 40])  # below 26 rows, differences are taken one by one
+def test_a_distance_pulls_as_autograd_does(distance: distances.Distance, number: int) -> None:
+    assert distance.knows_pull
+    queries, references = (distance.prepare(rows(seed, n)).requires_grad_() for seed, n in ((0, 7), (1, number)))
+    s = distance.matrix(queries, references)
+    weight = torch.rand_like(s)
+    wanted = torch.autograd.grad(s, [queries, references], weight)
+    with torch.no_grad():
+        pulled = distance.pull(queries, references, s.detach(), weight.clone(), of_both=True)
+        assert distance.pull(queries, references, s.detach(), weight.clone())[1] is None
+    for a, b in zip(pulled, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_an_embedding_at_distance_0_has_no_pull() -> None:
+    distance = distances.LpDistance()
+    queries = distance.prepare(rows(0, 30))
+    s = distance.matrix(queries, queries)
+    s.fill_diagonal_(0)
+    of_queries, _ = distance.pull(queries, queries, s, torch.eye(30, dtype=s.dtype))
+    assert bool((of_queries == 0).all())
+
+
+class Halved(distances.CosineSimilarity):
+    """A user's own, on the back of one that knows its gradient."""
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return (query_emb @ ref_emb.T).tanh() / 2
+
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.raised((queries * references).sum(1).tanh() / 2)
+
+
+@pytest.mark.parametrize("loss", [losses.NTXentLoss, losses.IntraPairVarianceLoss, losses.ContrastiveLoss], ids=str)
+def test_a_distance_that_computes_its_matrix_itself_is_differentiated_as_it_does(loss: Any) -> None:
+    assert not Halved().knows_pull
+    assert not Halved().is_product
+    made = []
+    for name, bounds in (("dense", None), ("tiled", Bounds(tile=40, rows=4))):
+        with engine.using(name, bounds):
+            bank = losses.CrossBatchMemory(loss(distance=Halved()), 6, memory_size=30).double()
+            bank.add_to_memory(rows(2, 30), torch.arange(30) % 4)
+            leaf = rows(3, 8).requires_grad_()
+            value = bank(leaf, torch.arange(8) % 4)
+            made.append((value.detach(), *torch.autograd.grad(value, leaf)))
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("slope", [1.0, -2.5])
+def test_a_ramp_is_its_formula(power: int, slope: float) -> None:
+    s, row = rows(4, 5).requires_grad_(), rows(5, 5)[:, :1].requires_grad_()
+    made = Ramp(slope, 0.3, -1.5, power)(s, row)
+    plain = (slope * s - 1.5 * row + 0.3).clamp(min=0) ** power
+    torch.testing.assert_close(made, plain)
+    for a, b in zip(torch.autograd.grad(made.sum(), [s, row]), torch.autograd.grad(plain.sum(), [s, row]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Declared(losses.PairLoss):
+    """A loss of one statistic, with a function that is given in two ways."""
+
+    def __init__(self, statistic: Any) -> None:
+        super().__init__()
+        self.statistic = statistic
+        self.distance = distances.CosineSimilarity()
+
+    def negatives(self, anchors: engine.Anchors) -> Any:
+        return {"near": self.statistic()}
+
+    def terms(self, anchors: engine.Anchors) -> Any:
+        if isinstance(self.statistic(), Each):
+            return {"near": anchors.per_negative("near")}
+        return {"near": anchors.per_anchor(anchors.found["near"].value)}
+
+
+@pytest.mark.parametrize(
+    ("known", "plain"),
+    [
+        (lambda: Each(Ramp(2.0, -0.1)), lambda: Each(lambda s: (2 * s - 0.1).relu())),
+        (lambda: Each(Ramp(-1.0, 0.4, power=2)), lambda: Each(lambda s: (0.4 - s).relu() ** 2)),
+        (lambda: LogSumExp(Sloped(lambda s: (s**3, 3 * s**2))), lambda: LogSumExp(lambda s: s**3)),
+    ],
+    ids=["ramp", "squared ramp", "sloped"],
+)
+@pytest.mark.parametrize("form", ["batch", "references", "bank"])
+@pytest.mark.parametrize("reducer", ["MeanReducer", "AvgNonZeroReducer", "ThresholdReducer"])
+def test_a_function_with_a_derivative_is_the_one_without(known: Any, plain: Any, form: str, reducer: str) -> None:
+    from gradbank import reducers
+
+    made = []
+    for statistic in (known, plain):
+        loss = Declared(statistic)
+        loss.reducer = getattr(reducers, reducer)(**({"low": 0.05} if reducer == "ThresholdReducer" else {}))
+        leaf, others = rows(6, 12).requires_grad_(), rows(7, 25).requires_grad_()
+        labels = torch.arange(12) % 4
+        with engine.using("tiled", Bounds(tile=60, rows=5)):
+            if form == "bank":
+                bank = losses.CrossBatchMemory(loss, 6, memory_size=25).double()
+                bank.add_to_memory(others.detach(), torch.arange(25) % 4)
+                value = bank(leaf, labels)
+            elif form == "references":
+                value = loss(leaf, labels, ref_emb=others, ref_labels=torch.arange(25) % 4)
+            else:
+                value = loss(leaf, labels)
+        wanted = [leaf, others] if form == "references" else [leaf]
+        made.append([value.detach(), *torch.autograd.grad(value, wanted)])
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", [distances.CosineSimilarity(), distances.LpDistance()], ids=str)
+def test_mined_pairs_are_the_same_listed_as_masked(distance: distances.Distance) -> None:
+    embeddings, others = rows(8, 20), rows(9, 90)
+    labels, ref_labels = torch.arange(20) % 10, torch.arange(90) % 30
+    queries = distance.prepare(embeddings)
+    generator = torch.Generator().manual_seed(0)
+    far, near = (torch.randn(20, dtype=torch.float64, generator=generator) / 3 for _ in range(2))
+    if not distance.is_inverted:
+        far, near = far - 1.4, near - 1.4
+    references = engine.References((others,), ref_labels)
+    pairs = MinedPairs(engine.LabelledPairs(labels, ref_labels), distance, queries, references, Limits(far, near, 0.05))
+    block, columns = slice(4, 15), slice(0, 90)
+    tile = pairs.tile(block, columns)
+    listing = pairs.listing(block, torch.tensor([0, 90]))
+    weight = pairs.weight(block, columns)
+    assert listing is not None
+    assert weight is not None
+    positives, holes = listing.tile(0)
+    assert 0 < len(positives) < len(holes)
+    assert set(positives.tolist()) == set(tile.positives.tolist())
+    negatives = weight.view(-1).index_fill(0, holes, 0).view(weight.shape)
+    assert 0 < int(negatives.sum()) < negatives.numel() - len(holes)
+    assert torch.equal(negatives, tile.negatives.to(negatives.dtype))
+
+
+def test_a_queue_with_a_miner_of_pairs_lists_no_pair_of_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a queue listed its pairs")
+
+    monkeypatch.setattr(miners.MultiSimilarityMiner, "mine", refuse)
+    bank = losses.CrossBatchMemory(losses.ContrastiveLoss(), 6, 40, miner=miners.MultiSimilarityMiner()).double()
+    for seed in range(3):
+        assert bool(bank(rows(seed, 20), torch.arange(20) % 10).isfinite())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _CELLS = 128  # of a grid for each threshold: these crowd where the values do
-_GRID = 2**21  # cells of all anchors' grids together, at most
+_GRID = 2**22  # cells of all anchors' grids together, at most
 _GROUP = 4  # values that are looked at together for one that a grid does not place
 
 

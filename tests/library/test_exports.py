@@ -14,6 +14,7 @@ from gradbank.component import components
 
 PACKAGES = (
     "gradbank",
+    "gradbank.distances",
     "gradbank.engine",
     "gradbank.evaluation",
     "gradbank.losses",

@@ -64,7 +64,7 @@ def test_norms_are_of_all_rows_however_they_come(monkeypatch: pytest.MonkeyPatch
     embeddings, ref_emb = torch.randn(7, 4), torch.randn(9, 4)
     whole, pieces = (distances.LpDistance(collect_stats=True, p=1) for _ in range(2))
     whole(embeddings, ref_emb)
-    monkeypatch.setattr("gradbank.distances._NUMBERS_AT_ONCE", 8)
+    monkeypatch.setattr("gradbank.distances.base._NUMBERS_AT_ONCE", 8)
     pieces.record(embeddings, (ref_emb[:5], ref_emb[5:]))
     batched = distances.BatchedDistance(distances.LpDistance(collect_stats=True, p=1), lambda *_: None, batch_size=2)
     batched(embeddings, ref_emb)  # PML's has those of the last batch

@@ -1,0 +1,167 @@
+"""What every distance has in common."""
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradbank.component import foundation
+from gradbank.recorder import Recorder
+
+
+@foundation
+class Distance(Recorder):
+    """How far apart two embeddings are.
+
+    A *similarity* is an inverted distance: larger is closer. Losses never ask which they hold: they ask
+    `margin` for a signed difference and `closeness` for a matrix in which larger is closer.
+
+    A distance of your own overrides `compute_mat`; every engine then works with it.
+
+    Args:
+        normalize_embeddings: divide each embedding by its `p`-norm first.
+        p: the norm, for normalising and (in `LpDistance`) for the distance itself.
+        power: the exponent put on every entry of the matrix.
+
+    Attributes:
+        initial_avg_query_norm, initial_avg_ref_norm: with `collect_stats`, the mean `p`-norms of what the last call (or
+            a loss's or miner's) compared, and final_avg_query_norm, final_avg_ref_norm: the same after `prepare`.
+    """
+
+    normalize_embeddings: bool = True
+    p: float = 2
+    power: float = 1
+    initial_avg_query_norm: float | None = field(default=None, init=False)
+    initial_avg_ref_norm: float | None = field(default=None, init=False)
+    final_avg_query_norm: float | None = field(default=None, init=False)
+    final_avg_ref_norm: float | None = field(default=None, init=False)
+
+    is_inverted: ClassVar[bool] = False
+
+    def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
+        """The `(B, M)` matrix between `(B, D)` queries and `(M, D)` references (themselves if None).
+
+        Raises:
+            ValueError: an input that is not two-dimensional, or dimensions that differ.
+        """
+        self.check_shapes(query_emb, ref_emb)
+        queries = self.prepare(query_emb)
+        mat = self.matrix(queries, queries if ref_emb is None else self.prepare(ref_emb))
+        self.record(query_emb, (query_emb if ref_emb is None else ref_emb,))
+        return mat
+
+    def prepare(self, embeddings: Tensor) -> Tensor:
+        """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to."""
+        if not self.normalize_embeddings:
+            return embeddings
+        norms = torch.linalg.vector_norm(embeddings, ord=self.p, dim=-1, keepdim=True)
+        scaled: Tensor = embeddings * norms.clamp(min=1e-12).reciprocal()  # a division for each row, not each number
+        return scaled
+
+    def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
+        """The `(B, M)` matrix between prepared embeddings."""
+        return self.raised(self.compute_mat(queries, references))
+
+    def raised(self, mat: Tensor) -> Tensor:
+        """`mat` to the power that the distance has."""
+        return mat if self.power == 1 else mat.square() if self.power == 2 else mat**self.power
+
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        """Prepared `(P, D)` queries, each with the reference of its own row: `(P,)`. A subclass may do it better."""
+        few = zip(torch.split(queries, _PAIRS_AT_ONCE), torch.split(references, _PAIRS_AT_ONCE))
+        return torch.cat([self.matrix(q, r).diagonal() for q, r in few])
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """The `(B, M)` matrix before `power`: the one method that a distance must write."""
+        raise NotImplementedError(f"{type(self).__name__} must define compute_mat")
+
+    def measures_as(self, other: "Distance") -> bool:
+        """Whether it is the same distance, statistics aside."""
+        mine, theirs = ({**each.arguments(), "collect_stats": None} for each in (self, other))
+        return type(self) is type(other) and mine == theirs
+
+    @property
+    def is_product(self) -> bool:
+        """Whether `matrix(queries, references)` is `queries @ references.T`."""
+        return False
+
+    @property
+    def knows_pull(self) -> bool:
+        """Whether `pull` gives the gradient of `matrix`, so that autograd need not."""
+        return False
+
+    @property
+    def gradient_reads_matrix(self) -> bool:
+        """Whether the gradient of `matrix` is computed from what it made, which is then not to be written to."""
+        return not self.is_product
+
+    def pull(
+        self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient of `(weight * s).sum()`, where `s` is `matrix(queries, references)`: `(B, D)` at the queries
+        and, if `of_both`, `(M, D)` at the references. May write to `weight`, `(B, M)`."""
+        raise NotImplementedError(f"{type(self).__name__} leaves its gradient to autograd")
+
+    def computes_as(self, kind: "type[Distance]") -> bool:
+        """Whether its matrix is computed by what `kind` defines, and not by a subclass of a user's own."""
+        return all(getattr(type(self), name) is getattr(kind, name) for name in ("compute_mat", "matrix", "raised"))
+
+    @property
+    def sign(self) -> int:
+        """1 where larger is closer, -1 where it is farther."""
+        return 1 if self.is_inverted else -1
+
+    def margin(self, x: "Tensor | float", y: "Tensor | float") -> Tensor:
+        """How much farther `x` is than `y`: positive when it is."""
+        return y - x if self.is_inverted else x - y  # type: ignore[return-value]
+
+    def closeness(self, mat: Tensor) -> Tensor:
+        """`mat` with larger meaning closer."""
+        return mat if self.is_inverted else -mat
+
+    def record(self, queries: Tensor, references: Sequence[Tensor]) -> None:
+        """Writes the statistics of a call that compared `(B, D)` rows with `(M, D)` others, laid end to end in pieces;
+        nothing, if they are not collected."""
+        if not self.collect_stats:
+            return
+        dtype = torch.promote_types(queries.dtype, torch.float32)  # as they are compared
+        self.initial_avg_query_norm, self.final_avg_query_norm = self._mean_norms((queries,), dtype)
+        among_themselves = len(references) == 1 and references[0] is queries
+        self.initial_avg_ref_norm, self.final_avg_ref_norm = (
+            (self.initial_avg_query_norm, self.final_avg_query_norm)
+            if among_themselves
+            else self._mean_norms(references, dtype)
+        )
+
+    def _measured(self, embeddings: Tensor) -> Tensor:
+        """The prepared embeddings, as statistics take them."""
+        return self.prepare(embeddings)
+
+    @torch.no_grad()
+    def _mean_norms(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> tuple[float, float]:
+        """The mean `p`-norm of all rows, as they are and prepared: 0 of none."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for piece in pieces:
+            for rows in torch.split(piece.detach(), max(1, _NUMBERS_AT_ONCE // max(piece.shape[1], 1))):
+                given = rows.to(dtype)
+                for i, each in enumerate((given, self._measured(given))):
+                    norms = torch.linalg.vector_norm(each, ord=self.p, dim=1, dtype=torch.float64)
+                    total[i] += norms.sum().cpu()
+        initial, final = (total / max(sum(map(len, pieces)), 1)).tolist()
+        return initial, final
+
+    def check_shapes(self, query_emb: Tensor, ref_emb: Tensor | None) -> None:
+        """Refuses, by ValueError, inputs that are not two-dimensional or differ in dimension."""
+        for name, rows in (("embeddings", query_emb), ("ref_emb", ref_emb)):
+            if rows is not None and rows.ndim != 2:
+                raise ValueError(f"{name} must be (rows, dimension), got shape {tuple(rows.shape)}")
+        if ref_emb is not None and ref_emb.shape[1] != query_emb.shape[1]:
+            raise ValueError(
+                f"embeddings and ref_emb must have the same dimension, got {query_emb.shape[1]} and {ref_emb.shape[1]}"
+            )
+
+
+_PAIRS_AT_ONCE = 32  # rows of a matrix of which only the diagonal is wanted
+_NUMBERS_AT_ONCE = 2**18  # of the rows whose norms are taken

@@ -1,0 +1,85 @@
+"""The noise-to-signal ratio."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradbank.component import component
+from gradbank.distances.base import Distance
+from gradbank.distances.euclidean import squares, toward
+
+
+@component
+class SNRDistance(Distance):
+    """The noise-to-signal ratio: `d[a, b] = Var(a - b) / Var(a)`, each over the D numbers of an embedding.
+
+    It is not symmetric: the anchor is the signal.
+
+    Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR 2019.
+    """
+
+    def prepare(self, embeddings: Tensor) -> Tensor:
+        """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to, and less their mean."""
+        return _centered(super().prepare(embeddings))
+
+    def _measured(self, embeddings: Tensor) -> Tensor:
+        return super().prepare(embeddings)  # a mean that is taken off is not part of a norm
+
+    @property
+    def knows_pull(self) -> bool:
+        return self.power == 1 and self.computes_as(SNRDistance)
+
+    def pull(
+        self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        inverse = queries.square().sum(1, keepdim=True).reciprocal_()
+        of_queries, of_references = _toward_signal(queries, references, inverse, s, weight, True, of_both)
+        assert of_queries is not None
+        return of_queries, of_references
+
+    def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
+        made: Tensor = _NoiseToSignal.apply(queries, references)  # type: ignore[no-untyped-call]
+        return self.raised(made)
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        made: Tensor = _NoiseToSignal.apply(_centered(query_emb), _centered(ref_emb))  # type: ignore[no-untyped-call]
+        return made
+
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.raised((queries - references).square().sum(1) / queries.square().sum(1))
+
+
+def _centered(rows: Tensor) -> Tensor:
+    return rows - rows.mean(1, keepdim=True)
+
+
+class _NoiseToSignal(torch.autograd.Function):
+    """`|a - b|^2 / |a|^2` of centered rows: from one matrix product each way, so that nothing of B * M * D is made."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        inverse = a.square().sum(1, keepdim=True).reciprocal_()
+        s = squares(a, b).mul_(inverse)
+        ctx.save_for_backward(a, b, inverse, s)
+        return s
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b, inverse, s = ctx.saved_tensors
+        of_a, of_b = ctx.needs_input_grad
+        return _toward_signal(a, b, inverse, s, gradient, of_a, of_b)
+
+
+def _toward_signal(
+    a: Tensor, b: Tensor, inverse: Tensor, s: Tensor, weight: Tensor, of_a: bool, of_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of `(weight * s).sum()`: at each a, of the numerator and of the denominator, and at each b."""
+    at_a, at_b = None, None
+    if of_a:
+        at_a, _ = toward(a, b, weight, 2, True, False)
+        assert at_a is not None
+        at_a.addcmul_(a, (weight * s).sum(1, keepdim=True), value=-2).mul_(inverse)
+    if of_b:
+        _, at_b = toward(a, b, weight * inverse, 2, False, True)
+    return at_a, at_b

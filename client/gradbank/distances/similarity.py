@@ -1,0 +1,47 @@
+"""Similarities: products of embeddings, of which the larger is the closer."""
+
+from dataclasses import field
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradbank.component import component, foundation
+from gradbank.distances.base import Distance
+
+
+@foundation
+class Product(Distance):
+    """`s[a, b] = a . b` of prepared embeddings, by one matrix product: larger is closer."""
+
+    is_inverted: ClassVar[bool] = True
+
+    @property
+    def is_product(self) -> bool:
+        return self.power == 1 and self.computes_as(Product)
+
+    @property
+    def knows_pull(self) -> bool:
+        return self.is_product
+
+    def pull(
+        self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return weight @ references, weight.mT @ queries if of_both else None
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return query_emb @ ref_emb.mT
+
+    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
+        return self.raised((queries * references).sum(1))
+
+
+@component
+class CosineSimilarity(Product):
+    """`s[a, b] = a . b / (|a| |b|)`: larger is closer, 1 at most. It always normalises."""
+
+    normalize_embeddings: bool = field(default=True, init=False)
+
+
+@component
+class DotProductSimilarity(Product):
+    """`s[a, b] = a . b`: larger is closer. Like its namesake it normalises unless told not to."""

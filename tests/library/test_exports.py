@@ -19,6 +19,7 @@ PACKAGES = (
     "gradbank.evaluation",
     "gradbank.losses",
     "gradbank.miners",
+    "gradbank.reducers",
     "gradbank.remote",
     "gradbank.samplers",
     "gradbank.wire",

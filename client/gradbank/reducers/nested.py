@@ -1,0 +1,106 @@
+"""Reducers with others inside, by anchor or by part of the loss, and the one that leaves the parts as they are."""
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradbank.component import component
+from gradbank.reducers.base import Reducer, Tally
+from gradbank.reducers.kept import Bounds, Kept, LossDict, Ratio, add_up
+from gradbank.reducers.means import MeanReducer
+
+
+@component
+class PerAnchorReducer(Reducer):
+    """First the mean over each anchor's pairs (or triplets), 0 where it has none; then `reducer` over the anchors.
+
+    Args:
+        reducer: how the anchors' means become one number; None is `MeanReducer()`.
+        aggregation_func: in place of the mean: called with `(B, K)` losses by anchor, zero where an anchor has fewer
+            than K, and the number of losses of each; gives `(B,)`. A function cannot be sent to a server.
+    """
+
+    reducer: Reducer = field(default_factory=MeanReducer)
+    aggregation_func: Any = None
+
+    @property
+    def needs_list(self) -> bool:
+        return self.aggregation_func is not None or self.reducer.needs_list or super().needs_list
+
+    @property
+    def bounds(self) -> Bounds:
+        return None, None
+
+    @property
+    def collects(self) -> bool:
+        return super().collects or self.reducer.collects
+
+    def tallies(self) -> list[tuple[Reducer, Tally]]:
+        within = [(PerAnchorReducer(inner, self.aggregation_func), tally) for inner, tally in self.reducer.tallies()]
+        return [*super().tallies(), *within]
+
+    def combine(self, kept: Kept) -> Ratio:
+        times = kept.counts if kept.kind == "element" else torch.ones_like(kept.counts)
+        means = kept.sums / kept.counts.clamp(min=1)
+        return self.reducer.combine(
+            add_up(self.reducer, "element", means, times, None, len(means), kept.labels, kept.divisor)
+        )
+
+    def _reduced(self, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        losses, kind = part["losses"], part["reduction_type"]
+        if not self.needs_list or not isinstance(losses, Tensor) or kind == "already_reduced":
+            return super()._reduced(part, embeddings, labels)
+        if kind != "element":
+            losses = self._aggregated(losses, part["indices"][0], len(embeddings))
+            part = {"losses": losses, "indices": torch.arange(len(losses), device=losses.device)}
+        return self.reducer._reduced({**part, "reduction_type": "element"}, embeddings, labels)
+
+    def _aggregated(self, losses: Tensor, anchor: Tensor, size: int) -> Tensor:
+        counts = torch.bincount(anchor, minlength=size)
+        if self.aggregation_func is None:
+            return losses.new_zeros(size).index_add(0, anchor, losses) / counts.clamp(min=1)
+        order = anchor.argsort(stable=True)
+        place = torch.arange(len(losses), device=losses.device) - (counts.cumsum(0) - counts)[anchor[order]]
+        table = losses.new_zeros(size, int(counts.max()) if size else 0)
+        made: Tensor = self.aggregation_func(table.index_put((anchor[order], place), losses[order]), counts)
+        return made
+
+
+@component
+class MultipleReducers(Reducer):
+    """Another reducer for each part of a loss, by the part's name; the results are added.
+
+    Args:
+        reducers: by part, as in `{"pos_loss": SumReducer(), "neg_loss": MeanReducer()}`.
+        default_reducer: of the parts that `reducers` does not name; None is `MeanReducer()`.
+    """
+
+    reducers: dict[str, Reducer]
+    default_reducer: Reducer = field(default_factory=MeanReducer)
+
+    @property
+    def needs_list(self) -> bool:
+        return any(each.needs_list for each in (*dict(self.reducers).values(), self.default_reducer))
+
+    @property
+    def collects(self) -> bool:
+        return any(each.collects for each in (*dict(self.reducers).values(), self.default_reducer))
+
+    def of(self, part: str) -> Reducer:
+        known: dict[str, Reducer] = dict(self.reducers.items())
+        return known.get(part, self.default_reducer)
+
+
+@component
+class DoNothingReducer(Reducer):
+    """Reduces nothing: the loss returns its parts, each with its losses and their indices."""
+
+    def forward(self, loss_dict: LossDict, embeddings: Tensor, labels: Tensor | None) -> LossDict:
+        return loss_dict
+
+    @property
+    def needs_list(self) -> bool:
+        return True

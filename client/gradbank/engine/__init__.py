@@ -20,15 +20,18 @@ from gradbank.engine.declaration import Declaration
 from gradbank.engine.dense import dense, listed
 from gradbank.engine.each import every_pair, every_positive, triplets_of
 from gradbank.engine.eager import at_once, by_autograd, eager
+from gradbank.engine.functions import Linear, Ramp, Sloped
 from gradbank.engine.hinge import Hinge
 from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices, named_weight
+from gradbank.engine.logsumexp import LogSumExp
 from gradbank.engine.mined import ChosenPairs, Limits, MinedPairs
 from gradbank.engine.named import listed_distances, of_triplets
 from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, Pairs
 from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
 from gradbank.engine.separable import Separable
-from gradbank.engine.statistics import Each, Linear, LogSumExp, Number, Ramp, Running, Sloped, Statistic, Sum
+from gradbank.engine.statistics import Running, Statistic
+from gradbank.engine.sums import Each, Number, Sum
 from gradbank.engine.thresholds import Buckets, first_not_above
 from gradbank.engine.tiled import Bounds, tiled
 from gradbank.engine.triplets import Triplets

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, relu
 
 from gradbank.engine.anchors import Gathered, Positives
+from gradbank.engine.functions import Elementwise
 from gradbank.engine.negatives import Negatives
 from gradbank.engine.pairs import Interval
-from gradbank.engine.statistics import Elementwise, Running
+from gradbank.engine.statistics import Running
 from gradbank.engine.thresholds import Buckets, first_not_above
 from gradbank.engine.tile import Tile
 from gradbank.engine.triplets import Triplets

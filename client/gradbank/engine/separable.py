@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Gathered, Positives
+from gradbank.engine.functions import Ramp
 from gradbank.engine.negatives import Negatives
-from gradbank.engine.statistics import Ramp, Running, RunningRamp
+from gradbank.engine.statistics import Running
+from gradbank.engine.sums import RunningRamp
 from gradbank.engine.tile import Tile
 from gradbank.engine.triplets import RunningTriplets, Triplets
 from gradbank.reducers import Reducer

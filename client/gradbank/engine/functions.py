@@ -1,0 +1,57 @@
+"""Functions of a tile, of whose derivatives enough is known to spare a graph."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Elementwise = Callable[..., Tensor]
+
+
+class Linear:
+    """`slope * s + intercept`: a function whose derivative is the same everywhere, so that it need not be computed
+    everywhere."""
+
+    def __init__(self, slope: float, intercept: float = 0.0) -> None:
+        self.slope, self.intercept = slope, intercept
+
+    def __call__(self, s: Tensor) -> Tensor:
+        return s * self.slope + self.intercept
+
+
+class Ramp:
+    """`max(0, slope * s + row_slope * row + intercept) ^ power`, whose derivative is known where its base is.
+
+    Args:
+        power: 1 or 2.
+    """
+
+    def __init__(self, slope: float, intercept: float = 0.0, row_slope: float = 0.0, power: int = 1) -> None:
+        self.slope, self.intercept, self.row_slope, self.power = slope, intercept, row_slope, power
+
+    def __call__(self, s: Tensor, *row: Tensor) -> Tensor:
+        base = self._sloping(s, *row).relu()
+        return base if self.power == 1 else base.square()
+
+    def base(self, s: Tensor, *row: Tensor) -> Tensor:
+        """What is raised to the power, without a graph."""
+        return self._sloping(s.detach(), *(each.detach() for each in row)).clamp_(min=0)
+
+    def _sloping(self, s: Tensor, *row: Tensor) -> Tensor:
+        offset = row[0] * self.row_slope + self.intercept if row else s.new_full((), self.intercept)
+        return torch.add(offset, s, alpha=self.slope)
+
+
+class Sloped:
+    """A function given along with its derivative, so that neither needs a graph.
+
+    Args:
+        both: from a tensor to the values and the slopes, new tensors both.
+    """
+
+    def __init__(self, both: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.both = both
+
+    def __call__(self, s: Tensor) -> Tensor:
+        values, slopes = self.both(s.detach())
+        return values + (s - s.detach()) * slopes

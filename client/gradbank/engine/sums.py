@@ -1,0 +1,170 @@
+"""Sums over negatives, and how many there are."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradbank.engine.anchors import Gathered, Positives
+from gradbank.engine.functions import Elementwise, Ramp
+from gradbank.engine.negatives import Negatives
+from gradbank.engine.statistics import EveryPair, Running, Statistic
+from gradbank.engine.tile import Tile
+from gradbank.reducers import Reducer, counted
+
+Weigh = Callable[[Tensor, Tensor | None], Tensor]  # losses and their weights (None is 1) -> 0 for those not to count
+
+
+class Number(Statistic):
+    """How many negatives each anchor has."""
+
+    def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
+        return _RunningNumber(anchors, like)
+
+    def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
+        return Gathered(negatives.to(s.dtype).sum(1))
+
+
+class _RunningNumber(Running):
+    def __init__(self, anchors: int, like: Tensor) -> None:
+        super().__init__(torch.zeros_like)
+        self.number = like.new_zeros(anchors)
+
+    def add(self, tile: Tile, negatives: Negatives) -> None:
+        self.number += negatives.number(tile.s).to(self.number.dtype)
+
+    def leaf(self) -> Tensor:
+        return self.number
+
+    def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
+        return Gathered(leaf.detach())
+
+
+class Sum(Statistic):
+    """The sum of `f(s_n)` over each anchor's negatives, and how many there are.
+
+    Args:
+        f: of a `(b, w)` tile, and of `row` if there is one.
+        row: `(b, 1)` numbers of the anchors that `f` also takes, such as a learned threshold; they get a gradient.
+        weigh: which values count and so are summed, given them and their weights; None is all.
+    """
+
+    def __init__(self, f: Elementwise, row: Tensor | None = None, weigh: Weigh | None = None) -> None:
+        self.f, self.row, self.weigh = f, row, weigh
+
+    def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
+        return _RunningSum(self.f, self.row, self.weigh, anchors, like)
+
+    def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
+        losses = self.f(s) if self.row is None else self.f(s, self.row)
+        weight = negatives.to(losses.dtype)
+        weight = weight if self.weigh is None else self.weigh(losses.detach(), weight)
+        return Gathered(counted(losses, weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64))
+
+
+class Each(Sum):
+    """The losses `f(s_n)` of the negatives themselves, as the reducer counts them: the sum over those that count.
+
+    Its name is that of the part of the loss that it is, for that is how the reducer is asked.
+    """
+
+    bounds: tuple[float | None, float | None] | None = None
+
+    def reduced_by(self, reducer: Reducer) -> None:
+        self.weigh, self.bounds = reducer.weigh, reducer.bounds
+
+    def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
+        if isinstance(self.f, Ramp) and self.bounds in ((None, None), (0.0, None)):
+            return RunningRamp(self.f, self.row, self.bounds == (None, None), anchors, like)
+        return super().begin(anchors, like, positives)
+
+    def listed(self, s: Tensor, pairs: EveryPair) -> Gathered | None:
+        row = () if self.row is None else (self.row[pairs.a2],)
+        losses = self.f(s[pairs.a2, pairs.n].unsqueeze(1), *row).squeeze(1)
+        return Gathered(losses, None, (losses, (pairs.a2, pairs.n)))
+
+
+class _RunningSum(Running):
+    def __init__(self, f: Elementwise, row: Tensor | None, weigh: Weigh | None, anchors: int, like: Tensor) -> None:
+        super().__init__(f, row)
+        self.weigh = weigh
+        self.total = like.new_zeros(anchors, dtype=torch.float64)
+        self.count = like.new_zeros(anchors, dtype=torch.float64)
+
+    def _weight(self, losses: Tensor, negatives: Negatives) -> Tensor:
+        return negatives.weighed(torch.ones_like(losses) if self.weigh is None else self.weigh(losses, None))
+
+    def add(self, tile: Tile, negatives: Negatives) -> None:
+        values = self.values(tile.s)
+        losses = values.detach()
+        weight = self._weight(losses, negatives)
+        count = weight.sum(1)
+        self.count += count
+        if tile.s.device.type == "cpu" and not count.any():  # nothing counts, as is common once a model has learned
+            return
+        total = (losses * weight).sum(1)
+        if tile.s.device.type != "cpu" or total.isnan().any():  # slower, and seldom needed
+            total = counted(losses, weight).sum(1)
+        self.total += total
+        if tile.gathers:
+            self.gather(tile, values, weight, few=True)
+
+    def leaf(self) -> Tensor:
+        return self.total
+
+    def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
+        return Gathered(leaf, self.count)
+
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        losses = self.values(s)
+        return [(losses, self._weight(losses.detach(), negatives) * gradient.to(losses.dtype)[:, None])]
+
+
+class RunningRamp(Running):
+    """The sum of a `Ramp`, and of how many negatives: all, or those for which it is above 0."""
+
+    def __init__(self, ramp: Ramp, row: Tensor | None, counts_every: bool, anchors: int, like: Tensor) -> None:
+        super().__init__(ramp, row)
+        self.ramp, self.counts_every = ramp, counts_every
+        self.total = like.new_zeros(anchors, dtype=torch.float64)
+        self.count = like.new_zeros(anchors, dtype=torch.float64)
+
+    def add(self, tile: Tile, negatives: Negatives) -> None:
+        base, times = self._base(tile.s, negatives), negatives.times()
+        straight = self.ramp.power == 1
+        losses = base if straight else base.square()
+        total = _times(losses, times).sum(1)
+        self.total += total
+        if self.counts_every:
+            self.count += negatives.number(tile.s)
+        if tile.s.device.type == "cpu" and not total.any():  # as is common once a model has learned
+            return
+        slope = _times(base.sign_() if straight else base, times)
+        if not self.counts_every:
+            self.count += (slope if straight else _times(losses.sign_(), times)).sum(1)
+        if not tile.gathers:
+            return
+        of_row = [] if self.row is None else [slope.sum(1, keepdim=True).mul_(self.ramp.power * self.ramp.row_slope)]
+        self.keep([tile.pull(slope, few=True).mul_(self.ramp.power * self.ramp.slope), *of_row])
+
+    def leaf(self) -> Tensor:
+        return self.total
+
+    def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
+        return Gathered(leaf, self.count)
+
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        base = self._base(s, negatives)
+        slope = _times(base.sign_() if self.ramp.power == 1 else base, negatives.times())
+        slope.mul_((gradient * self.ramp.power).to(s.dtype)[:, None])
+        made = []
+        if self.row is not None:
+            made.append((self.row, slope.sum(1, keepdim=True).mul_(self.ramp.row_slope)))
+        return [*made, (s, slope.mul_(self.ramp.slope))]
+
+    def _base(self, s: Tensor, negatives: Negatives) -> Tensor:
+        return negatives.zeroed(self.ramp.base(s, *(() if self.row is None else (self.row,))))
+
+
+def _times(values: Tensor, times: Tensor | None) -> Tensor:
+    return values if times is None else values * times

@@ -169,3 +169,80 @@ def test_a_queue_with_a_miner_of_pairs_lists_no_pair_of_negatives(monkeypatch: p
     bank = losses.CrossBatchMemory(losses.ContrastiveLoss(), 6, 40, miner=miners.MultiSimilarityMiner()).double()
     for seed in range(3):
         assert bool(bank(rows(seed, 20), torch.arange(20) % 10).isfinite())
+
+
+class Expanded(distances.Distance):
+    """A user's own, whose matrix and whose gradient share numbers between entries."""
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return (query_emb.sum(1)[:, None] * ref_emb.sum(1)).abs()
+
+
+class Turned(distances.Distance):
+    """A user's own, whose matrix lies by columns."""
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return torch.cdist(ref_emb, query_emb).T
+
+
+@pytest.mark.parametrize("distance", [Expanded(), Turned()], ids=["Expanded", "Turned"])
+@pytest.mark.parametrize(
+    "loss", [losses.ContrastiveLoss, losses.NTXentLoss, losses.TripletMarginLoss, losses.MarginLoss], ids=str
+)
+@pytest.mark.parametrize("form", ["batch", "bank"])
+def test_a_matrix_may_lie_in_memory_as_it_likes(distance: distances.Distance, loss: Any, form: str) -> None:
+    made = []
+    for name, bounds in (("dense", None), ("tiled", Bounds(tile=40, rows=4))):
+        with engine.using(name, bounds):
+            loss_fn = loss(distance=distance).double()
+            leaf = rows(10, 12).requires_grad_()
+            if form == "bank":
+                loss_fn = losses.CrossBatchMemory(loss_fn, 6, memory_size=30)
+                loss_fn.add_to_memory(rows(11, 30), torch.arange(30) % 4)
+            value = loss_fn(leaf, torch.arange(12) % 4)
+            made.append((value.detach(), *torch.autograd.grad(value, leaf)))
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_flat_logit_has_no_gradient() -> None:
+    leaf = rows(12, 12).requires_grad_()
+    with engine.using("tiled"):
+        losses.NCALoss(softmax_scale=0.0)(leaf, torch.arange(12) % 4).backward()
+    assert leaf.grad is not None
+    assert bool((leaf.grad == 0).all())
+
+
+def test_a_gradient_of_nan_is_not_hidden_by_rows_that_coincide() -> None:
+    distance = distances.LpDistance(normalize_embeddings=False)
+    queries = rows(13, 30)
+    s = distance.matrix(queries, queries).fill_diagonal_(0)
+    weight = torch.ones_like(s)
+    weight[0, 1] = torch.nan
+    of_queries, _ = distance.pull(queries, queries, s, weight)
+    assert bool(of_queries[0].isnan().all())
+    assert bool(of_queries[1:].isfinite().all())
+
+
+def test_the_smallest_shares_are_none_and_take_no_longer() -> None:
+    embeddings = rows(14, 40).float()
+    with engine.using("tiled", Bounds(tile=200, rows=10)):
+        leaf = embeddings.clone().requires_grad_()
+        losses.NTXentLoss(temperature=0.002)(leaf, torch.arange(40) % 8).backward()
+    truth = embeddings.double().requires_grad_()
+    losses.NTXentLoss(temperature=0.002)(truth, torch.arange(40) % 8).backward()
+    assert leaf.grad is not None
+    assert truth.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=1e-4, atol=1e-3)
+    tiny = torch.finfo(torch.float32).tiny
+    assert not bool(((leaf.grad != 0) & (leaf.grad.abs() < tiny)).any())
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [torch.inf, torch.inf, 1.0]])
+def test_what_a_miner_leaves_out_may_be_infinite(values: list[float]) -> None:
+    from gradbank.engine.negatives import Masked, Weighted
+
+    weight = torch.tensor([[1.0, 0.0, 1.0]])
+    for method in ("logged", "zeroed", "beyond"):
+        made = [getattr(each, method)(torch.tensor([values])) for each in (Weighted(weight), Masked(weight > 0))]
+        assert torch.equal(*made)

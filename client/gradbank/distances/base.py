@@ -74,7 +74,7 @@ class Distance(Recorder):
         return torch.cat([self.matrix(q, r).diagonal() for q, r in few])
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        """The `(B, M)` matrix before `power`: the one method that a distance must write."""
+        """The `(B, M)` matrix before `power`, a new tensor: the one method that a distance must write."""
         raise NotImplementedError(f"{type(self).__name__} must define compute_mat")
 
     def measures_as(self, other: "Distance") -> bool:

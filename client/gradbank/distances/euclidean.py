@@ -25,7 +25,7 @@ class LpDistance(Distance):
         self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         if self.power == 1:
-            weight = _without_nan(weight.div_(s), s)
+            weight = _over(weight, s)
         of_queries, of_references = toward(queries, references, weight, self.power, True, of_both)
         assert of_queries is not None
         return of_queries, of_references
@@ -75,14 +75,15 @@ class _Euclidean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b, d = ctx.saved_tensors
-        return toward(a, b, _without_nan(gradient / d, d), 1, *ctx.needs_input_grad)
+        return toward(a, b, _over(gradient.clone(), d), 1, *ctx.needs_input_grad)
 
 
-def _without_nan(quotient: Tensor, d: Tensor) -> Tensor:
-    """What was divided by distances, 0 where these are: there is no direction, and the gradient is 0. Written to."""
+def _over(weight: Tensor, d: Tensor) -> Tensor:
+    """`weight / d`, written to `weight`; 0 where a distance is 0: there is no direction, and the gradient is 0."""
     if d.device.type != "cpu" or not d.numel() or not d.amin() > 0:
-        quotient.nan_to_num_(0, 0, 0)
-    return quotient
+        weight.mul_(d.sign())
+        d = d.clamp(min=torch.finfo(d.dtype).tiny)
+    return weight.div_(d)
 
 
 def squares(a: Tensor, b: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Block:
             if self.tiles is not None:
                 self.tiles.append(tile.s)
             flat, negatives, pairs = self._pairs(index, columns)
-            if self.keeps:  # before anything writes to the tile
+            if self.keeps and self.pairs.names_positives:  # before anything writes to the tile
                 found.append(tile.s.detach().reshape(-1).index_select(0, flat))
                 if pairs is not None:
                     masked.append((pairs, columns))
@@ -230,7 +230,7 @@ class Block:
         if self.tiles is not None:
             return self.tiles[index]
         with torch.set_grad_enabled(not self.loss.distance.knows_pull):
-            return self.loss.distance.matrix(queries, rows)
+            return self.loss.distance.matrix(queries, rows).contiguous()
 
 
 def sweep(
@@ -242,7 +242,7 @@ def sweep(
     for index, (columns, piece, part) in enumerate(references.tiles(width)):
         with torch.no_grad():
             tile = distance.prepare(references.pieces[piece][part].detach().to(queries.dtype))
-            s = distance.matrix(queries, tile)
+            s = distance.matrix(queries, tile).contiguous()
         negatives: Negatives
         if listing is not None:
             flat, holes = listing.tile(index)

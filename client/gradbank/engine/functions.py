@@ -43,10 +43,10 @@ class Ramp:
 
 
 class Sloped:
-    """A function given along with its derivative, so that neither needs a graph.
+    """A function given along with its derivative, so that autograd need not find that. It may depend on no parameter.
 
     Args:
-        both: from a tensor to the values and the slopes, new tensors both.
+        both: from a tensor without a graph to the values and the slopes, new tensors both.
     """
 
     def __init__(self, both: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:

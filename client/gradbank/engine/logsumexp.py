@@ -1,7 +1,10 @@
 """Logarithms of sums of exponentials."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Elementwise, Linear, Sloped
@@ -34,9 +37,14 @@ class _RunningLogSumExp(Running):
         # with a plain slope, the derivative of f is left to the end
         self.slope = f.slope if isinstance(f, Linear) and not isinstance(f.slope, Tensor) else None
 
+    @property
+    def _factor(self) -> float:
+        """What was left out of the gradient so far."""
+        return 1.0 if self.slope is None else self.slope
+
     def _values(self, s: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What is exponentiated, as a function of `s` but for its slopes, if these are the third; and the same where
-        there is a negative, to be written to."""
+        """What is backpropagated through; what is exponentiated where there is a negative, to be written to; and what
+        its shares are multiplied by before that, or None."""
         if isinstance(self.f, Sloped):
             values, slopes = self.f.both(s.detach())
             return s, negatives.logged(values), slopes
@@ -46,15 +54,14 @@ class _RunningLogSumExp(Running):
         return s, negatives.logged(s.detach() * self.slope), None
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        slopes = None
         if self.slope is None:
             values, share, slopes = self._values(tile.s, negatives)
-        else:
-            values, share = tile.s, negatives.logged(tile.own(self.slope))
+        else:  # in place, where that can be
+            values, share, slopes = tile.s, negatives.logged(tile.own(self.slope)), None
         most = torch.maximum(self.most, share.amax(1)) if share.shape[1] else self.most
         shift = torch.where(most.isneginf(), 0, most)
         decay = (self.most - shift).exp()
-        share.sub_(shift[:, None]).exp_()
+        _exp_(share.sub_(shift[:, None]))
         self.total = self.total * decay + share.sum(1)
         self.most = most
         if not tile.gathers:
@@ -68,7 +75,7 @@ class _RunningLogSumExp(Running):
         shift = torch.where(self.most.isneginf(), 0, self.most)
         self.logarithm = (shift + self.total.log()).to(self.most.dtype)
         if self.kept is not None:  # of the sum of exponentials; its logarithm's is that over the sum
-            scale = torch.where(self.total > 0, (self.slope or 1) / self.total, 0).to(self.most.dtype)
+            scale = torch.where(self.total > 0, self._factor / self.total, 0).to(self.most.dtype)
             self.kept = [kept.mul_(scale[:, None]) for kept in self.kept]
         return self.logarithm
 
@@ -78,9 +85,17 @@ class _RunningLogSumExp(Running):
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         values, share, slopes = self._values(s, negatives)
         some = self.logarithm > -torch.inf
-        share.sub_(torch.where(some, self.logarithm, 0)[:, None]).exp_()
-        share.mul_(torch.where(some, gradient * (self.slope or 1), 0)[:, None])
+        _exp_(share.sub_(torch.where(some, self.logarithm, 0)[:, None]))
+        share.mul_(torch.where(some, gradient * self._factor, 0)[:, None])
         return [(values, share if slopes is None else share.mul_(slopes))]
+
+
+def _exp_(share: Tensor) -> Tensor:
+    """`exp`, in place, of numbers that are 0 at most: 0 for the very small, which sums do not feel. Products of numbers
+    below the smallest normal one would take a hundred times as long."""
+    least = 0.7 * math.log(torch.finfo(share.dtype).tiny)  # with room for what a share is multiplied by
+    F.threshold(share, least, -torch.inf, inplace=True)
+    return share.exp_()
 
 
 def _masked(values: Tensor, negatives: Tensor) -> Tensor:

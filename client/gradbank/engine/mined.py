@@ -70,7 +70,7 @@ class MinedPairs(Pairs):
     def _closeness(self, rows: slice, columns: slice) -> Tensor:
         with torch.no_grad():
             tile = self.distance.prepare(self.references.rows(columns).to(self.queries.dtype))
-            return self.distance.closeness(self.distance.matrix(self.queries[rows], tile))
+            return self.distance.closeness(self.distance.matrix(self.queries[rows], tile)).contiguous()
 
 
 class ChosenPairs(Pairs):

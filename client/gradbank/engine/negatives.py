@@ -111,14 +111,17 @@ class Weighted:
         self.weight = weight
 
     def logged(self, values: Tensor) -> Tensor:
-        return values.add_(self.weight.log())
+        if _is_finite(values):
+            return values.add_(self.weight.log())
+        return values.masked_fill_(self.weight == 0, -torch.inf)
 
     def weighed(self, weight: Tensor) -> Tensor:
         return weight.mul_(self.weight)
 
     def zeroed(self, values: Tensor) -> Tensor:
-        # 0 times infinity is no number, and a choice of each number would take several times as long
-        return values.clamp_(max=torch.finfo(values.dtype).max).mul_(self.weight)
+        if _is_finite(values):
+            return values.mul_(self.weight)
+        return values.masked_fill_(self.weight == 0, 0)
 
     def beyond(self, values: Tensor) -> Tensor:
         return values.masked_fill(self.weight == 0, torch.finfo(values.dtype).max)
@@ -131,3 +134,8 @@ class Weighted:
 
     def times(self) -> Tensor | None:
         return None
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether arithmetic will do where each number would have to be chosen, which takes several times as long."""
+    return values.device.type == "cpu" and bool(values.numel()) and float(values.abs().amax()) < torch.inf

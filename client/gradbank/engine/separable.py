@@ -90,7 +90,9 @@ class _RunningSeparable(RunningRamp):
             return torch.zeros_like(self.total).index_add(0, anchor, each * times)
 
         costs, mine = self.separable.costs(positives), of_anchor(torch.ones_like(times))
-        value = of_anchor(costs.double()) * self.number + leaf * mine
+        # an infinite cost that makes no triplet is none
+        of_positives = torch.where(self.number > 0, of_anchor(costs.double()), 0) * self.number
+        value = of_positives + torch.where(mine > 0, leaf, 0) * mine
         extra = self.separable.tally(self.count, self.number, positives)
         counts = mine * self.number
         if self.separable.reducer.bounds != (None, None):  # all but those of which neither costs anything

@@ -27,7 +27,7 @@ class Tile:
         self.distance, self.queries, self.rows, self.shared, self.kept = distance, queries, rows, shared or kept, kept
         self.gathers = queries.requires_grad
         with torch.set_grad_enabled(self.gathers and not distance.knows_pull):
-            self._graph = distance.matrix(queries, rows)
+            self._graph = distance.matrix(queries, rows).contiguous()
         self.s = self._graph.detach().requires_grad_(self.gathers)
 
     def own(self, times: float) -> Tensor:
@@ -37,7 +37,7 @@ class Tile:
         return self.s.detach() * times if self.shared or held else self.s.detach().mul_(times)
 
     def pull(self, of_s: Tensor, few: bool) -> Tensor:
-        """What the `(b, w)` gradient of `s`, which is written to, comes to at the queries: `(b, D)`.
+        """What the `(b, w)` gradient of `s`, which may be written to, comes to at the queries: `(b, D)`.
 
         Args:
             few: whether many references may get nothing; then only the others are multiplied.
@@ -55,8 +55,8 @@ class Tile:
         if self.distance.knows_pull:
             return self.distance.pull(self.queries.detach(), rows, s.detach(), of_s)[0]
         if rows is not self.rows:
-            return torch.autograd.grad(self.distance.matrix(self.queries, rows), self.queries, of_s)[0]
-        return torch.autograd.grad(self._graph, self.queries, of_s, retain_graph=True)[0]
+            return torch.autograd.grad(self.distance.matrix(self.queries, rows), self.queries, of_s)[0].contiguous()
+        return torch.autograd.grad(self._graph, self.queries, of_s, retain_graph=True)[0].contiguous()
 
     def _mostly_zero(self, of_some: Tensor) -> bool:
         """Whether less than a quarter of the references get a gradient of a few anchors: so perhaps of all."""

@@ -16,6 +16,7 @@ from gradbank.engine import (
     Each,
     Indices,
     LabelledPairs,
+    Linear,
     LogSumExp,
     Pairs,
     Part,
@@ -106,7 +107,7 @@ class _Angular:
         self.squared = math.tan(math.radians(loss.alpha)) ** 2
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
-        return {"seen": LogSumExp(lambda s: 4 * self.squared * s)}
+        return {"seen": LogSumExp(Linear(4 * self.squared))}
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         least = 2 * (1 + self.squared) * self.between[anchors.place]

@@ -99,19 +99,28 @@ class Block:
         queries = self.queries.detach().requires_grad_(self.gathers)
         found: list[Tensor] = []
         masked: list[tuple[TilePairs, slice]] = []
+        # what is listed is written to one piece of memory: small ones would scatter what tiles leave free in between
+        listed, start = None, 0
+        if self.listing is not None:
+            row, column = self.listing.positives()
+            listed = Positives(queries.new_empty(len(row)).detach(), row, queries.new_ones(len(row)).detach(), column)
         for index, columns, rows in self._rows():
             tile = Tile(self.loss.distance, queries, rows, len(self.running) > 1, self.tiles is not None)
             if self.tiles is not None:
                 self.tiles.append(tile.s)
             flat, negatives, pairs = self._pairs(index, columns)
-            if self.keeps and self.pairs.names_positives:  # before anything writes to the tile
-                found.append(tile.s.detach().reshape(-1).index_select(0, flat))
+            # before anything writes to the tile
+            if listed is not None:
+                listed.s[start : start + len(flat)] = tile.s.detach().view(-1).index_select(0, flat)
+                start += len(flat)
+            elif self.keeps:
+                found.append(tile.s.detach().view(-1).index_select(0, flat))
                 if pairs is not None:
                     masked.append((pairs, columns))
             with torch.set_grad_enabled(self.gathers):
                 for running in self.running.values():
                     running.add(tile, negatives)
-        return self._collected(found, masked) if self.keeps else self._collected([], [])
+        return self._collected(found, masked) if listed is None else listed
 
     def _positives(self) -> Positives:
         """The positives alone."""
@@ -147,12 +156,9 @@ class Block:
 
     def _collected(self, found: list[Tensor], masked: list[tuple[TilePairs, slice]]) -> Positives:
         none = self.queries.new_zeros(0).detach()
-        s = torch.cat(found) if found else none
-        if self.listing is not None:
-            row, column = self.listing.positives()
-            return Positives(s, row, torch.ones_like(s), column)
         if not masked:
             return Positives(none, none.long(), none, none.long())
+        s = torch.cat(found)
         anchor, other, times = [], [], []
         for pairs, columns in masked:
             width, flat = columns.stop - columns.start, pairs.positives

@@ -1,5 +1,6 @@
 """Gradients that distances and functions give by themselves, held to autograd; and who must not use them."""
 
+import math
 from typing import Any
 
 import pytest
@@ -161,14 +162,12 @@ def test_mined_pairs_are_the_same_listed_as_masked(distance: distances.Distance)
     assert torch.equal(negatives, tile.negatives.to(negatives.dtype))
 
 
-def test_a_queue_with_a_miner_of_pairs_lists_no_pair_of_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise AssertionError("a queue listed its pairs")
-
-    monkeypatch.setattr(miners.MultiSimilarityMiner, "mine", refuse)
-    bank = losses.CrossBatchMemory(losses.ContrastiveLoss(), 6, 40, miner=miners.MultiSimilarityMiner()).double()
-    for seed in range(3):
-        assert bool(bank(rows(seed, 20), torch.arange(20) % 10).isfinite())
+@pytest.mark.parametrize("miner", [miners.MultiSimilarityMiner(), miners.PairMarginMiner()], ids=str)
+def test_a_queue_is_mined_by_limits_and_in_one_sweep(miner: Any) -> None:
+    references = engine.References((rows(9, 400),), torch.arange(400) % 100)
+    pairs = miner.select(rows(8, 20), references, engine.LabelledPairs(torch.arange(20) % 100, references.labels))
+    assert isinstance(pairs, MinedPairs)
+    assert pairs.listing(slice(0, 20), torch.tensor([0, 400])) is not None  # else a gradient takes a second sweep
 
 
 class Expanded(distances.Distance):
@@ -224,18 +223,18 @@ def test_a_gradient_of_nan_is_not_hidden_by_rows_that_coincide() -> None:
     assert bool(of_queries[1:].isfinite().all())
 
 
-def test_the_smallest_shares_are_none_and_take_no_longer() -> None:
-    embeddings = rows(14, 40).float()
-    with engine.using("tiled", Bounds(tile=200, rows=10)):
-        leaf = embeddings.clone().requires_grad_()
-        losses.NTXentLoss(temperature=0.002)(leaf, torch.arange(40) % 8).backward()
-    truth = embeddings.double().requires_grad_()
-    losses.NTXentLoss(temperature=0.002)(truth, torch.arange(40) % 8).backward()
-    assert leaf.grad is not None
-    assert truth.grad is not None
-    torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=1e-4, atol=1e-3)
-    tiny = torch.finfo(torch.float32).tiny
-    assert not bool(((leaf.grad != 0) & (leaf.grad.abs() < tiny)).any())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_share_is_its_exponential_or_next_to_nothing_and_never_subnormal(dtype: torch.dtype) -> None:
+    from gradbank.engine.logsumexp import _exp_
+
+    tiny = torch.finfo(dtype).tiny
+    x = torch.linspace(-1.2, 0, 4000, dtype=dtype) * -math.log(tiny)
+    plain, made = x.exp(), _exp_(x.clone())
+    assert bool(((plain > 0) & (plain < tiny)).any())
+    least = float(made.min())
+    assert tiny**0.75 < least < torch.finfo(dtype).eps ** 3
+    assert torch.equal(made, plain.clamp(min=least))
+    assert bool(_exp_(torch.tensor([torch.nan], dtype=dtype)).isnan())
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [torch.inf, torch.inf, 1.0]])

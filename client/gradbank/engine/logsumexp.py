@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Elementwise, Linear, Sloped
@@ -72,7 +71,9 @@ class _RunningLogSumExp(Running):
             self.keep([tile.pull(share if slopes is None else share.mul_(slopes), few=False)], decay)
 
     def leaf(self) -> Tensor:
-        shift = torch.where(self.most.isneginf(), 0, self.most)
+        none = self.most.isneginf()
+        self.total = torch.where(none, 0, self.total)
+        shift = torch.where(none, 0, self.most)
         self.logarithm = (shift + self.total.log()).to(self.most.dtype)
         if self.kept is not None:  # of the sum of exponentials; its logarithm's is that over the sum
             scale = torch.where(self.total > 0, self._factor / self.total, 0).to(self.most.dtype)
@@ -91,11 +92,10 @@ class _RunningLogSumExp(Running):
 
 
 def _exp_(share: Tensor) -> Tensor:
-    """`exp`, in place, of numbers that are 0 at most: 0 for the very small, which sums do not feel. Products of numbers
-    below the smallest normal one would take a hundred times as long."""
+    """`exp`, in place, of numbers that are 0 at most; of the very small, and of -inf, next to nothing in place of less.
+    Sums do not feel it, but what is below the smallest normal number takes a hundred times as long."""
     least = 0.7 * math.log(torch.finfo(share.dtype).tiny)  # with room for what a share is multiplied by
-    F.threshold(share, least, -torch.inf, inplace=True)
-    return share.exp_()
+    return share.clamp_(min=least).exp_()
 
 
 def _masked(values: Tensor, negatives: Tensor) -> Tensor:

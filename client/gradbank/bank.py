@@ -16,6 +16,13 @@ class Entering(NamedTuple):
     start: int
 
 
+class _Squares(NamedTuple):
+    lengths: Tensor  # (capacity,)
+    slots: Tensor  # of which rows
+    version: int  # that these had
+
+
+_ROWS_AT_ONCE = 2**13
 STATE = ("embedding_memory", "label_memory", "queue_idx", "has_been_filled")  # the names of a bank's state
 
 
@@ -45,6 +52,7 @@ class Bank(nn.Module):
         self.register_buffer("slots", torch.zeros(0, self.dimension), persistent=False)
         self.register_buffer("slot_labels", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.waiting: Entering | None = None
+        self._squares: _Squares | None = None
         self.cursor = 0
         self.is_full = False
 
@@ -56,6 +64,8 @@ class Bank(nn.Module):
     def nbytes(self) -> int:
         waiting = self.waiting  # once: another thread may ask while a step is under way
         beside = 0 if waiting is None else waiting.rows.nbytes + waiting.labels.nbytes
+        known = self._squares
+        beside += 0 if known is None else known.lengths.nbytes
         return self.slots.nbytes + self.slot_labels.nbytes + beside
 
     def rows(self) -> Tensor:
@@ -106,7 +116,21 @@ class Bank(nn.Module):
                 self.slot_labels[last:filled].to(new.device),
             ]
         )
-        return References(tuple(piece for piece in pieces if len(piece)) or (new,), labels)
+        known = self._squares_of(kept)
+        squares = (None, known[around:first], None, known[last:filled]) if known is not None else (None,) * 4
+        some = [(piece, each) for piece, each in zip(pieces, squares) if len(piece)] or [(new, None)]
+        return References(tuple(piece for piece, _ in some), labels, squares=tuple(each for _, each in some))
+
+    def _squares_of(self, slots: Tensor) -> Tensor | None:
+        """`(capacity,)`: how long the row of each slot is, squared. It is kept from batch to batch, unless somebody
+        else has written to the slots."""
+        if slots is not self.slots or not len(slots) or slots.is_inference():
+            return None
+        known = self._squares
+        if known is None or known.slots is not slots or known.version != slots._version:
+            lengths = [some.square().sum(1) for some in torch.split(slots, _ROWS_AT_ONCE)]
+            self._squares = known = _Squares(torch.cat(lengths), slots, slots._version)
+        return known.lengths
 
     def enter(self, entering: Entering) -> None:
         """Makes `entering` part of the bank: references and integers only, so it cannot fail half-way."""
@@ -126,9 +150,13 @@ class Bank(nn.Module):
             if self.slots.device != waiting.rows.device:  # after a load from a checkpoint, for one
                 self.slots = self.slots.to(waiting.rows.device)
             self.slot_labels = self.slot_labels.to(self.slots.device)
-            slots = self.slots_of(waiting)
-            self.slots[slots] = waiting.rows.to(self.slots)
+            slots, rows = self.slots_of(waiting), waiting.rows.to(self.slots)
+            known = self._squares_of(self.slots)
+            self.slots[slots] = rows
             self.slot_labels[slots] = waiting.labels
+            if known is not None:
+                known[slots] = rows.square().sum(1)
+                self._squares = _Squares(known, self.slots, self.slots._version)
         self.waiting = None
 
     def _allocate(self, like: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbank import distances, engine, losses, miners
-from gradbank.engine import Bounds, Each, Limits, LogSumExp, MinedPairs, Ramp, Sloped
+from gradbank.engine import Bounds, Each, Limits, Linear, LogSumExp, MinedPairs, Ramp, Sloped
 
 KNOWN: list[distances.Distance] = [
     distances.LpDistance(),
@@ -37,6 +37,67 @@ def test_a_distance_pulls_as_autograd_does(distance: distances.Distance, number:
         assert distance.pull(queries, references, s.detach(), weight.clone())[1] is None
     for a, b in zip(pulled, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", KNOWN, ids=str)
+@pytest.mark.parametrize("piece_dtype", [torch.float64, torch.float16], ids=str)
+def test_a_distance_pulls_listed_pairs_as_autograd_does(distance: distances.Distance, piece_dtype: torch.dtype) -> None:
+    pieces = tuple(rows(seed, n).to(piece_dtype) for seed, n in ((1, 30), (2, 1), (3, 40)))
+    references = engine.References(pieces)
+    queries = distance.prepare(rows(0, 7)).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    anchor, other = (torch.randint(n, (50,), generator=generator) for n in (5, 30))
+    other[25:] += 41  # none in the second piece
+    near, inverse, _ = references.prepared(distance, slice(0, 71), torch.float64)
+    s = distance.matrix(queries, near)[anchor, other]
+    weight = torch.rand_like(s)
+    (wanted,) = torch.autograd.grad(s, queries, weight)
+
+    def sums(each: Tensor) -> Tensor:
+        return references.sums(other, anchor, each if inverse is None else each * inverse[other, 0], 7)
+
+    with torch.no_grad():
+        pulled = distance.pull_of_pairs(queries, anchor, s.detach(), weight, sums)
+    torch.testing.assert_close(pulled, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", KNOWN, ids=str)
+@pytest.mark.parametrize("cast_to", [None, torch.bfloat16], ids=str)
+def test_known_lengths_change_no_distance(distance: distances.Distance, cast_to: torch.dtype | None) -> None:
+    """Lengths that a queue keeps, and a row of zeros, which has no direction."""
+    others = rows(1, 40)
+    others[3] = 0
+    references = engine.References((others,), squares=(others.square().sum(1),))
+    queries = distance.prepare(rows(0, 30))
+    wanted = distance.matrix(queries, distance.prepare(others))
+    with torch.no_grad(), torch.autocast("cpu", cast_to, enabled=cast_to is not None):
+        near, _, squares = references.prepared(distance, slice(0, 40), torch.float64)
+        torch.testing.assert_close(distance.tile(queries, near, squares), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", KNOWN, ids=str)
+def test_entries_lie_between_the_bounds_of_their_distance(distance: distances.Distance) -> None:
+    queries = rows(0, 30)
+    s = distance(queries, torch.cat([queries, -queries, torch.zeros(1, 6, dtype=torch.float64)]))
+    if distance.bounds is not None:
+        least, most = distance.bounds
+        assert float(s.min()) == pytest.approx(least, abs=1e-6)
+        assert float(s.max()) == pytest.approx(most, abs=1e-6)
+    else:
+        assert not distance.normalize_embeddings or isinstance(distance, distances.SNRDistance)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.bool], ids=str)
+def test_positives_are_those_of_equal_labels_whatever_holds_them(dtype: torch.dtype) -> None:
+    whole = [0, 1, 1, 7, 250, 3, 0] if dtype != torch.bool else [0, 1, 1, 0]
+    extreme = [2**63 - 1, -(2**63), 2**62] if dtype == torch.int64 else []
+    labels, ref_labels = torch.tensor(whole).to(dtype), torch.tensor([*whole, *whole, *extreme]).to(dtype)
+    for few in (labels, labels[1:2], labels[:0]):
+        pairs = engine.LabelledPairs(few, ref_labels)
+        listing = pairs.listing(slice(0, len(few)), torch.tensor([0, len(ref_labels)]))
+        assert listing is not None
+        wanted = (few[:, None] == ref_labels).nonzero()
+        assert {*zip(listing.row.tolist(), listing.column.tolist())} == {*map(tuple, wanted.tolist())}
 
 
 def test_an_embedding_at_distance_0_has_no_pull() -> None:
@@ -108,8 +169,11 @@ class Declared(losses.PairLoss):
         (lambda: Each(Ramp(2.0, -0.1)), lambda: Each(lambda s: (2 * s - 0.1).relu())),
         (lambda: Each(Ramp(-1.0, 0.4, power=2)), lambda: Each(lambda s: (0.4 - s).relu() ** 2)),
         (lambda: LogSumExp(Sloped(lambda s: (s**3, 3 * s**2))), lambda: LogSumExp(lambda s: s**3)),
+        (lambda: LogSumExp(Linear(9.0, 0.5)), lambda: LogSumExp(lambda s: 9 * s + 0.5)),
+        (lambda: LogSumExp(Linear(-9.0)), lambda: LogSumExp(lambda s: -9 * s)),
+        (lambda: LogSumExp(Linear(4000.0)), lambda: LogSumExp(lambda s: 4000 * s)),
     ],
-    ids=["ramp", "squared ramp", "sloped"],
+    ids=["ramp", "squared ramp", "sloped", "near together", "falling", "far apart"],
 )
 @pytest.mark.parametrize("form", ["batch", "references", "bank"])
 @pytest.mark.parametrize("reducer", ["MeanReducer", "AvgNonZeroReducer", "ThresholdReducer"])
@@ -155,10 +219,10 @@ def test_mined_pairs_are_the_same_listed_as_masked(distance: distances.Distance)
     assert listing is not None
     assert weight is not None
     positives, holes = listing.tile(0)
-    assert 0 < len(positives) < len(holes)
+    assert 0 < len(positives) < len(holes.flat)
     assert set(positives.tolist()) == set(tile.positives.tolist())
-    negatives = weight.view(-1).index_fill(0, holes, 0).view(weight.shape)
-    assert 0 < int(negatives.sum()) < negatives.numel() - len(holes)
+    negatives = weight.view(-1).index_fill(0, holes.flat, 0).view(weight.shape)
+    assert 0 < int(negatives.sum()) < negatives.numel() - len(holes.flat)
     assert torch.equal(negatives, tile.negatives.to(negatives.dtype))
 
 

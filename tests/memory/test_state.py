@@ -128,6 +128,24 @@ def test_deep_copy_lives_apart(steps: int, queue_of: Any, batch: Any, state: Any
     assert state(queue) == state(untouched)
 
 
+@pytest.mark.parametrize("how", ["in place", "loaded", "to float64", "not at all"])
+def test_rows_that_somebody_else_wrote_are_compared_as_they_are(how: str, batch: Any) -> None:
+    """A queue keeps how long its rows are, and must not take new ones for the old."""
+    used, fresh = (losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 10) for _ in range(2))
+    for step in range(4):
+        used(*batch(4, step))
+    longer = batch(10, 9)[0] * 5
+    if how == "in place":
+        used.embedding_memory[:] = longer
+    elif how == "loaded":
+        used.load_state_dict({**used.state_dict(), "embedding_memory": longer})
+    elif how == "to float64":
+        used.double()
+    fresh.load_state_dict(used.state_dict())
+    rows, labels = batch(4, 8, used.embedding_memory.dtype)
+    torch.testing.assert_close(used(rows, labels), fresh(rows, labels), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_batches_enter_a_float32_queue(dtype: torch.dtype, queue_of: Any, batch: Any) -> None:
     """PML turns the whole queue to the dtype of whichever batch came last."""

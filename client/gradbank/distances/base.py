@@ -1,7 +1,8 @@
 """What every distance has in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -54,15 +55,34 @@ class Distance(Recorder):
 
     def prepare(self, embeddings: Tensor) -> Tensor:
         """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to."""
+        return self.normalized(embeddings, self.inverse_norms(embeddings))
+
+    def normalized(self, embeddings: Tensor, inverse: Tensor | None) -> Tensor:
+        """`prepare`, given what `inverse_norms` made of the embeddings."""
+        return embeddings if inverse is None else embeddings * inverse
+
+    def inverse_norms(self, embeddings: Tensor, squares: Tensor | None = None) -> Tensor | None:
+        """`(N, 1)`: what normalising multiplies each embedding by; None where it is told not to.
+
+        Args:
+            squares: `(N,)` the embeddings' squared lengths, where they are known already.
+        """
         if not self.normalize_embeddings:
-            return embeddings
+            return None
+        if self.p == 2 and embeddings.dtype in _HOLD_SQUARES:  # quicker
+            squares = embeddings.square().sum(-1) if squares is None else squares
+            return squares[..., None].clamp(min=1e-24).rsqrt()
         norms = torch.linalg.vector_norm(embeddings, ord=self.p, dim=-1, keepdim=True)
-        scaled: Tensor = embeddings * norms.clamp(min=1e-12).reciprocal()  # a division for each row, not each number
-        return scaled
+        inverse: Tensor = norms.clamp(min=1e-12).reciprocal()  # a division for each row, not each number
+        return inverse
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
         """The `(B, M)` matrix between prepared embeddings."""
         return self.raised(self.compute_mat(queries, references))
+
+    def tile(self, queries: Tensor, references: Tensor, squares: Tensor | None) -> Tensor:
+        """`matrix`, where the `(M,)` squared lengths of the references may be known, before anything is taken off."""
+        return self.matrix(queries, references)
 
     def raised(self, mat: Tensor) -> Tensor:
         """`mat` to the power that the distance has."""
@@ -97,6 +117,11 @@ class Distance(Recorder):
         """Whether the gradient of `matrix` is computed from what it made, which is then not to be written to."""
         return not self.is_product
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Between which two numbers all entries of the matrix lie, up to rounding; None if that is not known."""
+        return None
+
     def pull(
         self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
     ) -> tuple[Tensor, Tensor | None]:
@@ -104,9 +129,21 @@ class Distance(Recorder):
         and, if `of_both`, `(M, D)` at the references. May write to `weight`, `(B, M)`."""
         raise NotImplementedError(f"{type(self).__name__} leaves its gradient to autograd")
 
+    def pull_of_pairs(
+        self, queries: Tensor, anchor: Tensor, s: Tensor, weight: Tensor, sums: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The same at the `(B, D)` queries, for `(P,)` pairs in place of a matrix.
+
+        Args:
+            anchor: `(P,)` the query of each pair.
+            s: `(P,)` their entries of the matrix, and weight: `(P,)` their weights.
+            sums: from `(P,)` weights to the weighted sums of the pairs' normalised references, `(B, D)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves its gradient to autograd")
+
     def computes_as(self, kind: "type[Distance]") -> bool:
         """Whether its matrix is computed by what `kind` defines, and not by a subclass of a user's own."""
-        return all(getattr(type(self), name) is getattr(kind, name) for name in ("compute_mat", "matrix", "raised"))
+        return _computes_as(type(self), kind)  # type: ignore[arg-type]
 
     @property
     def sign(self) -> int:
@@ -163,5 +200,12 @@ class Distance(Recorder):
             )
 
 
+@cache
+def _computes_as(kind: type[Distance], known: type[Distance]) -> bool:
+    names = ("prepare", "normalized", "inverse_norms", "compute_mat", "matrix", "raised")
+    return all(getattr(kind, name) is getattr(known, name) for name in names)
+
+
+_HOLD_SQUARES = (torch.float32, torch.float64)  # of the smallest norms that matter
 _PAIRS_AT_ONCE = 32  # rows of a matrix of which only the diagonal is wanted
 _NUMBERS_AT_ONCE = 2**18  # of the rows whose norms are taken

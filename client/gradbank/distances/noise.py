@@ -1,5 +1,6 @@
 """The noise-to-signal ratio."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from gradbank.component import component
 from gradbank.distances.base import Distance
-from gradbank.distances.euclidean import squares, toward
+from gradbank.distances.euclidean import by_row, squared_distances, toward
 
 
 @component
@@ -19,12 +20,14 @@ class SNRDistance(Distance):
     Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR 2019.
     """
 
-    def prepare(self, embeddings: Tensor) -> Tensor:
+    def normalized(self, embeddings: Tensor, inverse: Tensor | None) -> Tensor:
         """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to, and less their mean."""
-        return _centered(super().prepare(embeddings))
+        return _centered(super().normalized(embeddings, inverse))
 
     def _measured(self, embeddings: Tensor) -> Tensor:
-        return super().prepare(embeddings)  # a mean that is taken off is not part of a norm
+        return super().normalized(
+            embeddings, self.inverse_norms(embeddings)
+        )  # a mean that is taken off is not part of a norm
 
     @property
     def knows_pull(self) -> bool:
@@ -37,6 +40,14 @@ class SNRDistance(Distance):
         of_queries, of_references = _toward_signal(queries, references, inverse, s, weight, True, of_both)
         assert of_queries is not None
         return of_queries, of_references
+
+    def pull_of_pairs(
+        self, queries: Tensor, anchor: Tensor, s: Tensor, weight: Tensor, sums: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        inverse = queries.square().sum(1, keepdim=True).mul_(0.5).reciprocal_()
+        own = by_row(weight * (1 - s), anchor, queries)
+        pulled: Tensor = (queries * own - _centered(sums(weight))) * inverse
+        return pulled
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
         made: Tensor = _NoiseToSignal.apply(queries, references)  # type: ignore[no-untyped-call]
@@ -60,7 +71,7 @@ class _NoiseToSignal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         inverse = a.square().sum(1, keepdim=True).reciprocal_()
-        s = squares(a, b).mul_(inverse)
+        s = squared_distances(a, b).mul_(inverse)
         ctx.save_for_backward(a, b, inverse, s)
         return s
 

@@ -1,5 +1,6 @@
 """Similarities: products of embeddings, of which the larger is the closer."""
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import ClassVar
 
@@ -23,10 +24,19 @@ class Product(Distance):
     def knows_pull(self) -> bool:
         return self.is_product
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        return (-1, 1) if self.normalize_embeddings and self.p == 2 and self.is_product else None
+
     def pull(
         self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         return weight @ references, weight.mT @ queries if of_both else None
+
+    def pull_of_pairs(
+        self, queries: Tensor, anchor: Tensor, s: Tensor, weight: Tensor, sums: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        return sums(weight)
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT

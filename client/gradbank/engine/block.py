@@ -52,12 +52,14 @@ class Block:
             wanted = loss.negatives(self._anchors(nothing, {}))
         for name, each in wanted.items():
             each.reduced_by(loss.reducer.of(name))
+            each.measured_by(loss.distance)
         early = self._positives() if any(each.needs_positives for each in wanted.values()) else None
         like = self.queries.detach()
         self.running: dict[str, Running] = {name: each.begin(self.size, like, early) for name, each in wanted.items()}
         gathers = gathers and self.listing is not None
         self.gathers = gathers and all(r.by_anchor and not r.learns(like) for r in self.running.values())
         self.tiles: list[Tensor] | None = [] if keeps_tiles and loss.distance.knows_pull and not self.gathers else None
+        self.inverse_norms: list[Tensor] = []  # of the references, tile after tile, if what is listed will need them
         self.positives: Positives | None = self._sweep()
         self.leaves = {name: running.leaf() for name, running in self.running.items()}
         if not keeps:
@@ -104,22 +106,34 @@ class Block:
         if self.listing is not None:
             row, column = self.listing.positives()
             listed = Positives(queries.new_empty(len(row)).detach(), row, queries.new_ones(len(row)).detach(), column)
-        for index, columns, rows in self._rows():
-            tile = Tile(self.loss.distance, queries, rows, len(self.running) > 1, self.tiles is not None)
+        counting = [running for running in self.running.values() if running.reads_number]
+        number = self.queries.detach().new_zeros(self.size, dtype=torch.float64)
+        negatives: Negatives | None = None
+        for index, columns, (rows, inverse, squares) in self._rows():
+            if self.gathers and inverse is not None:
+                self.inverse_norms.append(inverse.view(-1))
+            shared, kept = len(self.running) > 1, self.tiles is not None
+            tile = Tile(self.loss.distance, queries, rows, squares, shared, kept)
             if self.tiles is not None:
                 self.tiles.append(tile.s)
             flat, negatives, pairs = self._pairs(index, columns)
             # before anything writes to the tile
             if listed is not None:
-                listed.s[start : start + len(flat)] = tile.s.detach().view(-1).index_select(0, flat)
+                torch.index_select(tile.s.detach().view(-1), 0, flat, out=listed.s[start : start + len(flat)])
                 start += len(flat)
             elif self.keeps:
                 found.append(tile.s.detach().view(-1).index_select(0, flat))
                 if pairs is not None:
                     masked.append((pairs, columns))
+            if counting and isinstance(negatives, (Masked, Weighted)):
+                number += negatives.number()
             with torch.set_grad_enabled(self.gathers):
                 for running in self.running.values():
                     running.add(tile, negatives)
+        if counting and self.listing is not None and isinstance(negatives, Holes):
+            number = len(self.references) - torch.bincount(self.listing.row, minlength=self.size).double()
+        for running in counting:
+            running.number = number
         return self._collected(found, masked) if listed is None else listed
 
     def _positives(self) -> Positives:
@@ -131,7 +145,7 @@ class Block:
         queries = self.queries.detach()
         found: list[Tensor] = []
         masked: list[tuple[TilePairs, slice]] = []
-        for index, columns, rows in self._rows():
+        for index, columns, (rows, _, _) in self._rows():
             flat, _, pairs = self._pairs(index, columns)
             assert pairs is not None
             with torch.no_grad():
@@ -139,18 +153,17 @@ class Block:
             masked.append((pairs, columns))
         return self._collected(found, masked)
 
-    def _rows(self) -> Iterator[tuple[int, slice, Tensor]]:
+    def _rows(self) -> Iterator[tuple[int, slice, tuple[Tensor, Tensor | None, Tensor | None]]]:
         """The tiles: their number, their columns, and their references, prepared."""
-        for index, (columns, piece, part) in enumerate(self.references.tiles(self.width)):
+        for index, (columns, _, _) in enumerate(self.references.tiles(self.width)):
             with torch.no_grad():
-                rows = self.references.pieces[piece][part].to(self.queries.dtype)
-                yield index, columns, self.loss.distance.prepare(rows)
+                yield index, columns, self.references.prepared(self.loss.distance, columns, self.queries.dtype)
 
     def _pairs(self, index: int, columns: slice) -> tuple[Tensor, Negatives, TilePairs | None]:
         if self.listing is not None:
             flat, holes = self.listing.tile(index)
             weight = self.pairs.weight(self.rows, columns)
-            return flat, Holes(holes) if weight is None else Weighted(Holes(holes).weighed(weight)), None
+            return flat, holes if weight is None else Weighted(holes.weighed(weight)), None
         pairs = self.pairs.tile(self.rows, columns)
         return pairs.positives, Masked(pairs.negatives), pairs
 
@@ -181,6 +194,13 @@ class Block:
             return done
         assert self.positives is not None
         distance, queries = self.loss.distance, self.queries.detach()
+        if distance.knows_pull:
+            s, anchor, _, other = self.positives
+            inverse = torch.cat(self.inverse_norms)[other] if self.inverse_norms else 1.0
+            pulled = distance.pull_of_pairs(
+                queries, anchor, s, of_positives, lambda w: self.references.sums(other, anchor, w * inverse, self.size)
+            )
+            return done.add_(pulled)
         step = max(1, _GATHERED_AT_ONCE // max(queries.shape[1], 1))
         for anchor, other, gradient in zip(
             *(torch.split(each, step) for each in (self.positives.anchor, self.positives.other, of_positives))
@@ -245,14 +265,14 @@ def sweep(
     """The tiles of a block of prepared queries: `(b, w)` distances, to be written to, the positives among them and
     which of them are negatives; without gradients."""
     listing = _listing(pairs, rows, references, width)
-    for index, (columns, piece, part) in enumerate(references.tiles(width)):
+    for index, (columns, _, _) in enumerate(references.tiles(width)):
         with torch.no_grad():
-            tile = distance.prepare(references.pieces[piece][part].detach().to(queries.dtype))
-            s = distance.matrix(queries, tile).contiguous()
+            tile, _, squares = references.prepared(distance, columns, queries.dtype)
+            s = distance.tile(queries, tile, squares).contiguous()
         negatives: Negatives
         if listing is not None:
-            flat, holes = listing.tile(index)
-            counts, negatives = None, Holes(holes)
+            flat, negatives = listing.tile(index)
+            counts = None
         else:
             flat, counts, mask = pairs.tile(rows, columns)
             negatives = Masked(mask)

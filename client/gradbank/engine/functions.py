@@ -30,16 +30,12 @@ class Ramp:
         self.slope, self.intercept, self.row_slope, self.power = slope, intercept, row_slope, power
 
     def __call__(self, s: Tensor, *row: Tensor) -> Tensor:
-        base = self._sloping(s, *row).relu()
+        base = torch.add(self.offset(s, *row), s, alpha=self.slope).relu()
         return base if self.power == 1 else base.square()
 
-    def base(self, s: Tensor, *row: Tensor) -> Tensor:
-        """What is raised to the power, without a graph."""
-        return self._sloping(s.detach(), *(each.detach() for each in row)).clamp_(min=0)
-
-    def _sloping(self, s: Tensor, *row: Tensor) -> Tensor:
-        offset = row[0] * self.row_slope + self.intercept if row else s.new_full((), self.intercept)
-        return torch.add(offset, s, alpha=self.slope)
+    def offset(self, like: Tensor, *row: Tensor) -> Tensor:
+        """What is the same for all numbers of a row."""
+        return row[0] * self.row_slope + self.intercept if row else like.new_full((), self.intercept)
 
 
 class Sloped:

@@ -39,18 +39,17 @@ class Gaps(Statistic):
 
 class _RunningGaps(Running):
     by_anchor = False
+    reads_number = True
 
     def __init__(self, gaps: Gaps, anchors: int, like: Tensor) -> None:
         super().__init__(torch.zeros_like)
         self.gaps = gaps
         self.sums = like.new_zeros(anchors, 2, dtype=torch.float64)
-        self.number = like.new_zeros(anchors, dtype=torch.float64)
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         gap, weight = self.gaps.weighed(tile.s.detach())
         weight = negatives.weighed(weight)
         self.sums += torch.stack([weight.sum(1), gap.mul_(weight).sum(1)], 1)
-        self.number += negatives.number(tile.s)
 
     def leaf(self) -> Tensor:
         return self.sums

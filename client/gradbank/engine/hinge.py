@@ -6,13 +6,13 @@ anchor's thresholds, once each, and cumulative sums answer every positive: `O(N)
 counts that equal those of the plain triplets.
 """
 
+import math
 from collections import deque
 
 import torch
 from torch import Tensor, relu
 
 from gradbank.engine.anchors import Gathered, Positives
-from gradbank.engine.functions import Elementwise
 from gradbank.engine.negatives import Negatives
 from gradbank.engine.pairs import Interval
 from gradbank.engine.statistics import Running
@@ -22,18 +22,21 @@ from gradbank.engine.triplets import Triplets
 
 
 class Hinge(Triplets):
-    """`relu(f(s_p) - f(s_n) + margin)` over each anchor's triplets.
+    """`relu(d_p - d_n + margin)` over each anchor's triplets, where `d` is a distance: `s`, or `-s` of a similarity.
 
     Args:
-        f: makes a distance (larger is farther) of what the tiles hold.
+        sign: 1 for distances, -1 for similarities.
         margin: by how much the negative must be farther.
-        interval: the `(P, 2)` bounds of the negatives that make a triplet with each positive, `low <= f(s_n) < high`,
+        interval: the `(P, 2)` bounds of the negatives that make a triplet with each positive, `low <= d_n < high`,
             as a function of the `(P,)` distances of the positives; None is all.
     """
 
-    def __init__(self, f: Elementwise, margin: float, interval: Interval | None = None) -> None:
-        super().__init__(lambda positive, negative: relu(self.violation(f(positive), f(negative))))
-        self.f, self.margin, self.interval = f, margin, interval
+    def __init__(self, sign: int, margin: float, interval: Interval | None = None) -> None:
+        super().__init__(lambda positive, negative: relu(self.violation(self.f(positive), self.f(negative))))
+        self.sign, self.margin, self.interval = sign, margin, interval
+
+    def f(self, s: Tensor) -> Tensor:
+        return s if self.sign == 1 else -s
 
     def violation(self, u: Tensor, v: Tensor) -> Tensor:
         return u - v + self.margin
@@ -107,29 +110,27 @@ class _RunningHinge(Running):
         self.share = self.buckets.at_or_above(self.adding * self.times).to(u.dtype)
         self.counts = torch.zeros_like(self.buckets.table, dtype=torch.float64)
         self.total = u.new_zeros(anchors, dtype=torch.float64)
-        self.number = u.new_zeros(anchors, dtype=torch.float64)  # of negatives
+        self.reads_number = hinge.counts_every
         self.shares: deque[Tensor] = deque()  # of the tiles that are kept for a second sweep, in their order
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        values, times = self.values(tile.s), negatives.times()
-        v, bucket = values.detach(), self._buckets(values, negatives)
+        v, times = self.values(tile.s.detach()), negatives.times()
+        bucket = self._buckets(v, negatives)
         share = self.buckets.lookup(bucket, self.share)
         share = share if times is None else share * times
         if tile.kept:
             self.shares.append(share)
         self.counts += self.buckets.count(bucket, times)
-        total = (share * v).sum(1)
-        if tile.s.device.type != "cpu" or total.isnan().any():  # slower, and seldom needed
+        total = torch.linalg.vecdot(share, v)
+        if tile.s.device.type != "cpu" or not math.isfinite(total.sum()):  # slower, and seldom needed
             total = torch.where((share > 0) | v.isnan(), share * v, 0).sum(1)
         self.total += total
-        if self.hinge.counts_every:
-            self.number += negatives.number(v)
         if tile.gathers:
-            self.gather(tile, values, share, few=True)
+            self.keep([tile.pull(share if self.hinge.sign == 1 else share.neg_(), few=True)])
 
     def _buckets(self, values: Tensor, negatives: Negatives) -> Tensor:
         """The buckets of the negatives; what is none lies beyond all thresholds."""
-        return negatives.elsewhere(self.buckets.find(values.detach()), self.buckets.last)
+        return negatives.elsewhere(self.buckets.find(values), self.buckets.last)
 
     def leaf(self) -> Tensor:
         return self.total
@@ -145,10 +146,10 @@ class _RunningHinge(Running):
         return Gathered(of_positives - leaf, torch.zeros_like(self.total).index_add(0, anchor, counts))
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
-        values, times = self.values(s), negatives.times()
+        times = negatives.times()
         if self.shares:
             share = self.shares.popleft()
         else:
-            share = self.buckets.lookup(self._buckets(values, negatives), self.share)
+            share = self.buckets.lookup(self._buckets(self.values(s.detach()), negatives), self.share)
             share = share if times is None else share * times
-        return [(values, share * gradient.to(share.dtype)[:, None])]
+        return [(s, share * (gradient * self.hinge.sign).to(share.dtype)[:, None])]

@@ -1,9 +1,12 @@
 """The positives of a block of anchors, listed once for all tiles."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from gradbank.engine.negatives import Holes
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,18 @@ class Listing:
             return self.row, self.column
         return self.row[self.positive], self.column[self.positive]
 
-    def tile(self, index: int) -> tuple[Tensor, Tensor]:
-        """Of one tile: where its positives lie, and where all that is not a negative lies."""
+    def tile(self, index: int) -> tuple[Tensor, Holes]:
+        """Of one tile: where its positives lie, and all that is not a negative."""
         part = slice(self.bounds[index], self.bounds[index + 1])
-        holes = self.flat[part]
-        return holes if self.positive is None else holes[self.positive[part]], holes
+        holes = Holes(self.flat[part], self.row[part])
+        if self.positive is None:
+            return holes.flat, holes
+        flat, bounds = self._positives
+        return flat[bounds[index] : bounds[index + 1]], holes
+
+    @cached_property
+    def _positives(self) -> tuple[Tensor, list[int]]:
+        """`flat` and `bounds` of the positives alone."""
+        assert self.positive is not None
+        below = torch.nn.functional.pad(self.positive.cumsum(0), (1, 0))
+        return self.flat[self.positive], below[self.bounds].tolist()

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from gradbank.distances import Distance
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Elementwise, Linear, Sloped
 from gradbank.engine.negatives import Negatives
@@ -15,10 +16,19 @@ from gradbank.engine.tile import Tile
 class LogSumExp(Statistic):
     """`log(sum_n exp(f(s_n)))` for each anchor; -inf where it has no negative."""
 
+    bounds: tuple[float, float] | None = None
+
     def __init__(self, f: Elementwise, row: Tensor | None = None) -> None:
         self.f, self.row = f, row
 
+    def measured_by(self, distance: Distance) -> None:
+        self.bounds = distance.bounds
+
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
+        if isinstance(self.f, Linear) and not isinstance(self.f.slope, Tensor) and self.bounds is not None:
+            least, most = sorted(self.f.slope * bound for bound in self.bounds)
+            if least - most > _least(like.dtype):
+                return _RunningBounded(self.f, most, anchors, like)
         return _RunningLogSumExp(self.f, self.row, anchors, like)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
@@ -31,7 +41,7 @@ class LogSumExp(Statistic):
 class _RunningLogSumExp(Running):
     def __init__(self, f: Elementwise, row: Tensor | None, anchors: int, like: Tensor) -> None:
         super().__init__(f, row)
-        self.most = like.new_full((anchors,), -torch.inf)
+        self.most = like.new_full((anchors,), torch.finfo(like.dtype).min)  # of an anchor without a negative, so far
         self.total = like.new_zeros(anchors, dtype=torch.float64)
         # with a plain slope, the derivative of f is left to the end
         self.slope = f.slope if isinstance(f, Linear) and not isinstance(f.slope, Tensor) else None
@@ -56,11 +66,10 @@ class _RunningLogSumExp(Running):
         if self.slope is None:
             values, share, slopes = self._values(tile.s, negatives)
         else:  # in place, where that can be
-            values, share, slopes = tile.s, negatives.logged(tile.own(self.slope)), None
+            values, share, slopes = tile.s, negatives.logged(tile.own(self.slope, tile.s.new_zeros(()))), None
         most = torch.maximum(self.most, share.amax(1)) if share.shape[1] else self.most
-        shift = torch.where(most.isneginf(), 0, most)
-        decay = (self.most - shift).exp()
-        _exp_(share.sub_(shift[:, None]))
+        decay = (self.most - most).exp_()
+        _exp_(share.sub_(most[:, None]))
         self.total = self.total * decay + share.sum(1)
         self.most = most
         if not tile.gathers:
@@ -71,10 +80,9 @@ class _RunningLogSumExp(Running):
             self.keep([tile.pull(share if slopes is None else share.mul_(slopes), few=False)], decay)
 
     def leaf(self) -> Tensor:
-        none = self.most.isneginf()
+        none = (self.most == torch.finfo(self.most.dtype).min) | (self.total == 0)
         self.total = torch.where(none, 0, self.total)
-        shift = torch.where(none, 0, self.most)
-        self.logarithm = (shift + self.total.log()).to(self.most.dtype)
+        self.logarithm = torch.where(none, -torch.inf, self.most + self.total.log()).to(self.most.dtype)
         if self.kept is not None:  # of the sum of exponentials; its logarithm's is that over the sum
             scale = torch.where(self.total > 0, self._factor / self.total, 0).to(self.most.dtype)
             self.kept = [kept.mul_(scale[:, None]) for kept in self.kept]
@@ -91,11 +99,36 @@ class _RunningLogSumExp(Running):
         return [(values, share if slopes is None else share.mul_(slopes))]
 
 
+class _RunningBounded(_RunningLogSumExp):
+    """The same of numbers that lie so close together, all of them, that none of their exponentials is too small where
+    the largest that there may be is 1: no maximum is looked for."""
+
+    def __init__(self, f: Linear, most: float, anchors: int, like: Tensor) -> None:
+        super().__init__(f, None, anchors, like)
+        self.most.fill_(most)
+
+    def add(self, tile: Tile, negatives: Negatives) -> None:
+        share = negatives.weighed(tile.own(self._factor, -self.most[:, None]).exp_())
+        self.total += share.sum(1)
+        if tile.gathers:
+            self.keep([tile.pull(share, few=False)])
+
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        some = self.logarithm > -torch.inf
+        logarithm = torch.where(some, self.logarithm, self.most)
+        share = negatives.weighed(torch.add(-logarithm[:, None], s.detach(), alpha=self._factor).exp_())
+        return [(s, share.mul_(torch.where(some, gradient * self._factor, 0)[:, None]))]
+
+
 def _exp_(share: Tensor) -> Tensor:
     """`exp`, in place, of numbers that are 0 at most; of the very small, and of -inf, next to nothing in place of less.
     Sums do not feel it, but what is below the smallest normal number takes a hundred times as long."""
-    least = 0.7 * math.log(torch.finfo(share.dtype).tiny)  # with room for what a share is multiplied by
-    return share.clamp_(min=least).exp_()
+    return share.clamp_(min=_least(share.dtype)).exp_()
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The smallest number whose exponential is held with room for what it is multiplied by."""
+    return 0.7 * math.log(torch.finfo(dtype).tiny)
 
 
 def _masked(values: Tensor, negatives: Tensor) -> Tensor:

@@ -69,8 +69,8 @@ class MinedPairs(Pairs):
 
     def _closeness(self, rows: slice, columns: slice) -> Tensor:
         with torch.no_grad():
-            tile = self.distance.prepare(self.references.rows(columns).to(self.queries.dtype))
-            return self.distance.closeness(self.distance.matrix(self.queries[rows], tile)).contiguous()
+            tile, _, squares = self.references.prepared(self.distance, columns, self.queries.dtype)
+            return self.distance.closeness(self.distance.tile(self.queries[rows], tile, squares)).contiguous()
 
 
 class ChosenPairs(Pairs):

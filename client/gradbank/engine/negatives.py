@@ -1,5 +1,6 @@
 """Which entries of a tile are negatives: all but a few, or those of a mask."""
 
+import math
 from typing import Protocol
 
 import torch
@@ -29,20 +30,16 @@ class Negatives(Protocol):
         """The values, with that of `other`, `(b, 1)`, where there is no negative; may write to them."""
         ...
 
-    def number(self, values: Tensor) -> Tensor:
-        """`(b,)`: how many negatives each row of the tile has."""
-        ...
-
     def times(self) -> Tensor | None:
         """How often each entry counts as a negative, or None where none does more than once."""
         ...
 
 
 class Holes:
-    """Every entry is a negative, once, but those at these places of the flattened tile."""
+    """Every entry is a negative, once, but those at these places of the flattened tile, of which these are the rows."""
 
-    def __init__(self, flat: Tensor) -> None:
-        self.flat = flat
+    def __init__(self, flat: Tensor, row: Tensor) -> None:
+        self.flat, self.row = flat, row
 
     def logged(self, values: Tensor) -> Tensor:
         values.view(-1).index_fill_(0, self.flat, -torch.inf)
@@ -61,14 +58,8 @@ class Holes:
         return copy
 
     def elsewhere(self, values: Tensor, other: Tensor) -> Tensor:
-        values.view(-1).index_copy_(0, self.flat, other.view(-1).index_select(0, self._row(values)))
+        values.view(-1).index_copy_(0, self.flat, other.view(-1).index_select(0, self.row))
         return values
-
-    def number(self, values: Tensor) -> Tensor:
-        return values.shape[1] - torch.bincount(self._row(values), minlength=len(values)).double()
-
-    def _row(self, values: Tensor) -> Tensor:
-        return torch.div(self.flat, max(values.shape[1], 1), rounding_mode="floor")
 
     def times(self) -> Tensor | None:
         return None
@@ -97,7 +88,8 @@ class Masked:
     def elsewhere(self, values: Tensor, other: Tensor) -> Tensor:
         return torch.where(self.mask != 0, values, other)
 
-    def number(self, values: Tensor) -> Tensor:
+    def number(self) -> Tensor:
+        """`(b,)` float64: how many negatives each row of the tile has."""
         return self.mask.sum(1, dtype=torch.float64)
 
     def times(self) -> Tensor | None:
@@ -129,7 +121,8 @@ class Weighted:
     def elsewhere(self, values: Tensor, other: Tensor) -> Tensor:
         return torch.where(self.weight > 0, values, other)
 
-    def number(self, values: Tensor) -> Tensor:
+    def number(self) -> Tensor:
+        """`(b,)` float64: how many negatives each row of the tile has."""
         return self.weight.sum(1, dtype=torch.float64)
 
     def times(self) -> Tensor | None:
@@ -138,4 +131,4 @@ class Weighted:
 
 def _is_finite(values: Tensor) -> bool:
     """Whether arithmetic will do where each number would have to be chosen, which takes several times as long."""
-    return values.device.type == "cpu" and bool(values.numel()) and float(values.abs().amax()) < torch.inf
+    return values.device.type == "cpu" and math.isfinite(values.sum())

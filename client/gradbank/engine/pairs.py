@@ -79,10 +79,9 @@ class LabelledPairs(Pairs):
         self.names_positives = positives
         # each label as its place among the batch's own, in which few references have one
         self.known, self.group = torch.unique(labels, return_inverse=True)
-        place = torch.searchsorted(self.known, ref_labels).clamp(max=max(len(self.known) - 1, 0))
-        hit = self.known[place] == ref_labels if len(self.known) else torch.zeros_like(ref_labels, dtype=torch.bool)
-        self.met = hit.nonzero().squeeze(1)  # the references that are positives of some anchor, by column
-        self.met_group = place[self.met]
+        place = _places(self.known, ref_labels)
+        self.met = (place >= 0).nonzero().squeeze(1)  # the references that are positives of some anchor, by column
+        self.met_group = place.index_select(0, self.met)
 
     def tile(self, rows: slice, columns: slice) -> TilePairs:
         same = self.labels[rows, None] == self.ref_labels[columns]
@@ -184,6 +183,19 @@ class JoinedPairs(Pairs):
 
     def most_positives(self) -> Tensor:
         return self.first.most_positives() + self.second.most_positives()
+
+
+def _places(known: Tensor, labels: Tensor) -> Tensor:
+    """`(M,)` int64: where each label stands among the known, which are distinct and ascending; -1 where it does not."""
+    if not len(known):
+        return torch.full_like(labels, -1, dtype=torch.int64)
+    low, span = known[0].item(), known[-1].item() - known[0].item()
+    if not known.is_floating_point() and span <= len(labels):  # looked up at once, rather than searched for
+        table, low = torch.full((int(span) + 3,), -1, device=known.device), int(low)
+        table[known.long() - low + 1] = torch.arange(len(known), device=known.device)
+        return table.index_select(0, (labels.long() - low + 1).clamp_(0, len(table) - 1))
+    place = torch.searchsorted(known, labels).clamp_(max=len(known) - 1)
+    return torch.where(known[place] == labels, place, -1)
 
 
 def _sorted_pairs(

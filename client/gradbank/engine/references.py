@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from gradbank.distances import Distance
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,13 @@ class References:
             gradient gets one.
         labels: `(M,)`, or None when pairs are listed instead of read off labels.
         are_anchors: whether they are the anchors themselves, reference i being anchor i.
+        squares: of each piece, the `(M_k,)` squared lengths of its rows, or None where they are not known.
     """
 
     pieces: tuple[Tensor, ...]
     labels: Tensor | None = None
     are_anchors: bool = False
+    squares: tuple[Tensor | None, ...] | None = None
 
     def __len__(self) -> int:
         return sum(len(piece) for piece in self.pieces)
@@ -41,6 +46,30 @@ class References:
                 stop = min(start + width, len(piece))
                 yield slice(offset + start, offset + stop), index, slice(start, stop)
             offset += len(piece)
+
+    def prepared(
+        self, distance: Distance, columns: slice, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The `(w, D)` rows of some columns as `distance` wants them. With them, where it is known: what they were
+        multiplied by, `(w, 1)`, and how long they then are, squared, `(w,)`."""
+        if not distance.knows_pull:
+            return distance.prepare(self.rows(columns).to(dtype)), None, None
+        rows, squares = self.rows(columns), self._squares_of(columns)
+        squares = squares if rows.dtype == dtype else None
+        rows = rows.to(dtype)
+        inverse = distance.inverse_norms(rows, squares)
+        if squares is not None and inverse is not None:
+            squares = squares * inverse.view(-1).square()
+        return distance.normalized(rows, inverse), inverse, squares
+
+    def _squares_of(self, columns: slice) -> Tensor | None:
+        """The squared lengths of the rows of some columns, where they lie in a piece of which they are known."""
+        start, stop = columns.start, columns.stop
+        for piece, squares in zip(self.pieces, self.squares or ()):
+            if start < len(piece):
+                return None if squares is None or stop > len(piece) else squares[start:stop]
+            start, stop = start - len(piece), stop - len(piece)
+        return None
 
     def whole(self) -> Tensor:
         """All rows as one `(M, D)` tensor; a copy unless there is a single piece."""
@@ -74,3 +103,33 @@ class References:
         ]
         taken = torch.cat(parts)
         return taken if order is None else torch.empty_like(taken).index_copy(0, order, taken)
+
+    def sums(self, index: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """The rows at some places, `(N,)`, weighted and added up by group: `(groups, D)`, of the weights' dtype."""
+        order = group.argsort()
+        index, group, weight = index[order], group[order], weight[order]
+        total, offset = weight.new_zeros(groups, self.pieces[0].shape[1]), 0
+        for piece in self.pieces:
+            if len(self.pieces) == 1:
+                return _sums(piece, index, group, weight, total)
+            inside = ((index >= offset) & (index < offset + len(piece))).nonzero().squeeze(1)
+            _sums(piece, index[inside] - offset, group[inside], weight[inside], total)
+            offset += len(piece)
+        return total
+
+
+def _sums(piece: Tensor, index: Tensor, group: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+    """`References.sums` of one piece, in order of the groups, added to `total`: no row is copied, but for those of
+    another dtype, which are converted a few at a time."""
+    if piece.dtype != weight.dtype:
+        whole = torch.arange(len(index), device=index.device)
+        for few in torch.split(whole, max(1, _CONVERTED_AT_ONCE // piece.shape[1])):
+            rows = piece.index_select(0, index[few]).to(weight.dtype)
+            _sums(rows, torch.arange(len(few), device=few.device), group[few], weight[few], total)
+        return total
+    number = torch.bincount(group, minlength=len(total))
+    made: Tensor = F.embedding_bag(index, piece, number.cumsum(0) - number, mode="sum", per_sample_weights=weight)
+    return total.add_(made)
+
+
+_CONVERTED_AT_ONCE = 2**18  # numbers

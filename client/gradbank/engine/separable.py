@@ -76,12 +76,7 @@ class Separable(Triplets):
 class _RunningSeparable(RunningRamp):
     def __init__(self, separable: Separable, anchors: int, like: Tensor) -> None:
         super().__init__(separable.of_negative, separable.row, False, anchors, like)
-        self.separable = separable
-        self.number = torch.zeros_like(self.count)  # of negatives
-
-    def add(self, tile: Tile, negatives: Negatives) -> None:
-        self.number += negatives.number(tile.s)
-        super().add(tile, negatives)
+        self.separable, self.reads_number = separable, True
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         anchor, times = positives.anchor, positives.times.double()
@@ -103,16 +98,17 @@ class _RunningSeparable(RunningRamp):
 class _RunningBounded(RunningTriplets):
     """Every triplet, for a reducer with bounds of its own."""
 
+    reads_number = True
+
     def __init__(self, separable: Separable, anchors: int, positives: Positives) -> None:
         super().__init__(separable, anchors, positives)
         self.separable = separable
-        self.active, self.number = torch.zeros_like(self.total), torch.zeros_like(self.total)
+        self.active = torch.zeros_like(self.total)
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         super().add(tile, negatives)
         row = () if self.row is None else (self.row.detach(),)
         self.active += negatives.weighed(self.separable.of_negative(tile.s.detach(), *row).sign()).sum(1)
-        self.number += negatives.number(tile.s)
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         extra = self.separable.tally(self.active, self.number, positives)

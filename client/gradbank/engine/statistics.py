@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradbank.distances import Distance
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Elementwise
 from gradbank.engine.negatives import Negatives
@@ -42,6 +43,8 @@ class Running:
     """
 
     by_anchor = True  # whether the leaf is one number per anchor, so that its gradient can be gathered
+    reads_number = False
+    number: Tensor  # (b,) float64, how many negatives each anchor has: known once all tiles are added, to who reads it
 
     def __init__(self, f: Elementwise, row: Tensor | None = None) -> None:
         self.f = f
@@ -94,9 +97,10 @@ class Running:
             self.kept = made
             return
         for kept, new in zip(self.kept, made):
-            if decay is not None:
-                kept.mul_(decay[:, None])
-            kept.add_(new)
+            if decay is None:
+                kept.add_(new)
+            else:
+                torch.addcmul(new, kept, decay[:, None], out=kept)
 
 
 class Statistic:
@@ -112,6 +116,9 @@ class Statistic:
 
     def reduced_by(self, reducer: Reducer) -> None:
         """Tells a statistic that stands for losses which reducer they have."""
+
+    def measured_by(self, distance: Distance) -> None:
+        """Tells a statistic what makes the distances."""
 
     def listed(self, s: Tensor, pairs: EveryPair) -> Gathered | None:
         """The statistic with each of its losses listed, for a reducer that must see them; None if it has none."""

@@ -19,22 +19,24 @@ class Number(Statistic):
     """How many negatives each anchor has."""
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
-        return _RunningNumber(anchors, like)
+        return _RunningNumber(like)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         return Gathered(negatives.to(s.dtype).sum(1))
 
 
 class _RunningNumber(Running):
-    def __init__(self, anchors: int, like: Tensor) -> None:
+    reads_number = True
+
+    def __init__(self, like: Tensor) -> None:
         super().__init__(torch.zeros_like)
-        self.number = like.new_zeros(anchors)
+        self.like = like
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        self.number += negatives.number(tile.s).to(self.number.dtype)
+        pass
 
     def leaf(self) -> Tensor:
-        return self.number
+        return self.number.to(self.like.dtype)
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         return Gathered(leaf.detach())
@@ -125,33 +127,34 @@ class RunningRamp(Running):
 
     def __init__(self, ramp: Ramp, row: Tensor | None, counts_every: bool, anchors: int, like: Tensor) -> None:
         super().__init__(ramp, row)
-        self.ramp, self.counts_every = ramp, counts_every
+        self.ramp, self.counts_every, self.reads_number = ramp, counts_every, counts_every
+        self.offset = ramp.offset(like, *(() if row is None else (row.detach(),)))
         self.total = like.new_zeros(anchors, dtype=torch.float64)
         self.count = like.new_zeros(anchors, dtype=torch.float64)
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         base, times = self._base(tile.s, negatives), negatives.times()
         straight = self.ramp.power == 1
-        losses = base if straight else base.square()
-        total = _times(losses, times).sum(1)
+        weighted = _times(base, times)
+        total = weighted.sum(1) if straight else torch.linalg.vecdot(base, weighted)
         self.total += total
-        if self.counts_every:
-            self.count += negatives.number(tile.s)
         if tile.s.device.type == "cpu" and not total.any():  # as is common once a model has learned
             return
-        slope = _times(base.sign_() if straight else base, times)
+        slope = _times(base.sign_(), times) if straight else weighted
+        wanted = self.given is not None and self.given.requires_grad and tile.gathers
+        sums = slope.sum(1) if wanted or (straight and not self.counts_every) else total
         if not self.counts_every:
-            self.count += (slope if straight else _times(losses.sign_(), times)).sum(1)
+            self.count += sums if straight else _times(base.sign(), times).sum(1)
         if not tile.gathers:
             return
-        of_row = [] if self.row is None else [slope.sum(1, keepdim=True).mul_(self.ramp.power * self.ramp.row_slope)]
+        of_row = [sums[:, None] * (self.ramp.power * self.ramp.row_slope)] if wanted else []
         self.keep([tile.pull(slope, few=True).mul_(self.ramp.power * self.ramp.slope), *of_row])
 
     def leaf(self) -> Tensor:
         return self.total
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
-        return Gathered(leaf, self.count)
+        return Gathered(leaf, self.number if self.counts_every else self.count)
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         base = self._base(s, negatives)
@@ -163,7 +166,7 @@ class RunningRamp(Running):
         return [*made, (s, slope.mul_(self.ramp.slope))]
 
     def _base(self, s: Tensor, negatives: Negatives) -> Tensor:
-        return negatives.zeroed(self.ramp.base(s, *(() if self.row is None else (self.row,))))
+        return negatives.zeroed(torch.add(self.offset, s.detach(), alpha=self.ramp.slope).clamp_(min=0))
 
 
 def _times(values: Tensor, times: Tensor | None) -> Tensor:

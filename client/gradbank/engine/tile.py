@@ -13,6 +13,7 @@ class Tile:
         distance: what measures them.
         queries: `(b, D)`, prepared; a leaf that requires a gradient if statistics are to gather theirs.
         rows: `(w, D)` references, prepared.
+        squares: `(w,)` how long they are, squared, if that is known.
         shared: whether more than one is to read the distances.
 
     Attributes:
@@ -22,19 +23,25 @@ class Tile:
     """
 
     def __init__(
-        self, distance: Distance, queries: Tensor, rows: Tensor, shared: bool = True, kept: bool = False
+        self,
+        distance: Distance,
+        queries: Tensor,
+        rows: Tensor,
+        squares: Tensor | None = None,
+        shared: bool = True,
+        kept: bool = False,
     ) -> None:
         self.distance, self.queries, self.rows, self.shared, self.kept = distance, queries, rows, shared or kept, kept
         self.gathers = queries.requires_grad
         with torch.set_grad_enabled(self.gathers and not distance.knows_pull):
-            self._graph = distance.matrix(queries, rows).contiguous()
+            self._graph = distance.tile(queries, rows, squares).contiguous()
         self.s = self._graph.detach().requires_grad_(self.gathers)
 
-    def own(self, times: float) -> Tensor:
-        """The distances, multiplied, to be written to: in place where they are read no more, not even by their
+    def own(self, times: float, plus: Tensor) -> Tensor:
+        """`times * s + plus`, to be written to: in place where the distances are read no more, not even by their
         gradient."""
-        held = self.gathers and self.distance.gradient_reads_matrix
-        return self.s.detach() * times if self.shared or held else self.s.detach().mul_(times)
+        held, s = self.gathers and self.distance.gradient_reads_matrix, self.s.detach()
+        return torch.add(plus, s, alpha=times, out=None if self.shared or held else s)
 
     def pull(self, of_s: Tensor, few: bool) -> Tensor:
         """What the `(b, w)` gradient of `s`, which may be written to, comes to at the queries: `(b, D)`.
@@ -60,4 +67,6 @@ class Tile:
 
     def _mostly_zero(self, of_some: Tensor) -> bool:
         """Whether less than a quarter of the references get a gradient of a few anchors: so perhaps of all."""
-        return int(of_some.abs().amax(0).count_nonzero()) * 4 < of_some.shape[1] if len(of_some) else False
+        if int(of_some.count_nonzero()) * 4 >= of_some.numel():  # as is soon said
+            return False
+        return int(of_some.abs().amax(0).count_nonzero()) * 4 < of_some.shape[1]

@@ -1,7 +1,7 @@
 """Losses that ask a fixed margin of every pair."""
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from typing import ClassVar
 
 import torch
@@ -153,15 +153,18 @@ def _mean_of_negatives(distance: Distance, embeddings: Tensor, references: Refer
         mean: Tensor = evaluate(_MeanOfNegatives(distance), embeddings, references, pairs)
         return mean
     groups = len(pairs.known)
+    # what gets a gradient is converted once, so that its gradient is rounded once
+    given = tuple(p.to(embeddings.dtype) if p.requires_grad else p for p in references.pieces)
+    references = replace(references, pieces=given)
     queries = distance.prepare(embeddings).double()
     of_group = queries.new_zeros(groups, queries.shape[1]).index_add(0, pairs.group, queries)
-    everything, alike, step = queries.new_zeros(queries.shape[1]), torch.zeros_like(of_group), 2**13
-    for columns, piece, part in references.tiles(step):
-        rows = distance.prepare(references.pieces[piece][part].to(embeddings.dtype))
+    everything, inverse_norms = queries.new_zeros(queries.shape[1]), []
+    for columns, _, _ in references.tiles(2**11):
+        rows, inverse, _ = references.prepared(distance, columns, embeddings.dtype)
+        inverse_norms.append(rows.new_ones(len(rows), 1) if inverse is None else inverse)
         everything = everything + rows.sum(0).double()
-        start, stop = torch.searchsorted(pairs.met, torch.tensor([columns.start, columns.stop], device=rows.device))
-        met = rows.index_select(0, pairs.met[start:stop] - columns.start)
-        alike = alike + met.new_zeros(alike.shape).index_add(0, pairs.met_group[start:stop], met).double()
+    weight = torch.cat(inverse_norms).squeeze(1)[pairs.met]
+    alike = references.sums(pairs.met, pairs.met_group, weight, groups).double()
     sizes = (torch.bincount(group, minlength=groups) for group in (pairs.group, pairs.met_group))
     number = len(queries) * len(references) - torch.stack(list(sizes)).prod(0).sum()
     total = queries.sum(0) @ everything - (of_group * alike).sum()

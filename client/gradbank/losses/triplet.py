@@ -125,10 +125,7 @@ class TripletMarginLoss(TripletLoss):
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         if self.smooth_loss:
             return {"loss": Triplets(self.cost)}
-        return {"loss": Hinge(self._distance, self.margin, anchors.interval)}
-
-    def _distance(self, s: Tensor) -> Tensor:
-        return -s if self.distance.is_inverted else s
+        return {"loss": Hinge(-self.distance.sign, self.margin, anchors.interval)}
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         return {"loss": anchors.per_triplet("loss")}

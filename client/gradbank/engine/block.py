@@ -208,7 +208,7 @@ class Block:
             with torch.enable_grad():
                 mine = queries.index_select(0, anchor).requires_grad_()
                 with torch.no_grad():
-                    rows = distance.prepare(self.references.take(other).to(queries.dtype))
+                    rows = self.references.prepare(self.references.take(other).to(queries.dtype), distance)
                 s = distance.pairs(mine, rows)
             (made,) = torch.autograd.grad(s, mine, gradient)
             done.index_add_(0, anchor, made)
@@ -224,7 +224,7 @@ class Block:
             wanted = into.rows[1 + piece] is not None
             with torch.enable_grad():
                 given = self.references.pieces[piece][part].to(queries.dtype).requires_grad_(wanted)
-                rows = distance.prepare(given)
+                rows = self.references.prepare(given, distance)
                 s = self._matrix_again(queries, rows, index)
                 flat, negatives, _ = self._pairs(index, columns)
                 leaf = s.detach().requires_grad_()
@@ -243,12 +243,14 @@ class Block:
                 start += len(flat)
             if distance.knows_pull:
                 of_queries, of_rows = distance.pull(queries.detach(), rows.detach(), s, of_s, wanted)
-                of_given = list(torch.autograd.grad(rows, given, of_rows)) if wanted else []
+                if of_rows is not None and rows is not given:
+                    (of_rows,) = torch.autograd.grad(rows, given, of_rows)
             else:
-                of_queries, *of_given = torch.autograd.grad(s, [queries, given] if wanted else [queries], of_s)
+                of_queries, *others = torch.autograd.grad(s, [queries, given] if wanted else [queries], of_s)
+                of_rows = others[0] if wanted else None
             done = of_queries.contiguous() if done is None else done.add_(of_queries)
-            if wanted:
-                into.add(1 + piece, part, of_given[0])
+            if of_rows is not None:
+                into.add(1 + piece, part, of_rows)
         return torch.zeros_like(queries) if done is None else done
 
     def _matrix_again(self, queries: Tensor, rows: Tensor, index: int) -> Tensor:

@@ -25,6 +25,11 @@ class Gradients:
         self._written = [0] * len(self.rows)
         self.parameters = [x for x, need in zip(parameters, of_parameters) if need]
         self._of_parameters: list[Tensor | None] = [None] * len(self.parameters)
+        self._through: list[tuple[Tensor, Tensor]] = []
+
+    def goes_through(self, pieces: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """Says that the gradients of the references are added up as those of something made of each piece."""
+        self._through = list(zip(pieces, made))
 
     def add(self, place: int, rows: slice, more: Tensor) -> None:
         """Adds to the gradient of some rows of the input at that place, where one is wanted; the first to add to an
@@ -59,4 +64,8 @@ class Gradients:
         for total, written in zip(self.rows, self._written):
             if total is not None:
                 total[written:] = 0
+        for i, (piece, made) in enumerate(self._through, 1):
+            total = self.rows[i]
+            if total is not None and made is not piece:
+                (self.rows[i],) = torch.autograd.grad(made, piece, total)
         return [x for x in self.rows if x is not None] + self._of_parameters

@@ -23,7 +23,7 @@ def distances_of(distance: Distance, queries: Tensor, references: References, li
     for start in range(0, len(met), width):
         some = met[start : start + width]
         with torch.no_grad():
-            rows = distance.prepare(references.take(some).to(queries.dtype))
+            rows = references.prepare(references.take(some).to(queries.dtype), distance)
             of_some = distance.matrix(queries, rows).reshape(-1)
         inside = ((place >= start) & (place < start + len(some))).nonzero().squeeze(1)
         s[inside] = of_some[row[inside] * len(some) + place[inside] - start]

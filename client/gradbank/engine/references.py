@@ -1,6 +1,6 @@
 """The rows that anchors are compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,12 +20,14 @@ class References:
         labels: `(M,)`, or None when pairs are listed instead of read off labels.
         are_anchors: whether they are the anchors themselves, reference i being anchor i.
         squares: of each piece, the `(M_k,)` squared lengths of its rows, or None where they are not known.
+        ready: whether the rows are as the distance wants them already.
     """
 
     pieces: tuple[Tensor, ...]
     labels: Tensor | None = None
     are_anchors: bool = False
     squares: tuple[Tensor | None, ...] | None = None
+    ready: bool = False
 
     def __len__(self) -> int:
         return sum(len(piece) for piece in self.pieces)
@@ -52,15 +54,26 @@ class References:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The `(w, D)` rows of some columns as `distance` wants them. With them, where it is known: what they were
         multiplied by, `(w, 1)`, and how long they then are, squared, `(w,)`."""
-        if not distance.knows_pull:
-            return distance.prepare(self.rows(columns).to(dtype)), None, None
-        rows, squares = self.rows(columns), self._squares_of(columns)
-        squares = squares if rows.dtype == dtype else None
+        rows = self.rows(columns)
+        if self.ready or not distance.knows_pull:
+            return self.prepare(rows.to(dtype), distance), None, None
+        squares = self._squares_of(columns) if rows.dtype == dtype else None
         rows = rows.to(dtype)
         inverse = distance.inverse_norms(rows, squares)
         if squares is not None and inverse is not None:
             squares = squares * inverse.view(-1).square()
         return distance.normalized(rows, inverse), inverse, squares
+
+    def prepare(self, rows: Tensor, distance: Distance) -> Tensor:
+        """Some of the rows as `distance` wants them."""
+        return rows if self.ready else distance.prepare(rows)
+
+    def made_ready(self, distance: Distance, wanted: Sequence[bool]) -> "tuple[References, list[Tensor], list[Tensor]]":
+        """The same, ready; and its pieces, as leaves where a gradient is wanted, with what was made of each."""
+        given = [piece.detach().requires_grad_(want) for piece, want in zip(self.pieces, wanted)]
+        with torch.enable_grad():
+            rows = [distance.prepare(piece) for piece in given]
+        return replace(self, pieces=tuple(each.detach() for each in rows), squares=None, ready=True), given, rows
 
     def _squares_of(self, columns: slice) -> Tensor | None:
         """The squared lengths of the rows of some columns, where they lie in a piece of which they are known."""

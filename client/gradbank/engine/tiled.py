@@ -34,12 +34,14 @@ class Bounds:
         positives: positive pairs held, at most; each takes some 50 bytes. Where there are more, blocks of anchors are
             written one at a time, each (but for a single anchor) with no more than these.
         kept: entries of the distance matrix, at most, that are kept from a first sweep for a second one.
+        ready: numbers of the references that are normalised once for all blocks, at most.
     """
 
     tile: int = 2**19
     rows: int = 512
     positives: int = 3 * 2**19
     kept: int = 2**23
+    ready: int = 2**21
 
     def blocks(self, pairs: Pairs, anchors: int, references: int) -> Iterator[slice]:
         """Blocks of anchors; those of a block have room for as many positives as the richest has."""
@@ -77,13 +79,17 @@ def tiled(
     keeps = keeps or not pairs.names_positives or int(pairs.most_positives().sum()) <= bounds.positives
     gathers = any(needed) and not any(needed[1 : 1 + len(references.pieces)])
     keeps_tiles = keeps and any(needed) and len(embeddings) * len(references) <= bounds.kept
-    blocks = []
-    for rows in bounds.blocks(pairs, len(embeddings), len(references)):
+    into = Gradients(embeddings, references.pieces, learned, needed)
+    blocks, places = [], list(bounds.blocks(pairs, len(embeddings), len(references)))
+    alike = all(piece.dtype == embeddings.dtype for piece in references.pieces)
+    if len(places) > 1 and alike and sum(piece.numel() for piece in references.pieces) <= bounds.ready:
+        references, *through = references.made_ready(loss.distance, needed[1:])
+        into.goes_through(*through)
+    for rows in places:
         width = bounds.width(rows, references.vectors)
         blocks.append(Block(loss, embeddings[rows], references, pairs, rows, width, gathers, keeps, keeps_tiles))
     written = _Written(loss, embeddings, [blocks] if keeps else [[block] for block in blocks])
     value = written.value().to(embeddings.dtype)
-    into = Gradients(embeddings, references.pieces, learned, needed)
     if any(needed):
         for block, of_positives, of_leaves in written.gradients(into):
             block.backpropagate(of_positives, of_leaves, into)

@@ -59,7 +59,7 @@ class Block:
         gathers = gathers and self.listing is not None
         self.gathers = gathers and all(r.by_anchor and not r.learns(like) for r in self.running.values())
         self.tiles: list[Tensor] | None = [] if keeps_tiles and loss.distance.knows_pull and not self.gathers else None
-        self.inverse_norms: list[Tensor] = []  # of the references, tile after tile, if what is listed will need them
+        self.inverse_norms: Tensor | None = None  # of the references, if what is listed will need them
         self.positives: Positives | None = self._sweep()
         self.leaves = {name: running.leaf() for name, running in self.running.items()}
         if not keeps:
@@ -111,7 +111,9 @@ class Block:
         negatives: Negatives | None = None
         for index, columns, (rows, inverse, squares) in self._rows():
             if self.gathers and inverse is not None:
-                self.inverse_norms.append(inverse.view(-1))
+                if self.inverse_norms is None:
+                    self.inverse_norms = inverse.new_empty(len(self.references))
+                self.inverse_norms[columns] = inverse.view(-1)
             shared, kept = len(self.running) > 1, self.tiles is not None
             tile = Tile(self.loss.distance, queries, rows, squares, shared, kept)
             if self.tiles is not None:
@@ -196,7 +198,7 @@ class Block:
         distance, queries = self.loss.distance, self.queries.detach()
         if distance.knows_pull:
             s, anchor, _, other = self.positives
-            inverse = torch.cat(self.inverse_norms)[other] if self.inverse_norms else 1.0
+            inverse = 1.0 if self.inverse_norms is None else self.inverse_norms[other]
             pulled = distance.pull_of_pairs(
                 queries, anchor, s, of_positives, lambda w: self.references.sums(other, anchor, w * inverse, self.size)
             )

@@ -158,13 +158,13 @@ def _mean_of_negatives(distance: Distance, embeddings: Tensor, references: Refer
     references = replace(references, pieces=given)
     queries = distance.prepare(embeddings).double()
     of_group = queries.new_zeros(groups, queries.shape[1]).index_add(0, pairs.group, queries)
-    everything, inverse_norms = queries.new_zeros(queries.shape[1]), []
+    everything, weight = queries.new_zeros(queries.shape[1]), embeddings.new_ones(len(references))
     for columns, _, _ in references.tiles(2**11):
         rows, inverse, _ = references.prepared(distance, columns, embeddings.dtype)
-        inverse_norms.append(rows.new_ones(len(rows), 1) if inverse is None else inverse)
+        if inverse is not None:
+            weight[columns] = inverse.squeeze(1)
         everything = everything + rows.sum(0).double()
-    weight = torch.cat(inverse_norms).squeeze(1)[pairs.met]
-    alike = references.sums(pairs.met, pairs.met_group, weight, groups).double()
+    alike = references.sums(pairs.met, pairs.met_group, weight[pairs.met], groups).double()
     sizes = (torch.bincount(group, minlength=groups) for group in (pairs.group, pairs.met_group))
     number = len(queries) * len(references) - torch.stack(list(sizes)).prod(0).sum()
     total = queries.sum(0) @ everything - (of_group * alike).sum()

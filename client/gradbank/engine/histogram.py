@@ -26,8 +26,9 @@ class Grid(NamedTuple):
         """The cell of each value, bin i being cell `i + 1`, and how far into its bin it lies, 0 to 1."""
         x = values.detach() * (1 / self.step)
         x.add_(1 - self.low / self.step).clamp_(0, self.bins + 1)
+        share = x.frac()
         # NaN, which has no cell, goes to the first and stays what it is in its share
-        return x.long().clamp_(min=0), x.frac_()
+        return x.nan_to_num_(0).long(), share
 
     def nodes(self, number: Tensor, shares: Tensor) -> Tensor:
         """`(rows, bins + 1)`: the histogram of what is in each cell, `(rows, bins + 2)` counts and sums of shares."""

@@ -128,9 +128,12 @@ class NPairsLoss(OwnClassLoss):
                 value = self.reducer(self._listed(embeddings, a, p), embeddings, labels)
             else:
                 pairs = _own(torch.arange(len(a), device=a.device), labels[a])
-                value = evaluate(self, embeddings[a], References((embeddings[p],)), pairs)
+                # plain indexing goes number by number, there and back
+                anchors, positives = embeddings.index_select(0, a), embeddings.index_select(0, p)
+                value = evaluate(self, anchors, References((positives,)), pairs)
             self.num_pairs = len(a)
-            self.distance.record(embeddings[a], (embeddings[p],))
+            if self.distance.collect_stats:
+                self.distance.record(embeddings[a], (embeddings[p],))
             return self.regularized(value, embeddings)  # type: ignore[no-any-return]
 
     def _listed(self, embeddings: Tensor, a: Tensor, p: Tensor) -> LossDict:

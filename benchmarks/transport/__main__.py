@@ -10,22 +10,20 @@ the same round.
 
 import argparse
 import multiprocessing
-import socket
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
-from echo import EchoLoss  # noqa: E402
-from floor import Floor, serve  # noqa: E402
+import peer
+import torch
+from echo import EchoLoss
+from floor import Floor
 
-import gradbank  # noqa: E402
+import gradbank
 
 PAYLOADS = "64x128,256x512,1024x1024"
 TARGETS = {"64x128": 4.0, "256x512": 3.3, "1024x1024": 2.0}
@@ -39,9 +37,11 @@ def main() -> None:
     parser.add_argument("--payloads", default=PAYLOADS, help="batches, rows x dimension, comma-separated")
     parser.add_argument("--seconds", type=float, default=6.0, help="how long each payload is measured")
     arguments = parser.parse_args()
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_server, args=(theirs,), daemon=True)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=peer.run, args=(theirs,), daemon=True)
     process.start()
+    theirs.close()
     addresses = ours.recv()
     print(f"gradbank {gradbank.__version__}, torch {torch.__version__}; medians of a step's round trip\n")
     print("| batch | each way | plain TCP | " + " | ".join(f"{name}: p50, p99, ratio" for name in addresses[1]) + " |")
@@ -53,23 +53,6 @@ def main() -> None:
     finally:
         ours.send(None)
         process.join(10)
-
-
-def _server(pipe: Connection) -> None:
-    """The other process: a server, and the floor's end."""
-    from gradbank_server.service import Server
-    from gradbank_server.settings import ServerSettings
-
-    with Server(ServerSettings(port=0, metrics_port=-1, components=("echo",), log_level="error")) as server:
-        listener = socket.create_server(("127.0.0.1", 0))
-
-        def floors() -> None:
-            while True:
-                serve(listener)
-
-        threading.Thread(target=floors, daemon=True).start()
-        pipe.send((listener.getsockname()[1], {"gRPC over TCP": server.address}))
-        pipe.recv()
 
 
 def _measured(

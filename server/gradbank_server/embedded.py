@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 import torch
 from google.protobuf.message import Message
 from pydantic import ValidationError
+from torch import Tensor
 
 from gradbank.errors import GradbankError, InternalError, InvalidRequest, ServerUnavailable
 from gradbank.v1 import session_pb2, stats_pb2, step_pb2
+from gradbank.wire import assembled
 from gradbank_server.service.server import device_named
 from gradbank_server.service.service import Service
 from gradbank_server.settings import ServerSettings
@@ -51,16 +53,16 @@ class EmbeddedTransport:
     ) -> session_pb2.CreateSessionResponse:
         def create() -> session_pb2.CreateSessionResponse:
             self._service.state_bytes(header)
-            return self._service.create_session(header, b"".join(payload))
+            return self._service.create_session(header, assembled(payload))
 
         return self._guarded(create)
 
     def pull_state(
         self, request: session_pb2.PullStateRequest, timeout: float
-    ) -> tuple[list[session_pb2.NamedTensor], bytes]:
-        def pull() -> tuple[list[session_pb2.NamedTensor], bytes]:
+    ) -> tuple[list[session_pb2.NamedTensor], Tensor]:
+        def pull() -> tuple[list[session_pb2.NamedTensor], Tensor]:
             state, payload = self._service.pull_state(request)
-            return state, b"".join(payload)
+            return state, assembled(payload)
 
         return self._guarded(pull)
 
@@ -75,10 +77,10 @@ class EmbeddedTransport:
     def steps(self) -> "EmbeddedSteps":
         return EmbeddedSteps(self)
 
-    def step(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> tuple[step_pb2.StepOutput, bytes]:
-        def stepped() -> tuple[step_pb2.StepOutput, bytes]:
-            output, data = self._service.step(step, b"".join(payload), time.perf_counter())
-            return output, b"".join(data)
+    def step(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> tuple[step_pb2.StepOutput, Tensor]:
+        def stepped() -> tuple[step_pb2.StepOutput, Tensor]:
+            output, data = self._service.step(step, assembled(payload), time.perf_counter())
+            return output, assembled(data)
 
         return self._guarded(stepped)
 
@@ -105,7 +107,7 @@ class EmbeddedSteps:
 
     def exchange(
         self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
-    ) -> tuple[step_pb2.StepOutput, bytes]:
+    ) -> tuple[step_pb2.StepOutput, Tensor]:
         return self._transport.step(step, payload)
 
     def close(self) -> None:

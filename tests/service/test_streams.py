@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradbank import losses
 from gradbank.v1 import session_pb2, session_pb2_grpc, step_pb2, step_pb2_grpc, tensor_pb2
-from gradbank.wire import ERROR_TRAILER, TensorReader, component_message, describe, error_of
+from gradbank.wire import ERROR_TRAILER, TensorReader, assembled, component_message, describe, error_of
 from gradbank_server.service import Server
 
 MIB = 2**20
@@ -101,7 +101,7 @@ def local(loss_fn: losses.Loss, seed: int, *shape: int) -> tuple[Tensor, Tensor]
 def check(answer: step_pb2.StepOutput, payload: bytes, expected: tuple[Tensor, Tensor]) -> None:
     assert not answer.HasField("error"), answer.error
     assert answer.loss == expected[0].item()
-    assert torch.equal(TensorReader(payload).take(answer.embeddings_gradient), expected[1])
+    assert torch.equal(TensorReader(assembled([memoryview(payload)])).take(answer.embeddings_gradient), expected[1])
 
 
 @pytest.fixture

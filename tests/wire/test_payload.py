@@ -13,7 +13,7 @@ from gradbank.wire import CHUNK_BYTES, Assembly, chunks
 
 @given(st.lists(st.binary(max_size=40), max_size=6), st.integers(1, 17))
 def test_pieces_are_full_but_for_the_last_and_hold_every_byte(buffers: list[bytes], size: int) -> None:
-    pieces = list(chunks([memoryview(b) for b in buffers], size))
+    pieces = [b"".join(parts) for parts in chunks([memoryview(b) for b in buffers], size)]
     assert b"".join(pieces) == b"".join(buffers)
     assert all(len(piece) == size for piece in pieces[:-1])
     assert pieces == [b""] or all(pieces), "an empty piece would be taken for the next message"
@@ -25,6 +25,8 @@ def test_more_bytes_than_announced_are_refused() -> None:
     assert not payload.complete
     with pytest.raises(InvalidRequest, match="a payload of 3 bytes was announced, and at least 4 came"):
         payload.add(b"cd")
+    with pytest.raises(InvalidRequest, match="a payload of 3 bytes was announced, and 2 came"):
+        payload.payload()
 
 
 # float32 rows of 256 are 1 KiB: gradients of just below, exactly and just above whole chunks

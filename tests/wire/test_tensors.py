@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradbank.errors import GradbankError, InvalidRequest
 from gradbank.v1 import step_pb2, tensor_pb2
-from gradbank.wire import Assembly, TensorReader, chunks, describe, inline, nbytes, read_inline
+from gradbank.wire import Assembly, TensorReader, assembled, chunks, describe, inline, nbytes, read_inline
 from gradbank_server.service.steps import batch_of
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool]
@@ -39,7 +39,7 @@ def test_a_tensor_comes_back_bit_by_bit(dtype: torch.dtype, shape: tuple[int, ..
     for seed in range(5):
         tensor = random_bits(dtype, shape, seed)
         message, data = describe(tensor)
-        for back in (TensorReader(bytes(data)).take(message), read_inline(inline(tensor))):
+        for back in (TensorReader(assembled([data])).take(message), read_inline(inline(tensor))):
             assert (back.dtype, back.shape, bits(back)) == (tensor.dtype, tensor.shape, bits(tensor))
         assert nbytes(message) == len(data) == tensor.nbytes
 
@@ -54,13 +54,13 @@ def test_a_tensor_comes_back_bit_by_bit(dtype: torch.dtype, shape: tuple[int, ..
 def test_many_tensors_share_a_payload_cut_up_in_any_size(described: list, size: int) -> None:
     tensors = [random_bits(dtype, tuple(shape), seed) for dtype, shape, seed in described]
     messages, buffers = zip(*map(describe, tensors), strict=True) if tensors else ((), ())
-    parts = list(chunks(buffers, size))
+    parts = [b"".join(part) for part in chunks(buffers, size)]
     assert [len(part) for part in parts[:-1]] == [size] * (len(parts) - 1)
     payload = Assembly(sum(map(nbytes, messages)))
     for part in parts:
         payload.add(part)
     assert payload.complete
-    reader = TensorReader(payload.bytes())
+    reader = TensorReader(payload.payload())
     back = [reader.take(message) for message in messages]
     reader.finish()
     assert [bits(each) for each in back] == [bits(each) for each in tensors]
@@ -77,10 +77,19 @@ def test_views_are_sent_as_what_they_show() -> None:
 def test_what_is_read_is_a_copy() -> None:
     data = bytearray(inline(torch.ones(4)).data)
     message = tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_FLOAT32, shape=[4])
-    tensor = TensorReader(data).take(message)
+    tensor = TensorReader(assembled([memoryview(data)])).take(message)
     data[:] = bytes(16)
     tensor.add_(1)
     assert tensor.tolist() == [2.0] * 4
+
+
+def test_every_tensor_of_a_payload_lies_as_torch_lays_its_own() -> None:
+    tensors = [torch.randn(3), torch.tensor([True]), torch.randn(5, dtype=torch.float64), torch.arange(3)]
+    messages, buffers = zip(*map(describe, tensors), strict=True)
+    reader = TensorReader(assembled(buffers))
+    back = [reader.take(message) for message in messages]
+    assert all(torch.equal(a, b) for a, b in zip(back, tensors, strict=True))
+    assert [each.data_ptr() % 64 for each in back] == [0] * 4
 
 
 def test_bytes_are_little_endian_and_in_c_order() -> None:
@@ -119,8 +128,8 @@ def test_what_is_no_tensor_is_refused(dtype: int, shape: list[int], data: bytes,
 def test_a_payload_must_fit_its_tensors() -> None:
     message, data = describe(torch.zeros(3))
     with pytest.raises(InvalidRequest, match="a payload of 11 bytes ends inside a tensor that goes to 12"):
-        TensorReader(bytes(data)[:-1]).take(message)
-    reader = TensorReader(bytes(data) + b"x")
+        TensorReader(assembled([data[:-1]])).take(message)
+    reader = TensorReader(assembled([data, memoryview(b"x")]))
     reader.take(message)
     with pytest.raises(InvalidRequest, match="a payload of 13 bytes has tensors of 12 only"):
         reader.finish()
@@ -181,7 +190,7 @@ def test_no_mutation_of_a_step_is_more_than_a_bad_request() -> None:
     for seed in itertools.islice(itertools.count(), 4000):
         step, payload = mutated(random.Random(seed))
         try:
-            batch = batch_of(step, payload)
+            batch = batch_of(step, assembled([memoryview(payload)]))
         except GradbankError as error:
             assert isinstance(error, InvalidRequest), f"seed {seed}"  # noqa: PT017
             outcomes["refused"] += 1

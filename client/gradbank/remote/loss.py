@@ -102,7 +102,7 @@ class RemoteLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.name!r} at rank {self.producer.rank}: {self.hosted}"
 
-    def _step(self, step: step_pb2.StepInput, payload: list[memoryview]) -> tuple[step_pb2.StepOutput, bytes]:
+    def _step(self, step: step_pb2.StepInput, payload: list[memoryview]) -> tuple[step_pb2.StepOutput, Tensor]:
         """Has a step carried out, and with it what the optimizer has to tell."""
         return self.producer.step(step, payload, self._optimizer or _NoNews())
 

@@ -89,7 +89,7 @@ class Producer:
         held = self._transport().call("AttachSession", request, self.timeout)
         self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
 
-    def step(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> tuple[step_pb2.StepOutput, bytes]:
+    def step(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> tuple[step_pb2.StepOutput, Tensor]:
         """Has a step carried out: its answer, and the bytes of its tensors.
 
         Args:
@@ -169,7 +169,7 @@ class Producer:
 
     def _exchanged(
         self, transport: Transport, step: step_pb2.StepInput, parts: list[memoryview], deadline: float
-    ) -> tuple[step_pb2.StepOutput, bytes]:
+    ) -> tuple[step_pb2.StepOutput, Tensor]:
         """Sends a step over the stream there is, or a new one, and waits for its answer."""
         try:
             if self._steps is None:

@@ -1,14 +1,18 @@
 """How messages reach a server: what a transport is, and the one over gRPC."""
 
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
+from torch import Tensor
 
-from gradbank.errors import DeadlineExceeded, InternalError, ServerUnavailable
+from gradbank.errors import DeadlineExceeded, InternalError, InvalidRequest, ServerUnavailable
 from gradbank.v1 import (
     catalog_pb2_grpc,
     session_pb2,
@@ -16,9 +20,8 @@ from gradbank.v1 import (
     stats_pb2,
     stats_pb2_grpc,
     step_pb2,
-    step_pb2_grpc,
 )
-from gradbank.wire import MESSAGE_BYTES, Assembly, chunks, error_of, nbytes
+from gradbank.wire import MESSAGE_BYTES, Assembly, Frame, chunks, error_of, nbytes, response_frame
 
 T = TypeVar("T")
 
@@ -28,7 +31,7 @@ class Steps(Protocol):
 
     def exchange(
         self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
-    ) -> tuple[step_pb2.StepOutput, bytes]:
+    ) -> tuple[step_pb2.StepOutput, Tensor]:
         """Sends a step and waits for its answer: the output, and its tensors' bytes."""
         ...
 
@@ -48,7 +51,7 @@ class Transport(Protocol):
 
     def pull_state(
         self, request: session_pb2.PullStateRequest, timeout: float
-    ) -> tuple[list[session_pb2.NamedTensor], bytes]: ...
+    ) -> tuple[list[session_pb2.NamedTensor], Tensor]: ...
 
     def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
         """Statistics as they come, of which none may be more than `timeout` seconds late."""
@@ -78,7 +81,6 @@ class GrpcTransport:
             ],
         )
         self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
-        self._steps = step_pb2_grpc.StepServiceStub(self._channel)
         self._stats = stats_pb2_grpc.StatsServiceStub(self._channel)
         self._stubs = (self._sessions, self._stats, catalog_pb2_grpc.CatalogServiceStub(self._channel))
 
@@ -92,13 +94,13 @@ class GrpcTransport:
         def messages() -> Iterator[session_pb2.CreateSessionRequest]:
             yield header
             for part in chunks(payload):
-                yield session_pb2.CreateSessionRequest(payload=part)
+                yield session_pb2.CreateSessionRequest(payload=b"".join(part))
 
         return self._answer(lambda: self._sessions.CreateSession(messages(), timeout=timeout))
 
     def pull_state(
         self, request: session_pb2.PullStateRequest, timeout: float
-    ) -> tuple[list[session_pb2.NamedTensor], bytes]:
+    ) -> tuple[list[session_pb2.NamedTensor], Tensor]:
         parts = self._arriving(lambda: self._sessions.PullState(request), timeout)
         first = next(parts)
         state = list(first.state)
@@ -106,13 +108,13 @@ class GrpcTransport:
         payload.add(first.payload)
         for part in parts:
             payload.add(part.payload)
-        return state, payload.bytes()
+        return state, payload.payload()
 
     def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
         return self._arriving(lambda: self._stats.WatchStats(request), request.interval_s + timeout)
 
     def steps(self) -> "GrpcSteps":
-        return self._answer(lambda: GrpcSteps(self._steps))
+        return self._answer(lambda: GrpcSteps(self._channel, self.address))
 
     def close(self) -> None:
         self._channel.close()
@@ -151,48 +153,100 @@ class GrpcTransport:
 
 
 class GrpcSteps:
-    """One stream of steps. A thread of its own reads the answers, so that waiting for one can end in time."""
+    """One stream of steps. Who waits for an answer reads it, and a thread beside ends the wait in time."""
 
-    def __init__(self, stub: step_pb2_grpc.StepServiceStub) -> None:
-        self._requests: queue.SimpleQueue[step_pb2.StepsRequest | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[step_pb2.StepOutput, bytes] | Exception] = queue.SimpleQueue()
-        self._call = stub.Steps(iter(self._requests.get, None))
-        threading.Thread(target=self._read, name="gradbank-steps", daemon=True).start()
+    def __init__(self, channel: grpc.Channel, address: str) -> None:
+        self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        steps = channel.stream_stream(
+            "/gradbank.v1.StepService/Steps", request_serializer=Frame.encoded, response_deserializer=response_frame
+        )
+        self._call = steps(iter(self._requests.get, None))
+        self._watch = _Watch(self._call.cancel)
+        self._address = address
 
     def exchange(
         self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
-    ) -> tuple[step_pb2.StepOutput, bytes]:
+    ) -> tuple[step_pb2.StepOutput, Tensor]:
         for i, part in enumerate(chunks(payload)):
-            self._requests.put(step_pb2.StepsRequest(step=step if i == 0 else None, payload=part))
-        try:
-            answer = self._answers.get(timeout=timeout)
-        except queue.Empty:
-            self.close()
-            raise DeadlineExceeded(f"step {step.seq} was not answered within {timeout:.3g} s") from None
-        if isinstance(answer, Exception):
-            raise answer
-        if answer[0].seq != step.seq:
-            raise InternalError(f"step {step.seq} was answered by the answer of step {answer[0].seq}")
-        return answer
+            self._requests.put(Frame(step if i == 0 else None, part))
+        with self._watch.until(time.monotonic() + timeout):
+            try:
+                output, data = self._answer()
+            except grpc.RpcError as error:
+                if self._watch.ended:
+                    raise DeadlineExceeded(f"step {step.seq} was not answered within {timeout:.3g} s") from None
+                raise error_of(error) from None
+        if output.seq != step.seq:
+            raise InternalError(f"step {step.seq} was answered by the answer of step {output.seq}")
+        return output, data
 
     def close(self) -> None:
         self._requests.put(None)
+        self._watch.close()
         self._call.cancel()
 
-    def _read(self) -> None:
+    def _answer(self) -> tuple[step_pb2.StepOutput, Tensor]:
+        frame = next(self._call, None)
+        if frame is None:
+            raise ServerUnavailable("the server ended the stream of steps")
+        if frame.step is None:
+            raise InternalError("the server's answer cannot be read: it begins in the middle")
+        output = frame.step
+        assert isinstance(output, step_pb2.StepOutput)
+        payload = Assembly(output.payload_bytes)
         try:
-            for response in self._call:
-                payload = Assembly(response.step.payload_bytes)
-                part = response
-                payload.add(part.payload)
-                while not payload.complete:
-                    part = next(self._call)
-                    payload.add(part.payload)
-                self._answers.put((response.step, payload.bytes()))
-            self._answers.put(ServerUnavailable("the server ended the stream of steps"))
-        except grpc.RpcError as error:
-            self._answers.put(error_of(error))
-        except StopIteration:
-            self._answers.put(ServerUnavailable("the server ended the stream in the middle of an answer"))
-        except Exception as error:
-            self._answers.put(InternalError(f"the server's answer cannot be read: {error}"))
+            while True:
+                for part in frame.payload:
+                    payload.add(part)
+                if payload.complete:
+                    return output, payload.payload()
+                frame = next(self._call, None)
+                if frame is None:
+                    raise ServerUnavailable("the server ended the stream in the middle of an answer")
+        except InvalidRequest as error:
+            raise InternalError(f"the server's answer cannot be read: {error}") from None
+
+
+class _Watch:
+    """Calls `end` if something is not over in time.
+
+    Attributes:
+        ended: whether it has.
+    """
+
+    def __init__(self, end: Callable[[], object]) -> None:
+        self._end, self.ended = end, False
+        self._until, self._wakes, self._closed = math.inf, math.inf, False
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, name="gradbank-watch", daemon=True).start()
+
+    @contextmanager
+    def until(self, time_s: float) -> Iterator[None]:
+        """Whatever runs in the block is to be over at that time of `time.monotonic`."""
+        with self._changed:
+            self._until = time_s
+            if time_s < self._wakes:  # else the thread looks again before that, and need not be woken
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            self._until = math.inf
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                if self._until <= now:
+                    self.ended = True
+                    self._end()
+                    return
+                self._wakes = min(self._until, now + _LOOKS_EVERY_S) if self._until < math.inf else math.inf
+                self._changed.wait(None if self._wakes == math.inf else self._wakes - now)
+
+
+_LOOKS_EVERY_S = 60.0

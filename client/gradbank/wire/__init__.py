@@ -2,7 +2,8 @@
 
 from gradbank.wire.components import argument_messages, argument_values, component_message, spec_of
 from gradbank.wire.errors import ERROR_TRAILER, error_message, error_of, status_of
-from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, Assembly, chunks
+from gradbank.wire.frames import Frame, frame_of, request_frame, response_frame
+from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, Assembly, assembled, chunks
 from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype
 
 __all__ = [
@@ -10,17 +11,22 @@ __all__ = [
     "ERROR_TRAILER",
     "MESSAGE_BYTES",
     "Assembly",
+    "Frame",
     "TensorReader",
     "argument_messages",
     "argument_values",
+    "assembled",
     "chunks",
     "component_message",
     "describe",
     "error_message",
     "error_of",
+    "frame_of",
     "inline",
     "nbytes",
     "read_inline",
+    "request_frame",
+    "response_frame",
     "spec_of",
     "status_of",
     "torch_dtype",

@@ -2,14 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
+from torch import Tensor
+
 from gradbank.errors import InvalidRequest
 
 MESSAGE_BYTES = 4 * 2**20  # the largest message either side takes; bounds what a peer can make the other hold
 CHUNK_BYTES = 2**20  # the largest part of a payload in a message
 
 
-def chunks(buffers: Iterable[memoryview], size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The buffers laid end to end, cut into pieces of `size` bytes; at least one, which may be empty."""
+def chunks(buffers: Iterable[memoryview], size: int = CHUNK_BYTES) -> Iterator[list[memoryview]]:
+    """The buffers laid end to end, cut into pieces of `size` bytes: each the views that make it up, for nothing is
+    copied. At least one, which may be empty."""
     parts: list[memoryview] = []
     held, yielded = 0, False
     for buffer in buffers:
@@ -20,33 +24,53 @@ def chunks(buffers: Iterable[memoryview], size: int = CHUNK_BYTES) -> Iterator[b
             held += len(part)
             start += len(part)
             if held == size:
-                yield b"".join(parts)
+                yield parts
                 parts, held, yielded = [], 0, True
     if parts or not yielded:  # an empty piece after a full one would be taken for the next message
-        yield b"".join(parts)
+        yield parts
 
 
 class Assembly:
-    """A payload of known size that arrives in pieces."""
+    """A payload of known size that arrives in pieces, and is written to where its tensors will lie.
+
+    Memory is the system's until it is written to, so that what was only announced takes none.
+    """
 
     def __init__(self, size: int) -> None:
-        self._size, self._held = size, 0
-        self._parts: list[bytes] = []
+        self._buffer, self._held = torch.empty(size, dtype=torch.uint8), 0
+        self._bytes = self._buffer.numpy().data
 
-    def add(self, part: bytes) -> None:
+    def add(self, part: bytes | memoryview) -> None:
         """Takes the next piece.
 
         Raises:
             InvalidRequest: the pieces are longer than the payload.
         """
-        self._held += len(part)
-        if self._held > self._size:
-            raise InvalidRequest(f"a payload of {self._size} bytes was announced, and at least {self._held} came")
-        self._parts.append(part)
+        stop = self._held + len(part)
+        if stop > len(self._buffer):
+            raise InvalidRequest(f"a payload of {len(self._buffer)} bytes was announced, and at least {stop} came")
+        self._bytes[self._held : stop] = part
+        self._held = stop
 
     @property
     def complete(self) -> bool:
-        return self._held == self._size
+        return self._held == len(self._buffer)
 
-    def bytes(self) -> bytes:
-        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+    def payload(self) -> Tensor:
+        """`(size,)` uint8: all of it.
+
+        Raises:
+            InvalidRequest: the pieces are shorter than the payload.
+        """
+        if not self.complete:
+            raise InvalidRequest(f"a payload of {len(self._buffer)} bytes was announced, and {self._held} came")
+        return self._buffer
+
+
+def assembled(parts: Iterable[memoryview]) -> Tensor:
+    """The buffers laid end to end: `(size,)` uint8."""
+    held = list(parts)
+    assembly = Assembly(sum(map(len, held)))
+    for part in held:
+        assembly.add(part)
+    return assembly.payload()

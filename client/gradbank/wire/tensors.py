@@ -3,12 +3,12 @@
 import math
 import sys
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gradbank.errors import InvalidRequest
 from gradbank.v1 import tensor_pb2 as v1
+from gradbank.wire.payload import assembled
 
 _TORCH = {
     v1.DTYPE_FLOAT32: torch.float32,
@@ -21,6 +21,7 @@ _TORCH = {
 }
 _PROTO = {dtype: number for number, dtype in _TORCH.items()}
 _MAX_DIMENSIONS, _MAX_ENTRIES = 8, 2**48
+_ALIGNMENT = 64  # bytes; what torch's own memory has
 
 if sys.byteorder != "little":
     raise ImportError("gradbank's wire format is little-endian, and so must be the machine")
@@ -72,40 +73,40 @@ def torch_dtype(number: int) -> torch.dtype:
 
 def read_inline(message: v1.Tensor) -> Tensor:
     """The tensor of a message that carries its own bytes."""
-    return _read(message, memoryview(message.data))
+    if nbytes(message) != len(message.data):
+        raise InvalidRequest(
+            f"a tensor of shape {list(message.shape)} takes {nbytes(message)} bytes, got {len(message.data)}"
+        )
+    return _tensor(message, assembled([memoryview(message.data)]))
 
 
 class TensorReader:
-    """Takes tensors off the front of a payload, one after the other.
+    """Takes tensors off the front of a payload, `(size,)` uint8, one after the other: views of it, where they lie as a
+    tensor of its own would, so that no result depends on where a tensor came from.
 
     Raises:
         InvalidRequest: a payload that is shorter, or (from `finish`) longer, than its tensors.
     """
 
-    def __init__(self, payload: bytes | bytearray | memoryview) -> None:
-        self._payload = memoryview(payload)
+    def __init__(self, payload: Tensor) -> None:
+        self._payload = payload
         self._start = 0
 
     def take(self, message: v1.Tensor) -> Tensor:
-        stop = self._start + nbytes(message)
+        start, stop = self._start, self._start + nbytes(message)
         if stop > len(self._payload):
             raise InvalidRequest(f"a payload of {len(self._payload)} bytes ends inside a tensor that goes to {stop}")
-        part = self._payload[self._start : stop]
-        self._start = stop
-        return _read(message, part)
+        part, self._start = self._payload[start:stop], stop
+        return _tensor(message, part.clone() if start % _ALIGNMENT else part)
 
     def finish(self) -> None:
         if self._start != len(self._payload):
             raise InvalidRequest(f"a payload of {len(self._payload)} bytes has tensors of {self._start} only")
 
 
-def _read(message: v1.Tensor, data: memoryview) -> Tensor:
-    """A copy, so that the tensor is writable and aligned whatever the buffer was: results then do not depend on it."""
-    if nbytes(message) != len(data):
-        raise InvalidRequest(f"a tensor of shape {list(message.shape)} takes {nbytes(message)} bytes, got {len(data)}")
-    tensor = torch.empty(tuple(message.shape), dtype=torch_dtype(message.dtype))
-    if tensor.dtype == torch.bool and np.frombuffer(data, dtype=np.uint8).max(initial=0) > 1:
+def _tensor(message: v1.Tensor, data: Tensor) -> Tensor:
+    """The tensor whose bytes these are."""
+    dtype = torch_dtype(message.dtype)
+    if dtype == torch.bool and len(data) and int(data.max()) > 1:
         raise InvalidRequest("the entries of a bool tensor are bytes of 0 or 1")
-    if len(data):
-        tensor.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
-    return tensor
+    return data.view(dtype).view(tuple(message.shape))

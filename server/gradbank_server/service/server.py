@@ -20,7 +20,6 @@ from gradbank.v1 import (
     stats_pb2,
     stats_pb2_grpc,
     step_pb2,
-    step_pb2_grpc,
 )
 from gradbank.wire import MESSAGE_BYTES
 from gradbank_server.service.gate import Gate
@@ -136,7 +135,7 @@ class Server:
         gate = Gate(self.settings.max_streams)
         self._gate = gate
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(service, gate), server)
-        step_pb2_grpc.add_StepServiceServicer_to_server(StepServicer(service, gate), server)
+        server.add_generic_rpc_handlers((StepServicer(service, gate).handlers(),))
         stats_pb2_grpc.add_StatsServiceServicer_to_server(StatsServicer(service, gate), server)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(service), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

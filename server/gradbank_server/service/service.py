@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Iterator
 
 import torch
+import xxhash
+from torch import Tensor
 
 from gradbank import __version__
 from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded
@@ -57,7 +59,7 @@ class Service:
         return size
 
     def create_session(
-        self, header: session_pb2.CreateSessionRequest, payload: bytes
+        self, header: session_pb2.CreateSessionRequest, payload: Tensor
     ) -> session_pb2.CreateSessionResponse:
         reader = TensorReader(payload)
         state = {named.name: reader.take(named.tensor) for named in header.state}
@@ -119,7 +121,7 @@ class Service:
         if size != step.payload_bytes:
             raise InvalidRequest(f"the step's tensors take {size} bytes, but its payload has {step.payload_bytes}")
 
-    def step(self, step: step_pb2.StepInput, payload: bytes, arrived: float) -> tuple[step_pb2.StepOutput, Payload]:
+    def step(self, step: step_pb2.StepInput, payload: Tensor, arrived: float) -> tuple[step_pb2.StepOutput, Payload]:
         """Carries a step out. A failure is data: an output with `error` set."""
         name = "unknown"
         try:
@@ -131,13 +133,15 @@ class Service:
             return step_pb2.StepOutput(seq=step.seq, error=error_message(error)), []
 
     def _stepped(
-        self, session: Session, step: step_pb2.StepInput, payload: bytes, arrived: float
+        self, session: Session, step: step_pb2.StepInput, payload: Tensor, arrived: float
     ) -> tuple[step_pb2.StepOutput, Payload]:
         begun = time.perf_counter()
         self.check_step(step)
         batch = batch_of(step, payload)
         # what a retry must repeat; the header says where, the payload what
-        digest = zlib.crc32(payload, zlib.crc32(step.SerializeToString(deterministic=True)))
+        digest = xxhash.xxh3_64_intdigest(
+            payload.numpy().data, seed=zlib.crc32(step.SerializeToString(deterministic=True))
+        )
         decoded = time.perf_counter()
         answer, replayed, waited = session.step(step.rank, step.epoch, step.seq, digest, batch)
         computed = time.perf_counter()

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import grpc
 import structlog
+from torch import Tensor
 
 from gradbank.errors import GradbankError, InternalError, InvalidRequest
 from gradbank.v1 import (
@@ -18,9 +19,18 @@ from gradbank.v1 import (
     stats_pb2,
     stats_pb2_grpc,
     step_pb2,
-    step_pb2_grpc,
 )
-from gradbank.wire import ERROR_TRAILER, Assembly, chunks, error_message, error_of, status_of
+from gradbank.wire import (
+    ERROR_TRAILER,
+    Assembly,
+    Frame,
+    assembled,
+    chunks,
+    error_message,
+    error_of,
+    request_frame,
+    status_of,
+)
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
 
@@ -43,7 +53,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             payload.add(header.payload)
             for part in request_iterator:
                 payload.add(part.payload)
-            response = self._service.create_session(header, payload.bytes())
+            response = self._service.create_session(header, payload.payload())
             if response.created:
                 log.info("session created", session=response.session.name, loss=response.session.loss.name)
             return response
@@ -69,7 +79,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         with _status(context):
             state, payload = self._service.pull_state(request)
             for i, part in enumerate(chunks(payload)):
-                yield session_pb2.PullStateResponse(state=state if i == 0 else [], payload=part)
+                yield session_pb2.PullStateResponse(state=state if i == 0 else [], payload=b"".join(part))
 
     def GetSession(
         self, request: session_pb2.GetSessionRequest, context: grpc.ServicerContext
@@ -92,67 +102,86 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             return response
 
 
-class StepServicer(step_pb2_grpc.StepServiceServicer):
+class StepServicer:
+    """The service of steps, whose stream is not read and written by generated code; see `gradbank.wire.frames`."""
+
     def __init__(self, service: Service, gate: Gate) -> None:
         self._service, self._gate = service, gate
 
-    def Steps(
-        self, request_iterator: Iterator[step_pb2.StepsRequest], context: grpc.ServicerContext
-    ) -> Iterator[step_pb2.StepsResponse]:
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What a gRPC server is given."""
+        return grpc.method_handlers_generic_handler(
+            step_pb2.DESCRIPTOR.services_by_name["StepService"].full_name,
+            {
+                "Steps": grpc.stream_stream_rpc_method_handler(self.Steps, request_frame, Frame.encoded),
+                "Step": grpc.unary_unary_rpc_method_handler(
+                    self.Step, step_pb2.StepRequest.FromString, step_pb2.StepResponse.SerializeToString
+                ),
+            },
+        )
+
+    def Steps(self, requests: Iterator[Frame | InvalidRequest], context: grpc.ServicerContext) -> Iterator[Frame]:
         with _status(context), self._gate.stream():
-            for step, payload, refused in self._assembled(request_iterator):
+            for step, payload, refused in self._assembled(requests):
                 self._gate.check()
                 if refused is None:
                     output, data = self._carried_out(step, payload)
                 else:
                     output, data = step_pb2.StepOutput(seq=step.seq, error=error_message(refused)), []
                 for i, part in enumerate(chunks(data)):
-                    yield step_pb2.StepsResponse(step=output if i == 0 else None, payload=part)
+                    yield Frame(output if i == 0 else None, part)
 
     def Step(self, request: step_pb2.StepRequest, context: grpc.ServicerContext) -> step_pb2.StepResponse:
         with _status(context):
             self._gate.check()
-            output, data = self._carried_out(request.step, request.payload)
+            output, data = self._carried_out(request.step, assembled([memoryview(request.payload)]))
             if output.HasField("error"):
                 raise error_of(output.error)
             return step_pb2.StepResponse(step=output, payload=b"".join(data))
 
     def _assembled(
-        self, requests: Iterator[step_pb2.StepsRequest]
-    ) -> Iterator[tuple[step_pb2.StepInput, bytes, GradbankError | None]]:
+        self, requests: Iterator[Frame | InvalidRequest]
+    ) -> Iterator[tuple[step_pb2.StepInput, Tensor, GradbankError | None]]:
         """Whole steps; one that is refused by its header is read to its end, but not kept."""
-        for request in requests:
-            if not request.HasField("step"):
+        while (frame := _next(requests)) is not None:
+            if frame.step is None:
                 raise InvalidRequest("a step begins with a message that has `step`, and this one has only a payload")
-            step, refused = request.step, None
+            step, refused = frame.step, None
+            assert isinstance(step, step_pb2.StepInput)
             try:
                 self._service.check_step(step)
             except GradbankError as error:
                 self._service.metrics.stepped("unknown", "rejected")
                 refused = error
-            payload, seen = Assembly(step.payload_bytes), 0
-            part = request
+            payload, seen = Assembly(0 if refused else step.payload_bytes), 0
             while True:
-                seen += len(part.payload)
+                seen += frame.size
                 if seen > step.payload_bytes:
                     raise InvalidRequest(f"step {step.seq} announced {step.payload_bytes} bytes, and {seen} came")
-                if refused is None:
-                    payload.add(part.payload)
+                for part in frame.payload if refused is None else ():
+                    payload.add(part)
                 if seen == step.payload_bytes:
                     break
-                part = next(requests, None)  # type: ignore[assignment]
-                if part is None:
+                frame = _next(requests)
+                if frame is None:
                     return  # the trainer went away in the middle of a step: nothing happened
-                if part.HasField("step"):
+                if frame.step is not None:
                     raise InvalidRequest(f"step {step.seq} was not complete when the next one began")
-            yield step, b"" if refused else payload.bytes(), refused
+            yield step, payload.payload(), refused
 
-    def _carried_out(self, step: step_pb2.StepInput, payload: bytes) -> tuple[step_pb2.StepOutput, list[memoryview]]:
+    def _carried_out(self, step: step_pb2.StepInput, payload: Tensor) -> tuple[step_pb2.StepOutput, list[memoryview]]:
         try:
             return self._service.step(step, payload, time.perf_counter())
         except Exception as error:  # a fault of ours: the trainer is told an id, the log has the rest
             self._service.metrics.stepped("unknown", "failed")
             return step_pb2.StepOutput(seq=step.seq, error=error_message(_fault(error))), []
+
+
+def _next(requests: Iterator[Frame | InvalidRequest]) -> Frame | None:
+    frame = next(requests, None)
+    if isinstance(frame, InvalidRequest):
+        raise frame
+    return frame
 
 
 class StatsServicer(stats_pb2_grpc.StatsServiceServicer):

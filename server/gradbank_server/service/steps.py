@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from gradbank.errors import InvalidRequest
 from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import TensorReader, argument_values, describe
@@ -18,7 +20,7 @@ def tensors_of(step: step_pb2.StepInput) -> Iterator[tensor_pb2.Tensor]:
         yield step.enqueue_mask
 
 
-def batch_of(step: step_pb2.StepInput, payload: bytes) -> Batch:
+def batch_of(step: step_pb2.StepInput, payload: Tensor) -> Batch:
     """What a session is asked to do.
 
     Raises:

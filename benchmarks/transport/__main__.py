@@ -66,7 +66,7 @@ def _measured(
         steps: dict[str, Step] = {"plain TCP": lambda: floor.step(embeddings, labels, gradient)}
         clients = [gradbank.connect(address) for address in named.values()]
         for (name, _), client in zip(named.items(), clients):
-            loss_fn = client.open(f"echo-{rows}x{dimension}", EchoLoss())
+            loss_fn = client.open(f"echo-{rows}x{dimension}-{len(steps)}", EchoLoss())
             steps[name] = _step(loss_fn, embeddings.clone().requires_grad_(), labels)
         slices: dict[str, list[list[float]]] = {name: [] for name in steps}
         until = time.perf_counter() + seconds

@@ -31,7 +31,7 @@ app = App(
 # off a terminal, a table is as wide as it needs to be: somebody's grep is reading
 console = Console() if sys.stdout.isatty() else Console(width=200)
 
-Address = Annotated[str, Parameter(help="host:port of the server.")]
+Address = Annotated[str, Parameter(help="host:port of the server, or unix:///path.")]
 Timeout = Annotated[float, Parameter(help="Seconds to wait for an answer.")]
 
 

@@ -23,6 +23,9 @@ class ServerSettings(BaseSettings):
         "127.0.0.1"
     )
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 picks a free one.")] = 50051
+    unix_socket: Annotated[
+        str, Field(description="Listen on this socket of the file system too, which only the server's user may open.")
+    ] = ""
     metrics_port: Annotated[
         int, Field(ge=-1, le=65535, description="Port of Prometheus /metrics; 0 picks a free one, -1 is none.")
     ] = 9464

@@ -26,7 +26,8 @@ def connect(address: str, timeout: float = 30.0) -> "Client":
     """Connects to a server.
 
     Args:
-        address: `"host:port"`, or `"local://"` for a server inside this process (which needs `gradbank[server]`).
+        address: `"host:port"`; `"unix:///path"` for a socket of this machine (`gradbank serve --unix-socket`); or
+            `"local://"` for a server inside this process (which needs `gradbank[server]`).
         timeout: seconds that any call may take; a step that cannot be answered is tried again until then.
 
     Raises:
@@ -46,13 +47,14 @@ def connect(address: str, timeout: float = 30.0) -> "Client":
 
 def _transport(address: str) -> Transport:
     scheme, separator, rest = address.partition("://")
+    if scheme == "unix" and rest.startswith("/"):
+        return GrpcTransport(address)
     if separator:
         found = entry_points(group="gradbank.transports", name=scheme)
         if not found:
-            raise InvalidRequest(
-                f"{address!r} needs a transport that is not installed"
-                + ("; install it with: pip install 'gradbank[server]'" if scheme == "local" else "; use host:port")
-            )
+            install = "install it with: pip install 'gradbank[server]'"
+            rather = install if scheme == "local" else "use host:port, unix:///path or local://"
+            raise InvalidRequest(f"{address!r} needs a transport that is not installed; {rather}")
         try:
             transport = next(iter(found)).load()
         except ModuleNotFoundError as error:  # the server's packages are an extra
@@ -63,7 +65,7 @@ def _transport(address: str) -> Transport:
         return made
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdigit()):
-        raise InvalidRequest(f"an address is host:port or local://, got {address!r}")
+        raise InvalidRequest(f"an address is host:port, unix:///path or local://, got {address!r}")
     return GrpcTransport(address)
 
 

@@ -63,7 +63,7 @@ class Transport(Protocol):
 
 
 class GrpcTransport:
-    """A channel to `host:port`."""
+    """A channel to `host:port`, or to a socket at `unix:///path`."""
 
     def __init__(self, address: str) -> None:
         self.address = address

@@ -25,6 +25,7 @@ from gradbank.wire import MESSAGE_BYTES
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
 from gradbank_server.service.servicers import CatalogServicer, SessionServicer, StatsServicer, StepServicer
+from gradbank_server.service.sockets import listen_on_socket
 from gradbank_server.settings import ServerSettings
 
 log = structlog.get_logger()
@@ -49,7 +50,8 @@ class Server:
         settings: where, and how much; port 0 picks a free one, which `port` then tells.
 
     Raises:
-        InvalidRequest: a device that is not there, or an address beyond loopback without `insecure`.
+        InvalidRequest: a device that is not there, an address beyond loopback without `insecure`, or a unix socket
+            whose path cannot be one.
         OSError: an address that cannot be listened on.
     """
 
@@ -82,6 +84,7 @@ class Server:
             self.port = self._grpc.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error}") from None
+        self._socket = listen_on_socket(self._grpc, settings.unix_socket) if settings.unix_socket else None
 
     @property
     def address(self) -> str:
@@ -118,6 +121,8 @@ class Server:
             session.wait(max(until - time.monotonic(), 0.0))
         # streams of trainers do not end by themselves: this is for the last answers to leave
         self._grpc.stop(grace=min(2.0, self.settings.drain_seconds)).wait()
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()

@@ -1,0 +1,54 @@
+"""A socket of the file system, for trainers on the same machine: no port, and the system says who may open it."""
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import grpc
+
+from gradbank.errors import InvalidRequest
+
+_LONGEST = 100  # bytes; systems allow 104 to 108
+
+
+def listen_on_socket(server: grpc.Server, path: str) -> Path:
+    """Has a server listen at `path` as well. Only the user that the server runs as may open it.
+
+    A socket that a server left there when it was killed is replaced.
+
+    Raises:
+        InvalidRequest: a path that is not absolute, or too long for a socket.
+        OSError: a directory that is not there, something else at the path, or a server that listens there.
+    """
+    place = Path(path)
+    if not place.is_absolute() or len(os.fsencode(path)) > _LONGEST:
+        raise InvalidRequest(f"--unix-socket takes an absolute path of at most {_LONGEST} bytes, got {path!r}")
+    _make_room(place)
+    before = os.umask(0o177)  # it is never open to others, not even for a moment
+    try:
+        server.add_insecure_port(f"unix://{place}")
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {place}: {error}") from None
+    finally:
+        os.umask(before)
+    return place
+
+
+def _make_room(place: Path) -> None:
+    try:
+        found = place.lstat()
+    except FileNotFoundError:
+        if not place.parent.is_dir():
+            raise OSError(f"cannot listen on {place}: there is no directory {place.parent}") from None
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OSError(f"cannot listen on {place}: something else is there, which is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(place))
+        except ConnectionRefusedError:  # nobody listens: it was left behind
+            place.unlink()
+            return
+    raise OSError(f"cannot listen on {place}: a server listens there already")

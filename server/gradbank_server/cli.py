@@ -1,4 +1,4 @@
-"""The command line: `gradbank serve | demo | health | sessions | catalog`.
+"""The command line: `gradbank serve | demo | bench | health | sessions | catalog`.
 
 Commands import what they need when they run: `gradbank health`, which containers ask every few seconds, needs no torch.
 """
@@ -21,6 +21,7 @@ from gradbank_server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from gradbank.remote.stats import ComponentInfo
+    from gradbank_server.bench import Course
 
 app = App(
     name="gradbank",
@@ -41,6 +42,9 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
 
     Every flag can be given as an environment variable: --max-sessions as GRADBANK_MAX_SESSIONS.
     """
+    from gradbank_server.allocator import use_one_arena
+
+    use_one_arena()  # before torch and gRPC start threads
     from gradbank.errors import GradbankError
     from gradbank_server.logs import configure
     from gradbank_server.service import Server
@@ -85,6 +89,42 @@ def demo(
         return run(steps, picture, cache)
     except (GradbankError, ImportError) as error:
         return _failed(error)
+
+
+@app.command
+def bench(
+    *,
+    address: Address = "127.0.0.1:50051",
+    batch: Annotated[int, Parameter(help="Rows of a batch.")] = 256,
+    dimension: Annotated[int, Parameter(help="Numbers of a row.")] = 128,
+    bank: Annotated[int, Parameter(help="Rows of the bank; 0 compares each batch with itself.")] = 8192,
+    steps: Annotated[int, Parameter(help="How many steps are measured.")] = 200,
+    timeout: Timeout = 30.0,
+) -> int:
+    """Measure where the time of a step goes, over your network and on your server."""
+    from gradbank.errors import GradbankError
+    from gradbank_server.bench import PHASES, Workload
+    from gradbank_server.bench import bench as measured
+
+    if batch < 8 or dimension < 1 or bank < 0 or steps < 1 or 0 < bank < batch:
+        return _failed("a batch has at least 8 rows of at least 1 number, a bank at least the batch's, and steps 1")
+    workload = Workload(batch, dimension, bank, steps)
+    try:
+        course, server = measured(address, timeout, workload)
+    except GradbankError as error:
+        return _failed(error)
+    table = Table("phase", "where", "p50 ms", "p99 ms", "share", "", box=None)
+    for phase, (where, what) in PHASES.items():
+        table.add_row(phase, where, *_milliseconds(course.phases[phase]), _share(course.phases[phase], course), what)
+    table.add_row("step", "", *_milliseconds(course.steps), "", f"{1 / course.step_s:,.0f} a second")
+    table.add_section()
+    least = f"the least a step takes here: the step's is {course.step_s / _median(course.empty):.1f} times it"
+    table.add_row("empty call", "between", *_milliseconds(course.empty), "", least)
+    table.add_row("local", "here", *_milliseconds(course.here), "", "the same loss in this process")
+    console.print(f"{workload}\n{address}: {server}\n", highlight=False)
+    console.print(table)
+    console.print(f"\n{course.advice()}", highlight=False)
+    return 0
 
 
 @app.command
@@ -188,6 +228,19 @@ def _arguments(arguments: Arguments) -> str:
     return ", ".join(name if default is None else f"{name}={default}" for name, _, default in arguments)
 
 
+def _median(times: Sequence[float]) -> float:
+    return sorted(times)[len(times) // 2]
+
+
+def _milliseconds(times: Sequence[float]) -> tuple[str, str]:
+    """The median and the 99th of a hundred."""
+    return f"{1e3 * _median(times):.2f}", f"{1e3 * sorted(times)[len(times) * 99 // 100]:.2f}"
+
+
+def _share(times: Sequence[float], course: "Course") -> str:
+    return f"{100 * _median(times) / course.step_s:.0f} %"
+
+
 def _announce(server: object) -> None:
     """What was started, and what to paste."""
     from gradbank_server.service import Server
@@ -198,6 +251,7 @@ def _announce(server: object) -> None:
     lines = [
         f"gradbank {version('gradbank')}",
         f"  listening   {settings.host}:{server.port} (gRPC, no TLS, no authentication)",
+        *([f"              unix://{settings.unix_socket} (this user only)"] if settings.unix_socket else []),
         f"  device      {server.service.device}",
         f"  metrics     {metrics}",
         f"  limits      {settings.max_sessions} sessions, {_size(settings.max_session_bytes)} each, "

@@ -44,7 +44,7 @@ def run(capsys: pytest.CaptureFixture[str]):
 def test_help_documents_every_command(run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("serve", "demo", "health", "sessions", "catalog"):
+    for command in ("serve", "demo", "bench", "health", "sessions", "catalog"):
         assert re.search(rf"│ {command} +[A-Z]\w+ ", out), command
         assert run(command, "--help")[0] == 0
     documented = re.findall(r"\w+(?= \||`)", cli.__doc__ or "")

@@ -1,5 +1,6 @@
 """A loss on a server behaves under autograd as the same loss does here."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -172,4 +173,13 @@ def test_a_loss_on_a_server_is_a_module_without_weights(pair: Pair) -> None:
     assert "ArcFaceLoss" in repr(there)
     assert set(there.timings) == set()
     there(*batch())
-    assert set(there.timings) == {"queue", "decode", "compute", "encode"}
+
+
+def test_a_step_says_where_its_time_went(pair: Pair) -> None:
+    there, _ = pair(losses.NTXentLoss())
+    begun = time.perf_counter()
+    there(*batch())
+    took, spent = time.perf_counter() - begun, there.timings
+    assert list(spent) == ["client_encode", "network", "queue", "decode", "compute", "encode", "client_decode"]
+    assert all(seconds >= 0 for seconds in spent.values())
+    assert 0 < sum(spent.values()) <= took

@@ -1,6 +1,7 @@
 """A loss that a server computes: one round trip brings its value and every gradient."""
 
 import inspect
+import time
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class RemoteLoss(nn.Module):
     Attributes:
         name: the session's.
         created: whether opening it created the session; if not, its bank and weights are those it had.
-        timings: seconds that the server spent on the last step, by phase.
+        timings: where the seconds of the last step went. Of the server: `queue` (until the session's turn), `decode`,
+            `compute` and `encode`; here: `client_encode` and `client_decode`; and `network`, all that lies between.
     """
 
     def __init__(self, producer: Producer, loss: Loss, created: bool) -> None:
@@ -44,25 +46,35 @@ class RemoteLoss(nn.Module):
             GradbankError: the step was refused or not answered in time; the session is then as it was, and calling
                 again is safe.
         """
+        begun = time.perf_counter()
         bound = self._signature.bind(*args, **kwargs).arguments
         step, payload, embeddings, ref_emb = self._request(bound)
         token = None
         if self._optimizer is not None:
             token = self._optimizer.token
             step.weights_need_gradient = torch.is_grad_enabled()
+        encoded = time.perf_counter()
         output, data = self._step(step, payload)
+        answered = time.perf_counter()
         reader = TensorReader(data)
         of_embeddings = reader.take(output.embeddings_gradient) if output.HasField("embeddings_gradient") else None
         of_ref = reader.take(output.ref_emb_gradient) if output.HasField("ref_emb_gradient") else None
         reader.finish()
         gradients = [of_embeddings, of_ref]
-        self.timings = seconds_of(output.timings)
+        at_server = seconds_of(output.timings)
         loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
         seen = None
         if self._optimizer is not None and step.weights_need_gradient:
             seen = (self._optimizer, output.seq)
             self._optimizer.will_keep(output.seq)
-        return _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call, no-any-return]
+        made: Tensor = _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]
+        self.timings = {
+            "client_encode": encoded - begun,
+            "network": max(answered - encoded - sum(at_server.values()), 0.0),
+            **at_server,
+            "client_decode": time.perf_counter() - answered,
+        }
+        return made
 
     def optimizer(self, name: str, **options: Any) -> RemoteOptimizer:
         """An optimizer of the loss's weights on the server, by its name in `torch.optim`: `optimizer("SGD", lr=0.01)`.

@@ -143,8 +143,8 @@ def test_connecting_to_nothing_fails_in_time() -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("", "an address is host:port or local://, got ''"),
-        ("localhost", "an address is host:port or local://, got 'localhost'"),
+        ("", "an address is host:port, unix:///path or local://, got ''"),
+        ("localhost", "an address is host:port, unix:///path or local://, got 'localhost'"),
         ("localhost:", "an address is host:port"),
         (":50051", "an address is host:port"),
         ("localhost:http", "an address is host:port"),

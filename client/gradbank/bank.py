@@ -53,6 +53,7 @@ class Bank(nn.Module):
         self.register_buffer("slot_labels", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.waiting: Entering | None = None
         self._squares: _Squares | None = None
+        self._shown = False  # whether somebody else may hold the slots: what he writes to `.data` is not counted
         self.cursor = 0
         self.is_full = False
 
@@ -69,7 +70,11 @@ class Bank(nn.Module):
         return self.slots.nbytes + self.slot_labels.nbytes + beside
 
     def rows(self) -> Tensor:
-        """`(capacity, D)` by slot, zeros where there is no row yet."""
+        """`(capacity, D)` by slot, zeros where there is no row yet; what is written there is in the bank."""
+        self._shown = True
+        return self._rows()
+
+    def _rows(self) -> Tensor:
         self.settle()
         # what is not allocated yet has no dtype yet, and looking at it does not give it one
         return self.slots if len(self.slots) else self.slots.new_zeros(self.capacity, self.dimension)
@@ -124,12 +129,13 @@ class Bank(nn.Module):
     def _squares_of(self, slots: Tensor) -> Tensor | None:
         """`(capacity,)`: how long the row of each slot is, squared. It is kept from batch to batch, unless somebody
         else has written to the slots."""
-        if slots is not self.slots or not len(slots) or slots.is_inference():
+        if self._shown or slots is not self.slots or not len(slots) or slots.is_inference():
             return None
         known = self._squares
         if known is None or known.slots is not slots or known.version != slots._version:
-            lengths = [some.square().sum(1) for some in torch.split(slots, _ROWS_AT_ONCE)]
-            self._squares = known = _Squares(torch.cat(lengths), slots, slots._version)
+            with torch.inference_mode(False), torch.no_grad():  # they outlive the mode of the step
+                lengths = [some.square().sum(1) for some in torch.split(slots, _ROWS_AT_ONCE)]
+                self._squares = known = _Squares(torch.cat(lengths), slots, slots._version)
         return known.lengths
 
     def enter(self, entering: Entering) -> None:
@@ -168,11 +174,15 @@ class Bank(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """All that it takes to go on from here, under PML's names and two more: the cursor and whether it is full."""
         return {
-            "embedding_memory": self.rows().detach(),
+            "embedding_memory": self._rows().detach(),
             "label_memory": self.labels(),
             "queue_idx": torch.tensor(self.cursor),
             "has_been_filled": torch.tensor(self.is_full),
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: lengths are of the slots that they were taken of, and no others."""
+        return {**super().__getstate__(), "_squares": None}  # type: ignore[no-untyped-call]
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a `state`.

@@ -100,6 +100,38 @@ def test_positives_are_those_of_equal_labels_whatever_holds_them(dtype: torch.dt
         assert {*zip(listing.row.tolist(), listing.column.tolist())} == {*map(tuple, wanted.tolist())}
 
 
+@pytest.mark.parametrize("engine_name", ["dense", "tiled"])
+def test_a_float_label_between_two_integers_is_neither(engine_name: str) -> None:
+    embeddings, others = rows(0, 12), rows(1, 60)
+    labels, ref_labels = torch.arange(12) // 2, torch.arange(60) / 8
+    with engine.using(engine_name, Bounds(tile=64, rows=4)):
+        found = losses.ContrastiveLoss()(embeddings, labels, ref_emb=others, ref_labels=ref_labels)
+        wanted = losses.ContrastiveLoss()(embeddings, labels.double(), ref_emb=others, ref_labels=ref_labels)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+class Lifted(distances.Distance):
+    """A user's own, which compares embeddings with one number more."""
+
+    def prepare(self, embeddings: Tensor) -> Tensor:
+        return torch.cat([embeddings, embeddings.square().sum(1, keepdim=True)], 1)
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return (query_emb[:, None] - ref_emb).abs().sum(2)
+
+
+@pytest.mark.parametrize("loss", [losses.ContrastiveLoss, losses.NTXentLoss, losses.TripletMarginLoss], ids=str)
+def test_a_distance_may_compare_in_another_dimension(loss: Any) -> None:
+    made = []
+    for name, bounds in (("dense", None), ("tiled", Bounds(tile=100, rows=5))):
+        leaf, others = rows(3, 20).requires_grad_(), rows(4, 30).requires_grad_()
+        with engine.using(name, bounds):
+            value = loss(distance=Lifted())(leaf, torch.arange(20) % 4, ref_emb=others, ref_labels=torch.arange(30) % 4)
+        made.append((value.detach(), *torch.autograd.grad(value, [leaf, others])))
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_an_embedding_at_distance_0_has_no_pull() -> None:
     distance = distances.LpDistance()
     queries = distance.prepare(rows(0, 30))

@@ -128,7 +128,9 @@ def test_deep_copy_lives_apart(steps: int, queue_of: Any, batch: Any, state: Any
     assert state(queue) == state(untouched)
 
 
-@pytest.mark.parametrize("how", ["in place", "loaded", "to float64", "not at all"])
+@pytest.mark.parametrize(
+    "how", ["in place", "through .data", "in a deep copy", "after inference", "loaded", "to float64", "not at all"]
+)
 def test_rows_that_somebody_else_wrote_are_compared_as_they_are(how: str, batch: Any) -> None:
     """A queue keeps how long its rows are, and must not take new ones for the old."""
     used, fresh = (losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 10) for _ in range(2))
@@ -137,6 +139,17 @@ def test_rows_that_somebody_else_wrote_are_compared_as_they_are(how: str, batch:
     longer = batch(10, 9)[0] * 5
     if how == "in place":
         used.embedding_memory[:] = longer
+    elif how == "through .data":
+        used.embedding_memory.data.copy_(longer)
+    elif how == "in a deep copy":
+        used = copy.deepcopy(used)
+        for _ in range(6):  # as often as the rows of the other were written to
+            used.embedding_memory.copy_(longer)
+            torch.testing.assert_close(*(loss(*batch(4, 7)) for loss in (used, copy.deepcopy(used))), rtol=0, atol=0)
+    elif how == "after inference":
+        used.load_state_dict({**used.state_dict(), "embedding_memory": longer})
+        with torch.inference_mode():
+            used(*batch(4, 7))
     elif how == "loaded":
         used.load_state_dict({**used.state_dict(), "embedding_memory": longer})
     elif how == "to float64":

@@ -1,6 +1,7 @@
 """A trainer that is interrupted, or late, goes on from where it was."""
 
 import signal
+import time
 from types import FrameType
 
 import pytest
@@ -121,3 +122,13 @@ def test_a_queue_takes_no_references_from_any_client(embedded: gradbank.Client, 
     with pytest.raises(InvalidRequest, match="takes no ref_emb or ref_labels"):
         there.producer.step(step, payload, _NoNews())
     assert there(embeddings, labels).isfinite()
+
+
+def test_a_deadline_that_passed_with_the_answer_does_not_fail_the_next_step(client: gradbank.Client, name: str) -> None:
+    there, here = client.open(name, losses.NTXentLoss()), losses.NTXentLoss()
+    there(*batch(0))
+    steps = there.producer._steps
+    with steps._watch.until(time.monotonic()):  # type: ignore[union-attr]
+        time.sleep(0.2)
+    assert steps._watch.ended  # type: ignore[union-attr]
+    assert torch.equal(there(*batch(1)), here(*batch(1)))

@@ -30,6 +30,8 @@ class Gradients:
     def goes_through(self, pieces: Sequence[Tensor], made: Sequence[Tensor]) -> None:
         """Says that the gradients of the references are added up as those of something made of each piece."""
         self._through = list(zip(pieces, made))
+        for i, each in enumerate(made, 1):
+            self.rows[i] = None if self.rows[i] is None else torch.empty_like(each)
 
     def add(self, place: int, rows: slice, more: Tensor) -> None:
         """Adds to the gradient of some rows of the input at that place, where one is wanted; the first to add to an

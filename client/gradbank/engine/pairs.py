@@ -190,7 +190,8 @@ def _places(known: Tensor, labels: Tensor) -> Tensor:
     if not len(known):
         return torch.full_like(labels, -1, dtype=torch.int64)
     low, span = known[0].item(), known[-1].item() - known[0].item()
-    if not known.is_floating_point() and span <= len(labels):  # looked up at once, rather than searched for
+    whole = not (known.is_floating_point() or labels.is_floating_point())
+    if whole and span <= len(labels):  # looked up at once, rather than searched for
         table, low = torch.full((int(span) + 3,), -1, device=known.device), int(low)
         table[known.long() - low + 1] = torch.arange(len(known), device=known.device)
         return table.index_select(0, (labels.long() - low + 1).clamp_(0, len(table) - 1))

@@ -165,7 +165,7 @@ class Producer:
         request = session_pb2.PullStateRequest(session=self.session)
         state, payload = self._transport().pull_state(request, self.timeout)
         reader = TensorReader(payload)
-        return {named.name: reader.take(named.tensor) for named in state}
+        return {named.name: reader.take(named.tensor).clone() for named in state}  # to be kept, each by itself
 
     def _exchanged(
         self, transport: Transport, step: step_pb2.StepInput, parts: list[memoryview], deadline: float

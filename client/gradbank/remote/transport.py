@@ -167,6 +167,8 @@ class GrpcSteps:
     def exchange(
         self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
     ) -> tuple[step_pb2.StepOutput, Tensor]:
+        if self._watch.ended:  # at the last moment of a step that was answered nonetheless
+            raise ServerUnavailable("the stream of steps was ended")
         for i, part in enumerate(chunks(payload)):
             self._requests.put(Frame(step if i == 0 else None, part))
         with self._watch.until(time.monotonic() + timeout):
@@ -230,7 +232,8 @@ class _Watch:
         try:
             yield
         finally:
-            self._until = math.inf
+            with self._changed:  # from here on it has ended, or will not
+                self._until = math.inf
 
     def close(self) -> None:
         with self._changed:

@@ -84,7 +84,8 @@ class Server:
             self.port = self._grpc.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error}") from None
-        self._socket = listen_on_socket(self._grpc, settings.unix_socket) if settings.unix_socket else None
+        if settings.unix_socket:
+            listen_on_socket(self._grpc, settings.unix_socket)
 
     @property
     def address(self) -> str:
@@ -121,8 +122,6 @@ class Server:
             session.wait(max(until - time.monotonic(), 0.0))
         # streams of trainers do not end by themselves: this is for the last answers to leave
         self._grpc.stop(grace=min(2.0, self.settings.drain_seconds)).wait()
-        if self._socket is not None:
-            self._socket.unlink(missing_ok=True)
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()

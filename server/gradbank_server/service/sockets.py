@@ -12,18 +12,20 @@ from gradbank.errors import InvalidRequest
 _LONGEST = 100  # bytes; systems allow 104 to 108
 
 
-def listen_on_socket(server: grpc.Server, path: str) -> Path:
+def listen_on_socket(server: grpc.Server, path: str) -> None:
     """Has a server listen at `path` as well. Only the user that the server runs as may open it.
 
-    A socket that a server left there when it was killed is replaced.
+    gRPC removes the socket when the server stops; one that a server left when it was killed is replaced.
 
     Raises:
         InvalidRequest: a path that is not absolute, or too long for a socket.
         OSError: a directory that is not there, something else at the path, or a server that listens there.
     """
     place = Path(path)
-    if not place.is_absolute() or len(os.fsencode(path)) > _LONGEST:
-        raise InvalidRequest(f"--unix-socket takes an absolute path of at most {_LONGEST} bytes, got {path!r}")
+    if not place.is_absolute() or len(os.fsencode(path)) > _LONGEST or set(path) & set("%?#"):  # which URIs read anew
+        raise InvalidRequest(
+            f"--unix-socket takes an absolute path of at most {_LONGEST} bytes without %, ? and #, got {path!r}"
+        )
     _make_room(place)
     before = os.umask(0o177)  # it is never open to others, not even for a moment
     try:
@@ -32,7 +34,6 @@ def listen_on_socket(server: grpc.Server, path: str) -> Path:
         raise OSError(f"cannot listen on {place}: {error}") from None
     finally:
         os.umask(before)
-    return place
 
 
 def _make_room(place: Path) -> None:

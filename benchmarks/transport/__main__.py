@@ -11,25 +11,27 @@ the same round.
 import argparse
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
+import grpc
 import peer
 import torch
 from echo import EchoLoss
 from floor import Floor
 
 import gradbank
+from gradbank.remote.transport import GrpcSteps
+from gradbank.v1 import step_pb2
+from gradbank.wire import describe
 
 PAYLOADS = "64x128,256x512,1024x1024"
 TARGETS = {"64x128": 4.0, "256x512": 3.3, "1024x1024": 2.0}
 _SLICE_S = 0.3
 
-Step = Callable[[], None]
+BARE = "a bare gRPC echo"  # by the same frames, without a session behind it
+
+Step = Callable[[], object]
 
 
 def main() -> None:
@@ -44,8 +46,9 @@ def main() -> None:
     theirs.close()
     addresses = ours.recv()
     print(f"gradbank {gradbank.__version__}, torch {torch.__version__}; medians of a step's round trip\n")
-    print("| batch | each way | plain TCP | " + " | ".join(f"{name}: p50, p99, ratio" for name in addresses[1]) + " |")
-    print("|---|" + "---|" * (2 + len(addresses[1])))
+    ways = (BARE, *addresses[2])
+    print("| batch | each way | plain TCP | " + " | ".join(f"{name}: p50, p99, ratio" for name in ways) + " |")
+    print("|---|" + "---|" * (2 + len(ways)))
     try:
         for payload in arguments.payloads.split(","):
             rows, dimension = map(int, payload.split("x"))
@@ -56,28 +59,39 @@ def main() -> None:
 
 
 def _measured(
-    rows: int, dimension: int, addresses: tuple[int, dict[str, str]], seconds: float
+    rows: int, dimension: int, addresses: tuple[int, int, dict[str, str]], seconds: float
 ) -> dict[str, list[list[float]]]:
     """The times of each contender's steps, slice by slice."""
     embeddings = torch.randn(rows, dimension)
     labels, gradient = torch.randint(1000, (rows,)), torch.empty(rows, dimension)
-    port, named = addresses
-    with Floor(port) as floor:
+    port, bare_port, named = addresses
+    with Floor(port) as floor, grpc.insecure_channel(f"127.0.0.1:{bare_port}") as channel:
         steps: dict[str, Step] = {"plain TCP": lambda: floor.step(embeddings, labels, gradient)}
+        steps[BARE] = _bare(GrpcSteps(channel), embeddings, labels)
         clients = [gradbank.connect(address) for address in named.values()]
         for (name, _), client in zip(named.items(), clients):
             loss_fn = client.open(f"echo-{rows}x{dimension}-{len(steps)}", EchoLoss())
             steps[name] = _step(loss_fn, embeddings.clone().requires_grad_(), labels)
         slices: dict[str, list[list[float]]] = {name: [] for name in steps}
-        until = time.perf_counter() + seconds
         for step in steps.values():
             _slice(step)  # as a warm-up
-        while time.perf_counter() < until:
+        until = time.perf_counter() + seconds
+        while not slices[BARE] or time.perf_counter() < until:
             for name, step in steps.items():
                 slices[name].append(_slice(step))
         for client in clients:
             client.close()
     return slices
+
+
+def _bare(stream: GrpcSteps, embeddings: torch.Tensor, labels: torch.Tensor) -> Step:
+    """A step without a session: its frames there, and its embeddings back."""
+    (first, data), (second, more) = describe(embeddings), describe(labels)
+    request = step_pb2.StepInput(embeddings=first, labels=second, payload_bytes=len(data) + len(more))
+    _, answer = stream.exchange(request, [data, more], 30)
+    if bytes(answer.numpy().data) != bytes(data):
+        raise RuntimeError("the echo is not what was sent")
+    return lambda: stream.exchange(request, [data, more], 30)
 
 
 def _step(loss_fn: torch.nn.Module, embeddings: torch.Tensor, labels: torch.Tensor) -> Step:

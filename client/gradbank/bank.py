@@ -182,7 +182,7 @@ class Bank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of: lengths are of the slots that they were taken of, and no others."""
-        return {**super().__getstate__(), "_squares": None}  # type: ignore[no-untyped-call]
+        return {**self.__dict__, "_squares": None}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a `state`.

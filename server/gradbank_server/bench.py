@@ -12,6 +12,7 @@ import torch
 
 import gradbank
 from gradbank import losses
+from gradbank.errors import LimitExceeded
 from gradbank.losses.base import Loss
 from gradbank.remote.client import Client
 from gradbank.remote.loss import RemoteLoss
@@ -120,6 +121,12 @@ def bench(address: str, timeout: float, workload: Workload) -> tuple[Course, str
         GradbankError: the server cannot be reached, or does not take the workload.
     """
     with gradbank.connect(address, timeout) as client:
+        info = client.server()
+        if workload.bank * workload.dimension * 4 > info.max_session_bytes:  # before it is made here
+            raise LimitExceeded(
+                f"{workload} does not fit the server, of which a session may take {info.max_session_bytes:,} bytes; "
+                "choose a smaller --bank or --dimension"
+            )
         empty = [_seconds(client.server) for _ in range(50)]
         with _session(client, workload.loss()) as loss_fn:
             phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -131,7 +138,6 @@ def bench(address: str, timeout: float, workload: Workload) -> tuple[Course, str
                     steps.append(time.perf_counter() - begun)
                     for phase, times in phases.items():
                         times.append(loss_fn.timings[phase])
-        info = client.server()
     here, loss = [], workload.loss()
     for _, batch in zip(range(_WARM_UP + min(workload.steps, 20)), workload.batches()):
         here.append(_seconds(partial(loss, *batch)))

@@ -5,6 +5,7 @@ Commands import what they need when they run: `gradbank health`, which container
 
 import os
 import signal
+import statistics
 import sys
 import threading
 from collections.abc import Sequence
@@ -118,7 +119,7 @@ def bench(
         table.add_row(phase, where, *_milliseconds(course.phases[phase]), _share(course.phases[phase], course), what)
     table.add_row("step", "", *_milliseconds(course.steps), "", f"{1 / course.step_s:,.0f} a second")
     table.add_section()
-    least = f"the least a step takes here: the step's is {course.step_s / _median(course.empty):.1f} times it"
+    least = f"the least a step takes here: the step's is {course.step_s / statistics.median(course.empty):.1f} times it"
     table.add_row("empty call", "between", *_milliseconds(course.empty), "", least)
     table.add_row("local", "here", *_milliseconds(course.here), "", "the same loss in this process")
     console.print(f"{workload}\n{address}: {server}\n", highlight=False)
@@ -228,17 +229,13 @@ def _arguments(arguments: Arguments) -> str:
     return ", ".join(name if default is None else f"{name}={default}" for name, _, default in arguments)
 
 
-def _median(times: Sequence[float]) -> float:
-    return sorted(times)[len(times) // 2]
-
-
 def _milliseconds(times: Sequence[float]) -> tuple[str, str]:
     """The median and the 99th of a hundred."""
-    return f"{1e3 * _median(times):.2f}", f"{1e3 * sorted(times)[len(times) * 99 // 100]:.2f}"
+    return f"{1e3 * statistics.median(times):.2f}", f"{1e3 * sorted(times)[len(times) * 99 // 100]:.2f}"
 
 
 def _share(times: Sequence[float], course: "Course") -> str:
-    return f"{100 * _median(times) / course.step_s:.0f} %"
+    return f"{100 * statistics.median(times) / course.step_s:.0f} %"
 
 
 def _announce(server: object) -> None:

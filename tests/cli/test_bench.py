@@ -31,7 +31,10 @@ def test_the_phases_are_those_of_a_step(server: Server, client: gradbank.Client,
 
 def test_a_workload_that_the_server_refuses_leaves_no_session() -> None:
     with Server(ServerSettings(port=0, metrics_port=-1, max_session_bytes=1000)) as small:
-        with pytest.raises(LimitExceeded, match="a session may take 1,000"):
+        with pytest.raises(
+            LimitExceeded,
+            match="does not fit the server, of which a session may take 1,000 bytes",
+        ):
             bench(small.address, 20, SMALL)
         with gradbank.connect(small.address) as client:
             assert client.sessions() == []

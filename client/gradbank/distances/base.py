@@ -143,7 +143,7 @@ class Distance(Recorder):
 
     def computes_as(self, kind: "type[Distance]") -> bool:
         """Whether its matrix is computed by what `kind` defines, and not by a subclass of a user's own."""
-        return _computes_as(type(self), kind)  # type: ignore[arg-type]
+        return _computes_as(type(self), kind)  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
 
     @property
     def sign(self) -> int:

@@ -103,8 +103,8 @@ class _Euclidean(torch.autograd.Function):
 
 def _recorded(function: type[torch.autograd.Function], a: Tensor, b: Tensor) -> Tensor:
     """The function of a and b, without the record of it where nobody will ask for a gradient."""
-    made: Tensor = function.apply(a, b) if torch.is_grad_enabled() else function.forward(a, b)  # type: ignore
-    return made
+    way: Callable[[Tensor, Tensor], Tensor] = function.apply if torch.is_grad_enabled() else function.forward
+    return way(a, b)
 
 
 def _over(weight: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,8 @@ class SNRDistance(Distance):
         return _centered(super().normalized(embeddings, inverse))
 
     def _measured(self, embeddings: Tensor) -> Tensor:
-        return super().normalized(
-            embeddings, self.inverse_norms(embeddings)
-        )  # a mean that is taken off is not part of a norm
+        # a mean that is taken off is not part of a norm
+        return super().normalized(embeddings, self.inverse_norms(embeddings))
 
     @property
     def knows_pull(self) -> bool:

@@ -132,7 +132,7 @@ class Block:
             with torch.set_grad_enabled(self.gathers):
                 for running in self.running.values():
                     running.add(tile, negatives)
-        if counting and self.listing is not None and isinstance(negatives, Holes):
+        if counting and self.listing is not None and isinstance(negatives, Holes):  # as those of every tile are then
             number = len(self.references) - torch.bincount(self.listing.row, minlength=self.size).double()
         for running in counting:
             running.number = number

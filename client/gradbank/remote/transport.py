@@ -114,7 +114,7 @@ class GrpcTransport:
         return self._arriving(lambda: self._stats.WatchStats(request), request.interval_s + timeout)
 
     def steps(self) -> "GrpcSteps":
-        return self._answer(lambda: GrpcSteps(self._channel, self.address))
+        return self._answer(lambda: GrpcSteps(self._channel))
 
     def close(self) -> None:
         self._channel.close()
@@ -155,14 +155,13 @@ class GrpcTransport:
 class GrpcSteps:
     """One stream of steps. Who waits for an answer reads it, and a thread beside ends the wait in time."""
 
-    def __init__(self, channel: grpc.Channel, address: str) -> None:
+    def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         steps = channel.stream_stream(
             "/gradbank.v1.StepService/Steps", request_serializer=Frame.encoded, response_deserializer=response_frame
         )
         self._call = steps(iter(self._requests.get, None))
         self._watch = _Watch(self._call.cancel)
-        self._address = address
 
     def exchange(
         self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
@@ -195,8 +194,8 @@ class GrpcSteps:
             raise InternalError("the server's answer cannot be read: it begins in the middle")
         output = frame.step
         assert isinstance(output, step_pb2.StepOutput)
-        payload = Assembly(output.payload_bytes)
         try:
+            payload = Assembly(output.payload_bytes)
             while True:
                 for part in frame.payload:
                     payload.add(part)
@@ -205,7 +204,7 @@ class GrpcSteps:
                 frame = next(self._call, None)
                 if frame is None:
                     raise ServerUnavailable("the server ended the stream in the middle of an answer")
-        except InvalidRequest as error:
+        except (InvalidRequest, RuntimeError) as error:  # torch's own, where more is announced than there is memory
             raise InternalError(f"the server's answer cannot be read: {error}") from None
 
 
@@ -252,4 +251,4 @@ class _Watch:
                 self._changed.wait(None if self._wakes == math.inf else self._wakes - now)
 
 
-_LOOKS_EVERY_S = 60.0
+_LOOKS_EVERY_S = 60.0  # at most: a lock cannot be waited for as long as a timeout may be

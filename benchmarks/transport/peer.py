@@ -45,8 +45,7 @@ def bare() -> tuple[grpc.Server, int]:
 
 
 def run(pipe: Connection) -> None:
-    """Sends the ports of the floor and of the bare echo, and the server's addresses by name; ends when something is sent
-    back."""
+    """Sends the ports of floor and bare echo and the server's addresses by name, and ends when it is sent something."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))  # the table is all there is to see
     place = f"{tempfile.mkdtemp()}/gradbank.sock"
     settings = ServerSettings(port=0, metrics_port=-1, unix_socket=place, components=("echo",))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from gradbank.component import component
 from gradbank.engine import Indices, widened
 from gradbank.miners.base import Miner, check_unit_euclidean
-from gradbank.miners.listing import TripletList
+from gradbank.miners.listing import PairList, TripletList
 from gradbank.miners.rows import ENTRIES, blocks, kinds
 
 EPSILON = 1e-6  # what F.pairwise_distance adds to each difference, and PML with it
@@ -49,18 +50,29 @@ class AngularMiner(Miner):
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         anchors, others = widened(embeddings.detach()), widened(ref_emb.detach())
-        found, seen = TripletList(anchors.device), []
-        chunk = max(1, ENTRIES // max(len(others), 1))  # positives at a time
-        squares = (others + EPSILON).square().sum(1)
+        near = PairList(len(others), anchors.device)
         for rows in blocks(len(anchors), len(others)):
-            positives, negatives = kinds(labels, ref_labels, rows)
-            for row, p in zip(*(torch.split(index, chunk) for index in positives.nonzero(as_tuple=True))):
-                a = row + rows.start
-                angles, wide = self._angles(anchors[a], others[p], others, squares)
-                kept = wide & negatives[row]
-                found.add(a, p, kept.sum(1), kept.nonzero()[:, 1])
-                if self.collect_stats:
-                    seen.append(_summary(angles[negatives[row]], wide[negatives[row]]))
+            near.add(kinds(labels, ref_labels, rows)[0].view(-1).nonzero().squeeze(1), rows.start)
+        pairs, squares = near.pairs(), (others + EPSILON).square().sum(1)
+
+        def angles_of(a: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            angles, wide = self._angles(anchors[a], others[p], others, squares)
+            return angles, wide, labels[a, None] != ref_labels
+
+        def negatives_of(a: Tensor, p: Tensor) -> Tensor:
+            _, wide, negatives = angles_of(a, p)
+            return wide.logical_and_(negatives).nonzero()[:, 1]
+
+        found, seen = TripletList(anchors.device), []
+        counts = torch.empty_like(pairs[0])  # one piece: small ones would scatter what is free in between
+        chunk = max(1, ENTRIES // 2 // max(len(others), 1))  # pairs at a time, each with several numbers per entry
+        for start in range(0, len(counts), chunk):
+            a, p, counted = (each[start : start + chunk] for each in (*pairs, counts))
+            angles, wide, negatives = angles_of(a, p)
+            torch.sum(wide & negatives, 1, out=counted)
+            found.add(a, p, counted, partial(negatives_of, a, p))
+            if self.collect_stats:
+                seen.append(_summary(angles[negatives], wide[negatives]))
         if seen:
             self._set_stats(torch.stack(seen))
         return found.triplets()

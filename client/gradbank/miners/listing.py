@@ -1,6 +1,7 @@
 """Pairs and triplets, listed block by block in little more memory than the lists take."""
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,28 +32,34 @@ class PairList:
 
 
 class TripletList:
-    """Triplets `(a, p, n)`, held as the negatives of each positive pair until the end."""
+    """Triplets `(a, p, n)`, held as positive pairs and what tells their negatives until the end."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.parts: deque[tuple[Tensor, ...]] = deque()
+        self.parts: deque[tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]] = deque()
 
-    def add(self, a: Tensor, p: Tensor, counts: Tensor, n: Tensor) -> None:
-        """Adds positive pairs `(a, p)`: the first `counts[0]` of the negatives `n` go with the first, and so on."""
-        self.parts.append((a, p, counts, n.int()))  # half the memory, until they are put together
+    def add(self, a: Tensor, p: Tensor, counts: Tensor, negatives: Callable[[], Tensor]) -> None:
+        """Adds positive pairs `(a, p)`.
+
+        Args:
+            counts: how many negatives each has.
+            negatives: what lists them, those of the first pair first; holding them would take half as much again as
+                all triplets do.
+        """
+        self.parts.append((a, p, counts, negatives))
 
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
         """All triplets, which the list then holds no longer."""
-        size = sum(len(part[-1]) for part in self.parts)
+        size = sum(int(counts.sum()) for _, _, counts, _ in self.parts)
         made = [torch.empty(size, dtype=torch.int64, device=self.device) for _ in range(3)]
         start = 0
         while self.parts:
-            a, p, counts, n = self.parts.popleft()
-            own = slice(start, start + len(n))
-            pair = torch.arange(len(a), device=self.device).repeat_interleave(counts, output_size=len(n))
-            for whole, part in zip(made, (a[pair], p[pair], n)):
-                whole[own] = part
-            start = own.stop
+            a, p, counts, negatives = self.parts.popleft()
+            number = int(counts.sum())
+            for whole, part in zip(made, (a, p)):
+                whole[start : start + number] = part.repeat_interleave(counts, output_size=number)
+            made[2][start : start + number] = negatives()
+            start += number
         return made[0], made[1], made[2]
 
 

@@ -50,7 +50,7 @@ class DistanceWeightedMiner(Miner):
             row = live.repeat_interleave(wanted)
             rank = (torch.rand(len(row), dtype=torch.float64, device=d.device) * number[row]).long()
             p = positives.nonzero()[:, 1][(number.cumsum(0) - number)[row] + rank]
-            found.add(row + rows.start, p, torch.ones_like(row), n)
+            found.add(row + rows.start, p, torch.ones_like(row), n.int().long)
         return found.triplets()
 
     def _log_weights(self, d: Tensor, negatives: Tensor, dimension: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Miners of triplets."""
 
 from dataclasses import field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -76,11 +77,7 @@ class TripletMarginMiner(Miner):
             ordered, column = far.sort(1)
             start, stop = _below(ordered, row, self.interval(near)).unbind(1)
             counts = stop - start
-            total = int(counts.sum())
-            first = row * u.shape[1] + start - (counts.cumsum(0) - counts)
-            place = torch.arange(total, device=row.device)
-            place += first.repeat_interleave(counts, output_size=total)
-            found.add(row + rows.start, p, counts, column.view(-1)[place])
+            found.add(row + rows.start, p, counts, partial(_runs, column.int(), row, start, counts))
         if self.collect_stats:
             self._set_stats(*sums.tolist())
         return found.triplets()
@@ -111,6 +108,15 @@ class EmbeddingsAlreadyPackagedAsTriplets(Miner):
             raise ValueError(f"triplets are three rows each, got {len(embeddings)} rows of embeddings")
         a, p, n = torch.arange(len(embeddings), device=embeddings.device).view(-1, 3).unbind(1)
         return a, p, n
+
+
+def _runs(columns: Tensor, row: Tensor, start: Tensor, counts: Tensor) -> Tensor:
+    """Of some rows of the `(b, M)` columns, as many as each counts from its start, one after the other."""
+    total = int(counts.sum())
+    first = row * columns.shape[1] + start - (counts.cumsum(0) - counts)
+    place = torch.arange(total, device=row.device)
+    place += first.repeat_interleave(counts, output_size=total)
+    return columns.view(-1)[place]
 
 
 def _below(ordered: Tensor, row: Tensor, thresholds: Tensor) -> Tensor:

@@ -27,6 +27,15 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def nearby(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that can be reached in every way there is."""
+    place = tmp_path_factory.mktemp("s") / "g.sock"
+    settings = ServerSettings(port=0, metrics_port=-1, max_sessions=10_000, unix_socket=str(place), shared_memory=True)
+    with Server(settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[gradbank.Client]:
     with gradbank.connect(server.address, timeout=20) as connected:
         yield connected

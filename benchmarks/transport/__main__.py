@@ -1,37 +1,53 @@
-"""The round trip of a step through a real server, beside that of its bytes through a plain TCP socket.
+"""The round trip of a step through a real server, beside that of its bytes through a plain socket or plain memory.
 
     python benchmarks/transport
     python benchmarks/transport --payloads 256x512 --seconds 5
 
 The loss is an echo: its gradient is the embeddings. Server and trainer are two processes on this machine; slices of
-each contender take turns in one run, and a figure is the median over rounds of its median over that of the floor in
-the same round.
+each contender take turns in one run, and a ratio is the median over rounds of its median over that of its floor in
+the same round: shared memory for what goes through shared memory, and TCP for all else.
 """
 
 import argparse
 import multiprocessing
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 
 import grpc
 import peer
 import torch
 from echo import EchoLoss
 from floor import Floor
+from shared_floor import SharedFloor
 
 import gradbank
+from gradbank.remote.ladder import Via
 from gradbank.remote.transport import GrpcSteps
 from gradbank.v1 import step_pb2
 from gradbank.wire import describe
 
 PAYLOADS = "64x128,256x512,1024x1024"
-TARGETS = {"64x128": 4.0, "256x512": 3.3, "1024x1024": 2.0}
 _SLICE_S = 0.3
 
+TCP, SHARED = "plain TCP", "plain shared memory"  # the floors
 BARE = "a bare gRPC echo"  # by the same frames, without a session behind it
+WAYS: dict[str, Via] = {"gRPC over TCP": "tcp", "over a unix socket": "unix", "through shared memory": "shm"}
+FLOORS = {"through shared memory": SHARED}  # of the ways, and of the bare echo, where it is not plain TCP
+TARGETS = {  # by way, times its floor
+    "gRPC over TCP": {"64x128": 4.0, "256x512": 3.3, "1024x1024": 2.0},
+    "through shared memory": {"64x128": 1.5, "256x512": 1.5, "1024x1024": 1.3},
+}
 
 Step = Callable[[], object]
+Slices = dict[str, list[list[float]]]
 
 
 def main() -> None:
@@ -39,48 +55,74 @@ def main() -> None:
     parser.add_argument("--payloads", default=PAYLOADS, help="batches, rows x dimension, comma-separated")
     parser.add_argument("--seconds", type=float, default=6.0, help="how long each payload is measured")
     arguments = parser.parse_args()
+    with _floors() as places, _server() as address:
+        print(f"gradbank {gradbank.__version__}, torch {torch.__version__}; medians of a step's round trip\n")
+        ways = (BARE, *WAYS)
+        print(
+            f"| batch | each way | {TCP} | {SHARED} | " + " | ".join(f"{name}: p50, p99, ratio" for name in ways) + " |"
+        )
+        print("|---|" + "---|" * (3 + len(ways)))
+        for payload in arguments.payloads.split(","):
+            rows, dimension = map(int, payload.split("x"))
+            print(_line(payload, _measured(rows, dimension, places, address, arguments.seconds)), flush=True)
+
+
+@contextmanager
+def _floors() -> Iterator[peer.Places]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=peer.run, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
-    addresses = ours.recv()
-    print(f"gradbank {gradbank.__version__}, torch {torch.__version__}; medians of a step's round trip\n")
-    ways = (BARE, *addresses[2])
-    print("| batch | each way | plain TCP | " + " | ".join(f"{name}: p50, p99, ratio" for name in ways) + " |")
-    print("|---|" + "---|" * (2 + len(ways)))
     try:
-        for payload in arguments.payloads.split(","):
-            rows, dimension = map(int, payload.split("x"))
-            print(_line(payload, _measured(rows, dimension, addresses, arguments.seconds)), flush=True)
+        yield ours.recv()
     finally:
         ours.send(None)
         process.join(10)
 
 
-def _measured(
-    rows: int, dimension: int, addresses: tuple[int, int, dict[str, str]], seconds: float
-) -> dict[str, list[list[float]]]:
+@contextmanager
+def _server() -> Iterator[str]:
+    """A server as a user starts it, and its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "gradbank_server", "serve", "--port", "0", "--metrics-port", "-1"]
+        command += ["--unix-socket", f"{folder}/gradbank", "--shared-memory", "--components", "echo"]
+        here = Path(__file__).parent  # where it finds the loss
+        with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+            assert run.stdout is not None
+            try:
+                lines = iter(run.stdout.readline, "")
+                yield next(found[1] for line in lines if (found := re.search(r"listening +(\S+)", line)))
+            finally:
+                run.terminate()
+
+
+def _measured(rows: int, dimension: int, places: peer.Places, address: str, seconds: float) -> Slices:
     """The times of each contender's steps, slice by slice."""
     embeddings = torch.randn(rows, dimension)
     labels, gradient = torch.randint(1000, (rows,)), torch.empty(rows, dimension)
-    port, bare_port, named = addresses
-    with Floor(port) as floor, grpc.insecure_channel(f"127.0.0.1:{bare_port}") as channel:
-        steps: dict[str, Step] = {"plain TCP": lambda: floor.step(embeddings, labels, gradient)}
+    with ExitStack() as open_:
+        floors = {TCP: Floor(places.tcp_floor), SHARED: SharedFloor(places.shared_floor)}
+        steps: dict[str, Step] = {}
+        for name, floor in floors.items():
+            steps[name] = partial(open_.enter_context(floor).step, embeddings, labels, gradient)
+            steps[name]()
+            if not torch.equal(gradient, embeddings):
+                raise RuntimeError("the floor's echo is not what was sent")
+            gradient.zero_()
+        channel = open_.enter_context(grpc.insecure_channel(f"127.0.0.1:{places.bare}"))
         steps[BARE] = _bare(GrpcSteps(channel), embeddings, labels)
-        clients = [gradbank.connect(address) for address in named.values()]
-        for (name, _), client in zip(named.items(), clients):
-            loss_fn = client.open(f"echo-{rows}x{dimension}-{len(steps)}", EchoLoss())
+        for name, via in WAYS.items():
+            client = open_.enter_context(gradbank.connect(address, via=via))
+            loss_fn = client.open(f"echo-{rows}x{dimension}-{via}", EchoLoss())
             steps[name] = _step(loss_fn, embeddings.clone().requires_grad_(), labels)
-        slices: dict[str, list[list[float]]] = {name: [] for name in steps}
+        slices: Slices = {name: [] for name in steps}
         for step in steps.values():
             _slice(step)  # as a warm-up
         until = time.perf_counter() + seconds
         while not slices[BARE] or time.perf_counter() < until:
             for name, step in steps.items():
                 slices[name].append(_slice(step))
-        for client in clients:
-            client.close()
     return slices
 
 
@@ -113,15 +155,17 @@ def _slice(step: Step) -> list[float]:
     return times
 
 
-def _line(payload: str, slices: dict[str, list[list[float]]]) -> str:
-    floors = slices.pop("plain TCP")
+def _line(payload: str, slices: Slices) -> str:
     rows, dimension = map(int, payload.split("x"))
-    cells = [payload, f"{rows * dimension * 4 // 1024:,} KiB", f"{_median(floors) * 1e6:,.0f} us"]
-    for name, mine in slices.items():
+    cells = [payload, f"{rows * dimension * 4 // 1024:,} KiB"]
+    cells += [f"{_median(slices[floor]) * 1e6:,.0f} us" for floor in (TCP, SHARED)]
+    for name in (BARE, *WAYS):
+        mine, floors = slices[name], slices[FLOORS.get(name, TCP)]
         ratio = statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(mine, floors))
         last = statistics.median(sorted(a)[len(a) * 99 // 100] for a in mine)
-        target = f" (<= {TARGETS[payload]:g})" if payload in TARGETS and name == "gRPC over TCP" else ""
-        cells.append(f"{_median(mine) * 1e6:,.0f} us, {last * 1e6:,.0f} us, {ratio:.2f}x{target}")
+        target = TARGETS.get(name, {}).get(payload)
+        of = f" (<= {target:g})" if target else ""
+        cells.append(f"{_median(mine) * 1e6:,.0f} us, {last * 1e6:,.0f} us, {ratio:.2f}x{of}")
     return "| " + " | ".join(cells) + " |"
 
 

@@ -1,20 +1,28 @@
-"""The process at the other end: a real server, and the floor's."""
+"""The process at the other end of the floors and of the bare echo."""
 
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
+import floor
 import grpc
-import structlog
-from floor import serve
+import shared_floor
 
 from gradbank.v1 import step_pb2
 from gradbank.wire import Assembly, Frame, chunks, nbytes, request_frame
-from gradbank_server.service import Server
-from gradbank_server.settings import ServerSettings
+
+
+class Places(NamedTuple):
+    """Where the contenders listen: ports of the TCP floor and of the bare echo, and the socket of the floor in shared
+    memory."""
+
+    tcp_floor: int
+    shared_floor: str
+    bare: int
 
 
 def bare() -> tuple[grpc.Server, int]:
@@ -45,20 +53,19 @@ def bare() -> tuple[grpc.Server, int]:
 
 
 def run(pipe: Connection) -> None:
-    """Sends the ports of floor and bare echo and the server's addresses by name, and ends when it is sent something."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))  # the table is all there is to see
-    place = f"{tempfile.mkdtemp()}/gradbank.sock"
-    settings = ServerSettings(port=0, metrics_port=-1, unix_socket=place, components=("echo",))
-    with Server(settings) as server:
-        listener = socket.create_server(("127.0.0.1", 0))
-
-        def floors() -> None:
-            while True:
-                serve(listener)
-
-        threading.Thread(target=floors, daemon=True).start()
+    """Sends where everything listens, and ends when it is sent something."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as shared:
+        plain = socket.create_server(("127.0.0.1", 0))
+        shared.bind(f"{folder}/floor")
+        shared.listen()
+        for serve, listener in ((floor.serve, plain), (shared_floor.serve, shared)):
+            threading.Thread(target=_again_and_again, args=(serve, listener), daemon=True).start()
         echo, echo_port = bare()
-        addresses = {"gRPC over TCP": server.address, "over a unix socket": f"unix://{place}"}
-        pipe.send((listener.getsockname()[1], echo_port, addresses))
+        pipe.send(Places(plain.getsockname()[1], shared.getsockname(), echo_port))
         pipe.recv()
         echo.stop(0)
+
+
+def _again_and_again(serve: Callable[[socket.socket], None], listener: socket.socket) -> None:
+    while True:
+        serve(listener)

@@ -15,12 +15,13 @@ from gradbank import losses
 from gradbank.errors import LimitExceeded
 from gradbank.losses.base import Loss
 from gradbank.remote.client import Client
+from gradbank.remote.ladder import Via
 from gradbank.remote.loss import RemoteLoss
 
 # of a step, in the order in which they happen: where each lies, and what it is
 PHASES = {
     "client_encode": ("here", "tensors to bytes"),
-    "network": ("between", "the way there and back: gRPC, system, wire"),
+    "network": ("between", "the way there and back: gRPC or shared memory, system, wire"),
     "queue": ("server", "waiting for the session's turn"),
     "decode": ("server", "bytes to tensors"),
     "compute": ("server", "loss, gradient and bank"),
@@ -95,9 +96,9 @@ class Course:
         here = statistics.median(self.here)
         if most == "network":
             return (
-                f"The way there and back takes {share} of a step. Embeddings in bfloat16 are half the bytes; a larger "
-                "batch spreads what each step costs whatever its size; one process on one machine needs no server: "
-                "local:// is the same without a wire."
+                f"The way there and back takes {share} of a step. On one machine, a server with --shared-memory is the "
+                "quickest to reach, and local:// needs no server at all. Embeddings in bfloat16 are half the bytes; a "
+                "larger batch spreads what each step costs whatever its size."
             )
         if most == "queue":
             return (
@@ -113,14 +114,14 @@ class Course:
         return f"{PHASES[most][1].capitalize()} ({PHASES[most][0]}) takes {share} of a step: look for a busy processor."
 
 
-def bench(address: str, timeout: float, workload: Workload) -> tuple[Course, str]:
+def bench(address: str, timeout: float, workload: Workload, via: Via = "auto") -> tuple[Course, str]:
     """Measures a workload on the server at `address`, in a session of its own that it closes; and says what server
-    that is.
+    that is, and which way it went to it.
 
     Raises:
         GradbankError: the server cannot be reached, or does not take the workload.
     """
-    with gradbank.connect(address, timeout) as client:
+    with gradbank.connect(address, timeout, via) as client:
         info = client.server()
         if workload.bank * workload.dimension * 4 > info.max_session_bytes:  # before it is made here
             raise LimitExceeded(
@@ -138,10 +139,11 @@ def bench(address: str, timeout: float, workload: Workload) -> tuple[Course, str
                     steps.append(time.perf_counter() - begun)
                     for phase, times in phases.items():
                         times.append(loss_fn.timings[phase])
+        way = client.via
     here, loss = [], workload.loss()
     for _, batch in zip(range(_WARM_UP + min(workload.steps, 20)), workload.batches()):
         here.append(_seconds(partial(loss, *batch)))
-    return Course(phases, steps, empty, here[_WARM_UP:]), f"gradbank {info.version} on {info.device}"
+    return Course(phases, steps, empty, here[_WARM_UP:]), f"gradbank {info.version} on {info.device}, via {way}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 from pydantic import ValidationError
@@ -44,8 +44,10 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
     Every flag can be given as an environment variable: --max-sessions as GRADBANK_MAX_SESSIONS.
     """
     from gradbank_server.allocator import use_one_arena
+    from gradbank_server.threads import sleep_early
 
     use_one_arena()  # before torch and gRPC start threads
+    sleep_early()
     from gradbank.errors import GradbankError
     from gradbank_server.logs import configure
     from gradbank_server.service import Server
@@ -101,6 +103,9 @@ def bench(
     bank: Annotated[int, Parameter(help="Rows of the bank; 0 compares each batch with itself.")] = 8192,
     steps: Annotated[int, Parameter(help="How many steps are measured.")] = 200,
     timeout: Timeout = 30.0,
+    via: Annotated[
+        Literal["auto", "shm", "unix", "tcp"], Parameter(help="How to go to the server; auto is the fastest way.")
+    ] = "auto",
 ) -> int:
     """Measure where the time of a step goes, over your network and on your server."""
     from gradbank.errors import GradbankError
@@ -111,7 +116,7 @@ def bench(
         return _failed("a batch has at least 8 rows of at least 1 number, a bank at least the batch's, and steps 1")
     workload = Workload(batch, dimension, bank, steps)
     try:
-        course, server = measured(address, timeout, workload)
+        course, server = measured(address, timeout, workload, via)
     except GradbankError as error:
         return _failed(error)
     table = Table("phase", "where", "p50 ms", "p99 ms", "share", "", box=None)
@@ -249,6 +254,7 @@ def _announce(server: object) -> None:
         f"gradbank {version('gradbank')}",
         f"  listening   {settings.host}:{server.port} (gRPC, no TLS, no authentication)",
         *([f"              unix://{settings.unix_socket} (this user only)"] if settings.unix_socket else []),
+        *(["              shared memory (this user's processes only)"] if settings.shared_memory else []),
         f"  device      {server.service.device}",
         f"  metrics     {metrics}",
         f"  limits      {settings.max_sessions} sessions, {_size(settings.max_session_bytes)} each, "

@@ -37,6 +37,8 @@ class EmbeddedTransport:
         device: "auto", "cpu" or "cuda:N"; what follows `local://`.
     """
 
+    via = "local"
+
     def __init__(self, device: str = "") -> None:
         try:
             settings = ServerSettings()
@@ -79,6 +81,7 @@ class EmbeddedTransport:
 
     def step(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> tuple[step_pb2.StepOutput, Tensor]:
         def stepped() -> tuple[step_pb2.StepOutput, Tensor]:
+            self._service.check_step(step)
             output, data = self._service.step(step, assembled(payload), time.perf_counter())
             return output, assembled(data)
 

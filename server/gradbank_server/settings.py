@@ -26,6 +26,9 @@ class ServerSettings(BaseSettings):
     unix_socket: Annotated[
         str, Field(description="Listen on this socket of the file system too, which only the server's user may open.")
     ] = ""
+    shared_memory: Annotated[
+        bool, Field(description="Exchange steps through shared memory with trainers of this user on this machine.")
+    ] = False
     metrics_port: Annotated[
         int, Field(ge=-1, le=65535, description="Port of Prometheus /metrics; 0 picks a free one, -1 is none.")
     ] = 9464
@@ -46,6 +49,9 @@ class ServerSettings(BaseSettings):
     max_step_bytes: Annotated[int, Field(ge=1, description="How many bytes the tensors of a step may take.")] = (
         256 * 2**20
     )
+    max_shared_bytes: Annotated[
+        int, Field(ge=1, description="How many bytes may be shared with trainers at once, all together.")
+    ] = 2**30
     max_streams: Annotated[int, Field(ge=1, description="How many calls may be under way at once.")] = 128
     drain_seconds: Annotated[
         float, Field(ge=0, description="How long SIGTERM waits for the steps that are under way.")

@@ -97,9 +97,11 @@ def batches() -> Callable[..., list[Batch]]:
     return draw
 
 
-@pytest.fixture(params=["socket", "local://"])
-def host(request: pytest.FixtureRequest, server: Server) -> Iterator[gradbank.Client]:
-    """A client of a server behind a real socket, and one of a server in this process; it ends with the test."""
-    address = server.address if request.param == "socket" else request.param
-    with gradbank.connect(address, timeout=20) as connected:
+@pytest.fixture(params=["tcp", "unix", "shm", "local://"])
+def host(request: pytest.FixtureRequest, nearby: Server) -> Iterator[gradbank.Client]:
+    """A client of a server behind each way to it, and one of a server in this process; it ends with the test."""
+    local = request.param == "local://"
+    way = gradbank.connect("local://") if local else gradbank.connect(nearby.address, timeout=20, via=request.param)
+    with way as connected:
+        assert connected.via == request.param.removesuffix("://")
         yield connected

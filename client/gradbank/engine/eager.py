@@ -4,7 +4,7 @@ What the loss was computed from may change before `backward` (a bank does, with 
 send the gradients along anyway: so they are computed at once, and `backward` multiplies them by what came down.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,21 @@ def refuse_second_derivatives() -> None:
         raise RuntimeError("a loss computes its gradient, but no gradients of gradients: leave create_graph out")
 
 
+def scaled(gradients: Iterable[Tensor | None], grad_output: Tensor, owned: bool) -> list[Tensor | None]:
+    """What a backward pass gives: each gradient, times what came down.
+
+    Args:
+        owned: whether no gradient shares its memory with anything: then a backward pass that is the last writes to
+            them, and may hand them on as they are.
+    """
+    batched = torch._C._functorch.is_batchedtensor(grad_output)  # which may not be looked at, nor written from
+    if owned and not batched and not torch._C._autograd._get_current_graph_task_keep_graph():
+        if grad_output.device.type == "cpu" and grad_output == 1:
+            return list(gradients)
+        return [None if each is None else each.mul_(grad_output.to(each)) for each in gradients]
+    return [None if each is None else each * grad_output.to(each) for each in gradients]
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, evaluation: Evaluation, owned: bool, *inputs: Tensor) -> Tensor:
@@ -84,11 +99,5 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        gradients = iter(ctx.saved_tensors)
-        made = (next(gradients) if need else None for need in ctx.needs_input_grad[2:])
-        batched = torch._C._functorch.is_batchedtensor(grad_output)  # which may not be looked at, nor written from
-        if ctx.owned and not batched and not torch._C._autograd._get_current_graph_task_keep_graph():
-            if grad_output.device.type == "cpu" and grad_output == 1:
-                return None, None, *made
-            return None, None, *(None if each is None else each.mul_(grad_output) for each in made)
-        return None, None, *(None if each is None else each * grad_output for each in made)
+        made = iter(scaled(ctx.saved_tensors, grad_output, ctx.owned))
+        return None, None, *(next(made) if need else None for need in ctx.needs_input_grad[2:])

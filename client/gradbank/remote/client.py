@@ -4,7 +4,6 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -12,65 +11,43 @@ import torch
 from gradbank.errors import ForkedClient, GradbankError, InvalidRequest, ServerUnavailable, SessionNotFound
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
+from gradbank.remote.ladder import Via, transport_to
 from gradbank.remote.loss import RemoteLoss
 from gradbank.remote.producer import Producer
 from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats
-from gradbank.remote.transport import GrpcTransport, Transport
+from gradbank.remote.transport import Transport
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import component_message, describe
 
 SLOWEST_BYTES_PER_S = 10 * 2**20  # what an upload of weights or of a bank is given time for
 
 
-def connect(address: str, timeout: float = 30.0) -> "Client":
+def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
     """Connects to a server.
 
     Args:
         address: `"host:port"`; `"unix:///path"` for a socket of this machine (`gradbank serve --unix-socket`); or
             `"local://"` for a server inside this process (which needs `gradbank[server]`).
         timeout: seconds that any call may take; a step that cannot be answered is tried again until then.
+        via: how to go to the server. `"auto"` takes the fastest way that it offers to this process, which `client.via`
+            then tells: `"shm"`, steps through shared memory (`gradbank serve --shared-memory`, same machine, same
+            user); `"unix"`, a socket of this machine; or `"tcp"`. Each can be insisted on.
 
     Raises:
-        InvalidRequest: an address of neither form.
+        InvalidRequest: an address of neither form, or a way that the server does not offer to this process.
         ServerUnavailable: no server answers there in time.
     """
     if not timeout > 0:
         raise InvalidRequest(f"timeout must be above 0 seconds, got {timeout}")
-    client = Client(_transport(address), address, timeout)
-    try:
-        client.server()
-    except BaseException:
-        client.close()
-        raise
-    return client
-
-
-def _transport(address: str) -> Transport:
-    scheme, separator, rest = address.partition("://")
-    if scheme == "unix" and rest.startswith("/"):
-        return GrpcTransport(address)
-    if separator:
-        found = entry_points(group="gradbank.transports", name=scheme)
-        if not found:
-            install = "install it with: pip install 'gradbank[server]'"
-            rather = install if scheme == "local" else "use host:port, unix:///path or local://"
-            raise InvalidRequest(f"{address!r} needs a transport that is not installed; {rather}")
-        try:
-            transport = next(iter(found)).load()
-        except ModuleNotFoundError as error:  # the server's packages are an extra
-            raise InvalidRequest(
-                f"{address!r} needs {error.name}, which is not installed: pip install 'gradbank[server]'"
-            ) from None
-        made: Transport = transport(rest)
-        return made
-    host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise InvalidRequest(f"an address is host:port, unix:///path or local://, got {address!r}")
-    return GrpcTransport(address)
+    return Client(transport_to(address, timeout, via), address, timeout)
 
 
 class Client:
     """A connection to one server. Use it as a context manager, or `close` it.
+
+    Attributes:
+        address: the server's, as it was given.
+        timeout: seconds that any call may take.
 
     It belongs to the process that made it: in a forked child (a DataLoader worker) every call raises `ForkedClient`.
     """
@@ -80,6 +57,14 @@ class Client:
         self._transport = transport
         self._process = os.getpid()
         self._open: list[RemoteLoss] = []
+
+    @property
+    def via(self) -> str:
+        """How steps go to the server: "local", "shm", "unix" or "tcp"."""
+        return self._transport.via
+
+    def __repr__(self) -> str:
+        return f"Client({self.address!r}, via={self.via!r})"
 
     def open(self, name: str, loss: Loss, rank: int = 0) -> RemoteLoss:
         """`loss`, hosted by the server under `name`: call it as you would call `loss`.

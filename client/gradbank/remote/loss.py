@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradbank.engine.eager import refuse_second_derivatives
+from gradbank.engine.eager import refuse_second_derivatives, scaled
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
 from gradbank.memory import enqueue_mask_of
@@ -170,15 +170,15 @@ class _Answered(torch.autograd.Function):
     ) -> Tensor:
         ctx.seen, inputs = seen, (embeddings, ref_emb)
         # as wide as they came: the scale that backward brings may be more than half precision holds
-        ctx.gradients = [None if g is None else g.to(x.device) for g, x in zip(gradients, inputs) if x is not None]
-        ctx.dtypes = [x.dtype for x in inputs if x is not None]
+        ctx.save_for_backward(*(g if g is None or x is None else g.to(x.device) for g, x in zip(gradients, inputs)))
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        made = [None if g is None else (g * grad_output.to(g)).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes)]
-        of_embeddings, of_ref = (*made, None)[:2]
+        made = scaled(ctx.saved_tensors, grad_output, owned=True)  # by an answer that nobody else reads
+        of_embeddings, of_ref = (None if g is None else g.to(dtype) for g, dtype in zip(made, ctx.dtypes))
         of_token = None
         if ctx.seen is not None:
             optimizer, seq = ctx.seen

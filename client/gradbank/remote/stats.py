@@ -50,7 +50,11 @@ def seconds_of(timings: step_pb2.Timings) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server is, and what it allows: sizes in bytes."""
+    """What a server is, and what it allows: sizes in bytes.
+
+    Attributes:
+        unix_socket, shared_memory_socket: where else it listens, as it tells clients on its machine; empty if nowhere.
+    """
 
     version: str
     device: str
@@ -60,6 +64,8 @@ class ServerInfo:
     max_step_bytes: int
     sessions: int
     torch_version: str
+    unix_socket: str
+    shared_memory_socket: str
 
     @staticmethod
     def of(message: stats_pb2.GetServerResponse) -> "ServerInfo":

@@ -39,7 +39,13 @@ class Steps(Protocol):
 
 
 class Transport(Protocol):
-    """A way to a server. Every method raises `GradbankError`s only."""
+    """A way to a server. Every method raises `GradbankError`s only.
+
+    Attributes:
+        via: what steps go through: "local", "shm", "unix" or "tcp".
+    """
+
+    via: str
 
     def call(self, method: str, request: Message, timeout: float) -> Any:
         """A call of one message each way; `method` is its name in the .proto files."""
@@ -67,6 +73,7 @@ class GrpcTransport:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.via = "unix" if address.startswith("unix:") else "tcp"
         self._channel = grpc.insecure_channel(
             address,
             options=[
@@ -113,7 +120,7 @@ class GrpcTransport:
     def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
         return self._arriving(lambda: self._stats.WatchStats(request), request.interval_s + timeout)
 
-    def steps(self) -> "GrpcSteps":
+    def steps(self) -> Steps:
         return self._answer(lambda: GrpcSteps(self._channel))
 
     def close(self) -> None:

@@ -228,6 +228,8 @@ class GetServerResponse(_message.Message):
     MAX_STEP_BYTES_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     TORCH_VERSION_FIELD_NUMBER: _builtins.int
+    UNIX_SOCKET_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_SOCKET_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """gradbank's version."""
     device: _builtins.str
@@ -244,6 +246,13 @@ class GetServerResponse(_message.Message):
     """Sessions that are open."""
     torch_version: _builtins.str
     """torch's version."""
+    unix_socket: _builtins.str
+    """Where else the server listens; told only to who connected from its machine, and empty if nowhere.
+
+    The path of a socket that takes gRPC as well.
+    """
+    shared_memory_socket: _builtins.str
+    """The path of the socket for steps through shared memory; see shared.proto."""
     def __init__(
         self,
         *,
@@ -255,10 +264,12 @@ class GetServerResponse(_message.Message):
         max_step_bytes: _builtins.int = ...,
         sessions: _builtins.int = ...,
         torch_version: _builtins.str = ...,
+        unix_socket: _builtins.str = ...,
+        shared_memory_socket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "device", b"device", "max_session_bytes", b"max_session_bytes", "max_sessions", b"max_sessions", "max_step_bytes", b"max_step_bytes", "sessions", b"sessions", "torch_version", b"torch_version", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "device", b"device", "max_session_bytes", b"max_session_bytes", "max_sessions", b"max_sessions", "max_step_bytes", b"max_step_bytes", "sessions", b"sessions", "shared_memory_socket", b"shared_memory_socket", "torch_version", b"torch_version", "unix_socket", b"unix_socket", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

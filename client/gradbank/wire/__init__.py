@@ -2,14 +2,15 @@
 
 from gradbank.wire.components import argument_messages, argument_values, component_message, spec_of
 from gradbank.wire.errors import ERROR_TRAILER, error_message, error_of, status_of
-from gradbank.wire.frames import Frame, frame_of, request_frame, response_frame
-from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, Assembly, assembled, chunks
+from gradbank.wire.frames import Frame, frame_of, gradient_bytes, request_frame, response_frame
+from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, PACKET_BYTES, Assembly, assembled, chunks
 from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype
 
 __all__ = [
     "CHUNK_BYTES",
     "ERROR_TRAILER",
     "MESSAGE_BYTES",
+    "PACKET_BYTES",
     "Assembly",
     "Frame",
     "TensorReader",
@@ -22,6 +23,7 @@ __all__ = [
     "error_message",
     "error_of",
     "frame_of",
+    "gradient_bytes",
     "inline",
     "nbytes",
     "read_inline",

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from gradbank.errors import InvalidRequest
 from gradbank.v1 import step_pb2
+from gradbank.wire.tensors import nbytes, torch_dtype
 
 _STEP, _PAYLOAD = b"\x0a", b"\x12"  # fields 1 and 2, each preceded by its length
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -88,6 +89,18 @@ def request_frame(data: bytes) -> "Frame | InvalidRequest":
 def response_frame(data: bytes) -> Frame:
     """The frame in a StepsResponse."""
     return frame_of(data, step_pb2.StepOutput)
+
+
+def gradient_bytes(step: step_pb2.StepInput) -> int:
+    """How many bytes the gradients take that a step asks for.
+
+    Raises:
+        InvalidRequest: a dtype or shape that no tensor has.
+    """
+    asked = [step.embeddings] if step.embeddings_need_gradient and step.HasField("embeddings") else []
+    asked += [step.ref_emb] if step.ref_emb_needs_gradient and step.HasField("ref_emb") else []
+    # those of half precision come as float32
+    return sum(nbytes(each) * (2 if torch_dtype(each.dtype).itemsize == 2 else 1) for each in asked)
 
 
 def _varint(number: int) -> bytes:

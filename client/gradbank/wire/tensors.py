@@ -1,6 +1,5 @@
 """`torch.Tensor` to and from `gradbank.v1.Tensor`."""
 
-import math
 import sys
 
 import torch
@@ -58,11 +57,13 @@ def nbytes(message: v1.Tensor) -> int:
     Raises:
         InvalidRequest: a dtype or shape that no tensor has.
     """
-    dtype = torch_dtype(message.dtype)
-    entries = math.prod(size or 1 for size in message.shape)  # strides are products too, whether or not one size is 0
-    if len(message.shape) > _MAX_DIMENSIONS or any(size < 0 for size in message.shape) or entries > _MAX_ENTRIES:
-        raise InvalidRequest(f"a tensor cannot have shape {list(message.shape)[: _MAX_DIMENSIONS + 1]}")
-    return math.prod(message.shape) * dtype.itemsize
+    dtype, shape = torch_dtype(message.dtype), message.shape
+    entries = number = 1  # strides are products too, whether or not one size is 0
+    for size in shape:
+        entries, number = entries * (size or 1), number * size
+    if len(shape) > _MAX_DIMENSIONS or entries > _MAX_ENTRIES or (shape and min(shape) < 0):
+        raise InvalidRequest(f"a tensor cannot have shape {list(shape)[: _MAX_DIMENSIONS + 1]}")
+    return number * dtype.itemsize
 
 
 def torch_dtype(number: int) -> torch.dtype:

@@ -25,6 +25,7 @@ from gradbank.wire import MESSAGE_BYTES
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
 from gradbank_server.service.servicers import CatalogServicer, SessionServicer, StatsServicer, StepServicer
+from gradbank_server.service.shared import SharedMemory
 from gradbank_server.service.sockets import listen_on_socket
 from gradbank_server.settings import ServerSettings
 
@@ -51,7 +52,7 @@ class Server:
 
     Raises:
         InvalidRequest: a device that is not there, an address beyond loopback without `insecure`, or a unix socket
-            whose path cannot be one.
+            whose path cannot be one, or shared memory on a system that has none.
         OSError: an address that cannot be listened on.
     """
 
@@ -79,6 +80,8 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ],
         )
+        self._gate = Gate(settings.max_streams)
+        self._nearer = stats_pb2.GetServerResponse(unix_socket=settings.unix_socket)
         self._add_services()
         try:
             self.port = self._grpc.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
@@ -86,6 +89,9 @@ class Server:
             raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error}") from None
         if settings.unix_socket:
             listen_on_socket(self._grpc, settings.unix_socket)
+        self._shared = None
+        if settings.shared_memory:
+            self._shared = SharedMemory(self.service, self._gate, settings.max_shared_bytes)
 
     @property
     def address(self) -> str:
@@ -106,6 +112,8 @@ class Server:
                     "another --metrics-port, or -1 for none"
                 ) from None
             self.metrics_port = self._metrics_server.server_port
+        if self._shared is not None:
+            self._nearer.shared_memory_socket = self._shared.start()
         self._grpc.start()
         for name in ("", *_SERVICES):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -122,6 +130,8 @@ class Server:
             session.wait(max(until - time.monotonic(), 0.0))
         # streams of trainers do not end by themselves: this is for the last answers to leave
         self._grpc.stop(grace=min(2.0, self.settings.drain_seconds)).wait()
+        if self._shared is not None:
+            self._shared.stop()
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
@@ -135,12 +145,10 @@ class Server:
         self.stop()
 
     def _add_services(self) -> None:
-        server, service = self._grpc, self.service
-        gate = Gate(self.settings.max_streams)
-        self._gate = gate
+        server, service, gate = self._grpc, self.service, self._gate
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(service, gate), server)
         server.add_generic_rpc_handlers((StepServicer(service, gate).handlers(),))
-        stats_pb2_grpc.add_StatsServiceServicer_to_server(StatsServicer(service, gate), server)
+        stats_pb2_grpc.add_StatsServiceServicer_to_server(StatsServicer(service, gate, self._nearer), server)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(service), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.reflection:

@@ -28,6 +28,7 @@ from gradbank.wire import (
 )
 from gradbank_server.build import build_loss, import_components
 from gradbank_server.service.catalog import component_infos
+from gradbank_server.service.faults import fault
 from gradbank_server.service.steps import answer_message, batch_of, tensors_of
 from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions
 from gradbank_server.settings import ServerSettings
@@ -122,21 +123,36 @@ class Service:
             raise InvalidRequest(f"the step's tensors take {size} bytes, but its payload has {step.payload_bytes}")
 
     def step(self, step: step_pb2.StepInput, payload: Tensor, arrived: float) -> tuple[step_pb2.StepOutput, Payload]:
-        """Carries a step out. A failure is data: an output with `error` set."""
+        """Carries out a step that was checked. A failure is data: an output with `error` set."""
         name = "unknown"
         try:
             session = self.sessions[step.session]
             name = session.spec.title()
             return self._stepped(session, step, payload, arrived)
         except GradbankError as error:
-            self.metrics.stepped(name, "rejected")
-            return step_pb2.StepOutput(seq=step.seq, error=error_message(error)), []
+            return self.refused(step, error, name)
+
+    def answered(
+        self, step: step_pb2.StepInput, payload: Tensor, arrived: float
+    ) -> tuple[step_pb2.StepOutput, Payload]:
+        """The same, for a trainer elsewhere: of a fault of ours he is told an id, and the log has the rest."""
+        try:
+            return self.step(step, payload, arrived)
+        except Exception as error:
+            self.metrics.stepped("unknown", "failed")
+            return step_pb2.StepOutput(seq=step.seq, error=error_message(fault(error))), []
+
+    def refused(
+        self, step: step_pb2.StepInput, error: GradbankError, name: str = "unknown"
+    ) -> tuple[step_pb2.StepOutput, Payload]:
+        """The answer of a step that was not carried out, by the loss of that name."""
+        self.metrics.stepped(name, "rejected")
+        return step_pb2.StepOutput(seq=step.seq, error=error_message(error)), []
 
     def _stepped(
         self, session: Session, step: step_pb2.StepInput, payload: Tensor, arrived: float
     ) -> tuple[step_pb2.StepOutput, Payload]:
         begun = time.perf_counter()
-        self.check_step(step)
         batch = batch_of(step, payload)
         # what a retry must repeat; the header says where, the payload what
         digest = xxhash.xxh3_64_intdigest(

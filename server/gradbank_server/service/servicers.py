@@ -1,7 +1,6 @@
 """The service behind gRPC: framing, statuses, and nothing else."""
 
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -10,7 +9,7 @@ import grpc
 import structlog
 from torch import Tensor
 
-from gradbank.errors import GradbankError, InternalError, InvalidRequest
+from gradbank.errors import GradbankError, InvalidRequest
 from gradbank.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -31,10 +30,13 @@ from gradbank.wire import (
     request_frame,
     status_of,
 )
+from gradbank_server.service.faults import fault
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
 
 log = structlog.get_logger()
+
+_HERE = ("unix:", "ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")  # peers on the server's machine, as gRPC has them
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
@@ -125,16 +127,18 @@ class StepServicer:
             for step, payload, refused in self._assembled(requests):
                 self._gate.check()
                 if refused is None:
-                    output, data = self._carried_out(step, payload)
+                    output, data = self._service.answered(step, payload, time.perf_counter())
                 else:
-                    output, data = step_pb2.StepOutput(seq=step.seq, error=error_message(refused)), []
+                    output, data = self._service.refused(step, refused)
                 for i, part in enumerate(chunks(data)):
                     yield Frame(output if i == 0 else None, part)
 
     def Step(self, request: step_pb2.StepRequest, context: grpc.ServicerContext) -> step_pb2.StepResponse:
         with _status(context):
             self._gate.check()
-            output, data = self._carried_out(request.step, assembled([memoryview(request.payload)]))
+            self._service.check_step(request.step)
+            payload = assembled([memoryview(request.payload)])
+            output, data = self._service.answered(request.step, payload, time.perf_counter())
             if output.HasField("error"):
                 raise error_of(output.error)
             return step_pb2.StepResponse(step=output, payload=b"".join(data))
@@ -151,7 +155,6 @@ class StepServicer:
             try:
                 self._service.check_step(step)
             except GradbankError as error:
-                self._service.metrics.stepped("unknown", "rejected")
                 refused = error
             payload, seen = Assembly(0 if refused else step.payload_bytes), 0
             while True:
@@ -169,13 +172,6 @@ class StepServicer:
                     raise InvalidRequest(f"step {step.seq} was not complete when the next one began")
             yield step, payload.payload(), refused
 
-    def _carried_out(self, step: step_pb2.StepInput, payload: Tensor) -> tuple[step_pb2.StepOutput, list[memoryview]]:
-        try:
-            return self._service.step(step, payload, time.perf_counter())
-        except Exception as error:  # a fault of ours: the trainer is told an id, the log has the rest
-            self._service.metrics.stepped("unknown", "failed")
-            return step_pb2.StepOutput(seq=step.seq, error=error_message(_fault(error))), []
-
 
 def _next(requests: Iterator[Frame | InvalidRequest]) -> Frame | None:
     frame = next(requests, None)
@@ -185,8 +181,10 @@ def _next(requests: Iterator[Frame | InvalidRequest]) -> Frame | None:
 
 
 class StatsServicer(stats_pb2_grpc.StatsServiceServicer):
-    def __init__(self, service: Service, gate: Gate) -> None:
-        self._service, self._gate = service, gate
+    """Args: nearer: where else the server listens, for who is on its machine."""
+
+    def __init__(self, service: Service, gate: Gate, nearer: stats_pb2.GetServerResponse) -> None:
+        self._service, self._gate, self._nearer = service, gate, nearer
 
     def GetStats(self, request: stats_pb2.GetStatsRequest, context: grpc.ServicerContext) -> stats_pb2.GetStatsResponse:
         with _status(context):
@@ -205,7 +203,10 @@ class StatsServicer(stats_pb2_grpc.StatsServiceServicer):
         self, request: stats_pb2.GetServerRequest, context: grpc.ServicerContext
     ) -> stats_pb2.GetServerResponse:
         with _status(context):
-            return self._service.get_server(request)
+            response = self._service.get_server(request)
+            if context.peer().startswith(_HERE):
+                response.MergeFrom(self._nearer)
+            return response
 
 
 class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
@@ -229,16 +230,9 @@ def _status(context: grpc.ServicerContext) -> Iterator[None]:
     except Exception as error:
         if not context.is_active():
             raise  # the peer went away, and gRPC ends the call
-        _abort(context, _fault(error))
+        _abort(context, fault(error))
 
 
 def _abort(context: grpc.ServicerContext, error: GradbankError) -> NoReturn:
     context.set_trailing_metadata(((ERROR_TRAILER, error_message(error).SerializeToString()),))
     context.abort(status_of(error), str(error))
-
-
-def _fault(error: Exception) -> InternalError:
-    """What a trainer is told of a fault of ours: an id, under which the log has the rest."""
-    name = uuid.uuid4().hex[:12]
-    log.error("fault", id=name, exc_info=error)
-    return InternalError(f"the server failed; nothing was changed. Its log has the details under {name}")

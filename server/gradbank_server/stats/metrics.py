@@ -36,12 +36,18 @@ class Metrics:
         self._sent = Counter("gradbank_sent_bytes", "Bytes of tensors sent.", registry=self.registry)
         self.registry.register(_SessionGauges(sessions, device))
 
+        self._of: dict[
+            str | tuple[str, str], Any
+        ] = {}  # what was counted before, by its labels: to look them up is slow
+
     def stepped(self, loss: str, outcome: str) -> None:
-        self._steps.labels(loss, outcome).inc()
+        of = self._of.get((loss, outcome)) or self._of.setdefault((loss, outcome), self._steps.labels(loss, outcome))
+        of.inc()
 
     def timed(self, seconds: dict[str, float], received: int, sent: int) -> None:
         for phase, spent in seconds.items():
-            self._seconds.labels(phase).observe(spent)
+            of = self._of.get(phase) or self._of.setdefault(phase, self._seconds.labels(phase))
+            of.observe(spent)
         self._received.inc(received)
         self._sent.inc(sent)
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,10 +30,11 @@ from floor import Floor
 from shared_floor import SharedFloor
 
 import gradbank
+from gradbank.remote.future import StepFuture
 from gradbank.remote.ladder import Via
 from gradbank.remote.transport import GrpcSteps
 from gradbank.v1 import step_pb2
-from gradbank.wire import describe
+from gradbank.wire import WINDOW, describe
 
 PAYLOADS = "64x128,256x512,1024x1024"
 _SLICE_S = 0.3
@@ -65,6 +67,12 @@ def main() -> None:
         for payload in arguments.payloads.split(","):
             rows, dimension = map(int, payload.split("x"))
             print(_line(payload, _measured(rows, dimension, places, address, arguments.seconds)), flush=True)
+        print(f"\nSteps a second, one at a time and with {WINDOW} in flight\n")
+        print("| batch | " + " | ".join(WAYS) + " |\n|---|" + "---|" * len(WAYS))
+        for payload in arguments.payloads.split(","):
+            rows, dimension = map(int, payload.split("x"))
+            rates = _rates(rows, dimension, address, arguments.seconds)
+            print("| " + " | ".join([payload, *(f"{one:,.0f}, {more:,.0f}" for one, more in rates)]) + " |", flush=True)
 
 
 @contextmanager
@@ -126,14 +134,53 @@ def _measured(rows: int, dimension: int, places: peer.Places, address: str, seco
     return slices
 
 
+def _rates(rows: int, dimension: int, address: str, seconds: float) -> list[tuple[float, float]]:
+    """How many steps a second each way takes, if each waits for the one before it, and if they need not."""
+    embeddings, labels = torch.randn(rows, dimension, requires_grad=True), torch.randint(1000, (rows,))
+    with ExitStack() as open_:
+        runs: dict[tuple[str, int], Callable[[], int]] = {}
+        for via in WAYS.values():
+            client = open_.enter_context(gradbank.connect(address, via=via))
+            loss_fn = client.open(f"rate-{rows}x{dimension}-{via}", EchoLoss())
+            for window in (1, WINDOW):
+                runs[via, window] = partial(_in_flight, loss_fn, embeddings, labels, window)
+        found: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
+        until = time.perf_counter() + seconds
+        while not found["tcp", 1] or time.perf_counter() < until:
+            for key, run in runs.items():
+                begun = time.perf_counter()
+                number = run()
+                found[key].append(number / (time.perf_counter() - begun))
+    medians = {key: statistics.median(rates) for key, rates in found.items()}
+    return [(medians[via, 1], medians[via, WINDOW]) for via in WAYS.values()]
+
+
+def _in_flight(loss_fn: gradbank.RemoteLoss, embeddings: torch.Tensor, labels: torch.Tensor, window: int) -> int:
+    """How many steps, of which so many are in flight at a time, are answered in a slice."""
+    waiting: deque[StepFuture] = deque()
+    number, begun = 0, time.perf_counter()
+    while waiting or not number or time.perf_counter() - begun < _SLICE_S:
+        while len(waiting) < window and (not number or time.perf_counter() - begun < _SLICE_S):
+            waiting.append(loss_fn.submit(embeddings, labels))
+            number += 1
+        embeddings.grad = None
+        waiting.popleft().result().backward()
+    return number
+
+
 def _bare(stream: GrpcSteps, embeddings: torch.Tensor, labels: torch.Tensor) -> Step:
     """A step without a session: its frames there, and its embeddings back."""
     (first, data), (second, more) = describe(embeddings), describe(labels)
     request = step_pb2.StepInput(embeddings=first, labels=second, payload_bytes=len(data) + len(more))
-    _, answer = stream.exchange(request, [data, more], 30)
+
+    def step() -> torch.Tensor:
+        stream.send(request, [data, more], 30)
+        return stream.receive(30)[1]
+
+    answer = step()
     if bytes(answer.numpy().data) != bytes(data):
         raise RuntimeError("the echo is not what was sent")
-    return lambda: stream.exchange(request, [data, more], 30)
+    return step
 
 
 def _step(loss_fn: torch.nn.Module, embeddings: torch.Tensor, labels: torch.Tensor) -> Step:

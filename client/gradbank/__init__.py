@@ -12,7 +12,19 @@ with gradbank.connect("gpu-box:50051") as client:
     loss.backward()
 """
 
-from gradbank import distances, engine, errors, evaluation, losses, miners, reducers, regularizers, samplers, wrappers
+from gradbank import (
+    aio,
+    distances,
+    engine,
+    errors,
+    evaluation,
+    losses,
+    miners,
+    reducers,
+    regularizers,
+    samplers,
+    wrappers,
+)
 from gradbank.component import Component, component
 from gradbank.errors import GradbankError
 from gradbank.pml import from_pml
@@ -26,6 +38,7 @@ __all__ = [
     "GradbankError",
     "RemoteLoss",
     "RemoteOptimizer",
+    "aio",
     "component",
     "connect",
     "distances",

@@ -1,6 +1,7 @@
 """A server inside this process: the same service, without a socket."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -103,15 +104,20 @@ class EmbeddedTransport:
 
 
 class EmbeddedSteps:
-    """Steps of an embedded server: there is no stream, and so nothing that could break."""
+    """Steps of an embedded server, each carried out when it is sent: there is no stream that could break."""
 
     def __init__(self, transport: EmbeddedTransport) -> None:
         self._transport = transport
+        self._answers: deque[tuple[step_pb2.StepOutput, Tensor]] = deque()
 
-    def exchange(
-        self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
-    ) -> tuple[step_pb2.StepOutput, Tensor]:
-        return self._transport.step(step, payload)
+    def takes(self, step: step_pb2.StepInput) -> bool:
+        return True
+
+    def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
+        self._answers.append(self._transport.step(step, payload))
+
+    def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
+        return self._answers.popleft()
 
     def close(self) -> None:
         """Nothing to close: the session lives on."""

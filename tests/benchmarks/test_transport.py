@@ -1,5 +1,6 @@
 """The benchmark of the wire runs, and what it measures is what was sent."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "transport"
 
 
-def test_a_line_for_each_payload_with_a_ratio_for_each_way() -> None:
+def test_a_line_for_each_payload_with_a_ratio_and_a_rate_for_each_way() -> None:
     words = [sys.executable, str(BENCHMARK), "--payloads", "8x4,600x512", "--seconds", "1"]
     made = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
     lines = [line for line in made.stdout.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in lines[1:]] == ["| 8x4", "| 600x512"]
-    assert [line.count("x") - line.split(" | ")[0].count("x") for line in lines[1:]] == [4, 4]  # ratios
-    assert "1,200 KiB" in lines[2]  # a step of more than one message
+    assert [line.split(" | ")[0] for line in lines] == 2 * ["| batch", "| 8x4", "| 600x512"]
+    trips, rates = lines[1:3], lines[4:]
+    assert [line.count("x") - line.split(" | ")[0].count("x") for line in trips] == [4, 4]  # ratios
+    assert "1,200 KiB" in trips[1]  # a step of more than one message
+    assert [len(re.findall(r"\d, \d", line)) for line in rates] == [3, 3]  # one at a time, and several in flight

@@ -25,7 +25,7 @@ def test_the_phases_are_those_of_a_step(server: Server, client: gradbank.Client,
         assert 0 < sum(times[i] for times in course.phases.values()) <= step
     assert course.empty
     assert course.here
-    assert name.endswith("on cpu")
+    assert name.endswith("on cpu, via tcp")
     assert {session.name for session in client.sessions()} == before, "its session is left behind"
 
 

@@ -141,3 +141,14 @@ def process() -> Iterator[tuple[subprocess.Popen, str]]:
         lines = iter(running.stdout.readline, "")
         yield running, next(found[1] for line in lines if (found := re.search(r"listening +(\S+)", line)))
         running.kill()
+
+
+@pytest.fixture(params=["tcp", "unix", "shm", "local"])
+def anyway(request: pytest.FixtureRequest, nearby: Server) -> Iterator[gradbank.Client]:
+    """A client of a server, behind each way to one."""
+    if request.param == "local":
+        with gradbank.connect("local://", timeout=20) as client:
+            yield client
+    else:
+        with gradbank.connect(nearby.address, timeout=20, via=request.param) as client:
+            yield client

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from gradbank.errors import GradbankError, InternalError, ServerUnavailable
-from gradbank.remote.transport import GrpcSteps
+from gradbank.remote.transport import GrpcSteps, answer_of
 from gradbank.v1 import step_pb2
 from gradbank.wire import Frame
 
@@ -46,8 +46,9 @@ def test_an_answer_that_is_none_is_an_error_by_name(
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             stream = GrpcSteps(channel)
+            stream.send(step_pb2.StepInput(seq=1), [], 10)
             with pytest.raises(kind, match=message):
-                stream.exchange(step_pb2.StepInput(seq=1), [], 10)
+                answer_of(stream, 1, 10)
             stream.close()
     finally:
         server.stop(0)

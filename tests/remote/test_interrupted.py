@@ -10,8 +10,8 @@ import torch
 import gradbank
 from gradbank import losses
 from gradbank.errors import InvalidRequest, InvalidUpdate
-from gradbank.remote.loss import _NoNews
 from gradbank.remote.optimizer import GRADIENTS_KEPT
+from gradbank.remote.producer import NO_NEWS
 from gradbank.v1 import step_pb2
 from gradbank.wire import describe
 from gradbank_server.sessions import learner
@@ -120,7 +120,7 @@ def test_a_queue_takes_no_references_from_any_client(embedded: gradbank.Client, 
         getattr(step, field).CopyFrom(message)
         payload.append(data)
     with pytest.raises(InvalidRequest, match="takes no ref_emb or ref_labels"):
-        there.producer.step(step, payload, _NoNews())
+        there.producer.result(there.producer.submit(step, payload, NO_NEWS))
     assert there(embeddings, labels).isfinite()
 
 

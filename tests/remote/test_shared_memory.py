@@ -29,6 +29,7 @@ from gradbank.errors import (
     ServerUnavailable,
 )
 from gradbank.remote.shared import SharedSteps
+from gradbank.remote.transport import answer_of
 from gradbank.v1 import shared_pb2, step_pb2
 from gradbank.wire import PACKET_BYTES, describe
 from gradbank_server.service import Server
@@ -204,8 +205,9 @@ def test_a_trainer_that_is_killed_in_the_middle_leaks_nothing(name: str) -> None
         script = (
             "import os, sys\n"
             "from gradbank.remote.shared import SharedSteps\n"
+            "from gradbank.v1.step_pb2 import StepInput\n"
             "steps = SharedSteps(*sys.argv[1:], 10)\n"
-            "steps._ask_for(2**20, 2**20)\n"
+            "steps._ask_for(StepInput(payload_bytes=2**20))\n"
             "steps._room[:4] = b'half'\n"
             "os.kill(os.getpid(), 9)\n"
         )
@@ -236,7 +238,9 @@ def asked(connection: socket.socket, request: shared_pb2.SharedRequest) -> tuple
 
 def test_nobody_can_cut_the_memory_short_or_write_answers(place: str) -> None:
     with conversation(place) as connection:
-        _, (steps, answers) = asked(connection, shared_pb2.SharedRequest(rooms=shared_pb2.Rooms(steps=9, answers=9)))
+        _, (steps, answers) = asked(
+            connection, shared_pb2.SharedRequest(rooms=shared_pb2.Rooms(steps=9, answers=9, slots=1))
+        )
         for each in (steps, answers):
             for size in (0, 2**30):
                 with pytest.raises(PermissionError):
@@ -262,7 +266,7 @@ def test_a_trainer_that_writes_while_its_step_is_under_way_gets_what_was_there_a
     step.payload_bytes = len(data) + len(more)
     over = threading.Event()
     with conversation(place) as connection:
-        rooms = shared_pb2.Rooms(steps=step.payload_bytes, answers=len(data))
+        rooms = shared_pb2.Rooms(steps=step.payload_bytes, answers=len(data), slots=1)
         response, (steps, answers) = asked(connection, shared_pb2.SharedRequest(rooms=rooms))
         room = mmap.mmap(steps, response.rooms.steps)
         room[: step.payload_bytes] = bytes(data) + bytes(more)
@@ -297,8 +301,10 @@ def test_a_trainer_that_writes_while_its_step_is_under_way_gets_what_was_there_a
         (shared_pb2.SharedRequest(step=step_pb2.StepInput(seq=1, payload_bytes=9)), "but its payload has 9"),
         (shared_pb2.SharedRequest(rooms=shared_pb2.Rooms(steps=2**63)), "where a step takes"),
         (shared_pb2.SharedRequest(rooms=shared_pb2.Rooms(answers=2**63)), "where a step takes"),
+        (shared_pb2.SharedRequest(rooms=shared_pb2.Rooms(steps=9)), "1 to 4 slots, got 0"),
+        (shared_pb2.SharedRequest(rooms=shared_pb2.Rooms(steps=9, slots=5)), "1 to 4 slots, got 5"),
     ],
-    ids=["nothing", "no room", "no tensors", "a large room", "large answers"],
+    ids=["nothing", "no room", "no tensors", "a large room", "large answers", "no slot", "many slots"],
 )
 def test_a_request_that_cannot_be_is_refused_by_name(place: str, request_: shared_pb2.SharedRequest, told: str) -> None:
     with conversation(place) as connection:
@@ -309,7 +315,7 @@ def test_a_request_that_cannot_be_is_refused_by_name(place: str, request_: share
 def test_a_step_larger_than_its_room_is_refused(place: str) -> None:
     message, data = describe(torch.zeros(200, 200))
     step = step_pb2.StepInput(seq=1, embeddings=message, payload_bytes=len(data), embeddings_need_gradient=True)
-    for rooms in (None, shared_pb2.Rooms(steps=len(data), answers=0), shared_pb2.Rooms(steps=0, answers=len(data))):
+    for rooms in (None, shared_pb2.Rooms(steps=len(data), slots=1), shared_pb2.Rooms(answers=len(data), slots=1)):
         with conversation(place) as connection:
             if rooms is not None:
                 for each in asked(connection, shared_pb2.SharedRequest(rooms=rooms))[1]:
@@ -331,7 +337,7 @@ def bombard(place: str, name: str) -> None:
     step = step_pb2.StepInput(session=name, seq=1, embeddings=message, payload_bytes=len(data))
     whole = [
         shared_pb2.SharedRequest(step=step).SerializeToString(),
-        shared_pb2.SharedRequest(rooms=shared_pb2.Rooms(steps=70_000, answers=70_000)).SerializeToString(),
+        shared_pb2.SharedRequest(rooms=shared_pb2.Rooms(steps=70_000, answers=70_000, slots=2)).SerializeToString(),
     ]
     for _ in range(1500):
         packet = bytearray(chance.choice(whole))
@@ -381,14 +387,16 @@ def test_an_answer_that_is_none_is_an_error_by_name(
         threading.Thread(target=serve, daemon=True).start()
         steps = SharedSteps(path, "b", 5)
         message, data = describe(torch.zeros(2))
-        asks = "no memory" in told
-        step = (
-            step_pb2.StepInput(seq=1, embeddings=message, payload_bytes=len(data))
-            if asks
-            else step_pb2.StepInput(seq=1)
-        )
+
+        def exchange() -> None:
+            if "no memory" in told:
+                steps.send(step_pb2.StepInput(seq=1, embeddings=message, payload_bytes=len(data)), [data], 5)
+            else:
+                steps.send(step_pb2.StepInput(seq=1), [], 5)
+            answer_of(steps, 1, 5)
+
         with pytest.raises(kind, match=told):
-            steps.exchange(step, [data] if asks else [], 5)
+            exchange()
         steps.close()
 
 

@@ -3,7 +3,7 @@
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class Client:
         """
         return SessionStats.of(self._call("GetStats", stats_pb2.GetStatsRequest(session=name)).stats)
 
-    def watch(self, name: str, interval: float = 1.0) -> Iterator[SessionStats]:
+    def watch(self, name: str, interval: float = 1.0) -> Generator[SessionStats, None, None]:
         """The same every `interval` seconds, until the session ends or the iterator is closed."""
         request = stats_pb2.WatchStatsRequest(session=name, interval_s=interval)
         for response in self._checked().watch(request, self.timeout):

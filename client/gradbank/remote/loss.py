@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from gradbank.engine.eager import refuse_second_derivatives, scaled
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
 from gradbank.memory import enqueue_mask_of
+from gradbank.remote.future import StepFuture
 from gradbank.remote.optimizer import RemoteOptimizer
-from gradbank.remote.producer import Producer
+from gradbank.remote.producer import NO_NEWS, Producer, Ticket
 from gradbank.remote.stats import seconds_of
 from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import TensorReader, describe, torch_dtype
+
+Inputs = tuple[Tensor, Tensor | None]  # embeddings and ref_emb
 
 _SENT = {"embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels", "enqueue_mask", "enqueue_idx"}
 
@@ -46,31 +50,57 @@ class RemoteLoss(nn.Module):
             GradbankError: the step was refused or not answered in time; the session is then as it was, and calling
                 again is safe.
         """
+        return self._submitted(args, kwargs).result()
+
+    def submit(self, *args: Any, **kwargs: Any) -> StepFuture:
+        """Sends a batch, with the arguments that the hosted loss takes, and does not wait for its loss.
+
+        Up to four may be in flight; the next call waits for the first of them. They are carried out in the order in
+        which they were submitted, whatever the order in which their results are asked for. The batch's tensors may not
+        be written to until then.
+
+        Raises:
+            GradbankError: it was not sent.
+            InvalidRequest: a loss with an optimizer here, of which each step tells the server.
+        """
+        if self.learns:
+            raise InvalidRequest(
+                "a loss whose weights are learned by loss_fn.optimizer is called, not submitted: each step tells the "
+                "server of the ones before it"
+            )
+        return self._submitted(args, kwargs)
+
+    def _submitted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepFuture:
         begun = time.perf_counter()
-        bound = self._signature.bind(*args, **kwargs).arguments
-        step, payload, embeddings, ref_emb = self._request(bound)
-        token = None
+        step, payload, inputs = self._request(self._signature.bind(*args, **kwargs).arguments)
         if self._optimizer is not None:
-            token = self._optimizer.token
             step.weights_need_gradient = torch.is_grad_enabled()
         encoded = time.perf_counter()
-        output, data = self._step(step, payload)
+        ticket = self.producer.submit(step, payload, self._optimizer or NO_NEWS)
+        return StepFuture(partial(self._loss, ticket, inputs, torch.is_grad_enabled(), encoded - begun, encoded))
+
+    def _loss(self, ticket: Ticket, inputs: Inputs, recorded: bool, encoding: float, sent: float) -> Tensor:
+        """The loss of a step, once it is answered, which backpropagates to the inputs if the call was recorded."""
+        output, data = self.producer.result(ticket)
         answered = time.perf_counter()
+        embeddings, ref_emb = inputs
         reader = TensorReader(data)
         of_embeddings = reader.take(output.embeddings_gradient) if output.HasField("embeddings_gradient") else None
         of_ref = reader.take(output.ref_emb_gradient) if output.HasField("ref_emb_gradient") else None
         reader.finish()
-        gradients = [of_embeddings, of_ref]
         at_server = seconds_of(output.timings)
         loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
-        seen = None
-        if self._optimizer is not None and step.weights_need_gradient:
-            seen = (self._optimizer, output.seq)
-            self._optimizer.will_keep(output.seq)
-        made: Tensor = _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]
+        seen, token = None, None
+        if self._optimizer is not None:
+            token = self._optimizer.token
+            if ticket.step.weights_need_gradient:
+                seen = (self._optimizer, output.seq)
+                self._optimizer.will_keep(output.seq)
+        with torch.set_grad_enabled(recorded):
+            made: Tensor = _Answered.apply(loss, seen, [of_embeddings, of_ref], embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
         self.timings = {
-            "client_encode": encoded - begun,
-            "network": max(answered - encoded - sum(at_server.values()), 0.0),
+            "client_encode": encoding,
+            "network": max(answered - sent - sum(at_server.values()), 0.0),
             **at_server,
             "client_decode": time.perf_counter() - answered,
         }
@@ -91,6 +121,11 @@ class RemoteLoss(nn.Module):
         return made
 
     @property
+    def learns(self) -> bool:
+        """Whether there is an optimizer here, of which each step tells the server."""
+        return self._optimizer is not None
+
+    @property
     def hosted(self) -> Loss:
         """What the server was asked to host, as it was here when it was opened."""
         return self._hosted[0]
@@ -98,7 +133,7 @@ class RemoteLoss(nn.Module):
     def flush(self) -> None:
         """Has the server carry out what the optimizer still has to tell it, without waiting for the next batch."""
         if self._optimizer is not None and self._optimizer.events:
-            self._step(step_pb2.StepInput(), [])
+            self.producer.result(self.producer.submit(step_pb2.StepInput(), [], self._optimizer))
 
     def local(self) -> Loss:
         """A copy of the hosted loss as it is on the server, weights and bank included, that computes here."""
@@ -114,11 +149,7 @@ class RemoteLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.name!r} at rank {self.producer.rank}: {self.hosted}"
 
-    def _step(self, step: step_pb2.StepInput, payload: list[memoryview]) -> tuple[step_pb2.StepOutput, Tensor]:
-        """Has a step carried out, and with it what the optimizer has to tell."""
-        return self.producer.step(step, payload, self._optimizer or _NoNews())
-
-    def _request(self, bound: dict[str, Any]) -> tuple[step_pb2.StepInput, list[memoryview], Tensor, Tensor | None]:
+    def _request(self, bound: dict[str, Any]) -> tuple[step_pb2.StepInput, list[memoryview], Inputs]:
         """The message of a call, its payload, and the two tensors that may want a gradient."""
         for argument in bound.keys() - _SENT:
             raise InvalidRequest(f"{argument} cannot be sent to a server: call the loss here, or without it")
@@ -142,17 +173,7 @@ class RemoteLoss(nn.Module):
         if torch.is_grad_enabled():
             step.embeddings_need_gradient = embeddings.requires_grad
             step.ref_emb_needs_gradient = ref_emb is not None and ref_emb.requires_grad
-        return step, payload, embeddings, ref_emb
-
-
-class _NoNews:
-    """Of a loss without an optimizer there is nothing to tell."""
-
-    def __init__(self) -> None:
-        self.events: list[step_pb2.WeightEvent] = []
-
-    def drop(self, count: int) -> None:
-        pass
+        return step, payload, (embeddings, ref_emb)
 
 
 class _Answered(torch.autograd.Function):

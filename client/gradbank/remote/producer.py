@@ -4,15 +4,17 @@ import secrets
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from gradbank.errors import DeadlineExceeded, GradbankError, InvalidUpdate, LimitExceeded, ServerUnavailable
-from gradbank.remote.transport import Steps, Transport
+from gradbank.errors import GradbankError, InvalidRequest, InvalidUpdate, LimitExceeded, ServerUnavailable
+from gradbank.remote.transport import Steps, Transport, answer_of
 from gradbank.v1 import session_pb2, step_pb2
-from gradbank.wire import TensorReader, error_of
+from gradbank.wire import WINDOW, TensorReader, error_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
@@ -30,19 +32,43 @@ class News(Protocol):
         ...
 
 
-class _Sent(NamedTuple):
-    """A step that was sent, with how many events, and (if it is in doubt) the fingerprint of what was asked."""
+class Ticket:
+    """A step that was sent, and what came of it.
 
-    step: step_pb2.StepInput
-    events: int
-    asked: int
+    Attributes:
+        step: as it was sent.
+        parts: the bytes of its tensors, which must stay as they are until it is answered.
+        outcome: its answer, and the bytes of the answer's tensors; None until then.
+        error: why there is none, and will not be.
+    """
+
+    def __init__(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> None:
+        self.step, self.parts, self._news = step, parts, news
+        self.outcome: tuple[step_pb2.StepOutput, Tensor] | None = None
+        self.error: Exception | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self.outcome is not None or self.error is not None
+
+    def drop_news(self) -> None:
+        """What it told was carried out, or never can be."""
+        self._news.drop(len(self.step.weight_events))
+
+
+class _Doubt(NamedTuple):
+    """A step that was sent and not answered, and the fingerprint of what was asked; None fits nothing."""
+
+    ticket: Ticket
+    asked: int | None
 
 
 class Producer:
     """A rank of a session, attached under a nonce of its own.
 
     The server carries a step out once, however often it is sent: so one whose answer was lost is sent again, with the
-    same number and bytes, until it is answered or time is up.
+    same number and bytes, until it is answered or time is up. Several may be in flight; they are answered in order, and
+    whoever waits for an answer reads those before it.
 
     Args:
         transport: gives the transport, or raises if this process may not use it.
@@ -63,8 +89,10 @@ class Producer:
         self._transport, self._nonce, self._incarnation = transport, nonce, incarnation
         self._renewed = b""
         self._steps: Steps | None = None
-        self._lock = threading.Lock()
-        self._doubt: _Sent | None = None  # a step that was sent and not answered
+        self._changed = threading.Condition()  # and the lock of all of this, but while an answer is read
+        self._reading = False
+        self._flight: deque[Ticket] = deque()
+        self._doubts: list[_Doubt] = []
         self.epoch = 0
         self.last_seq = 0
         self.max_step_bytes = 0
@@ -89,8 +117,8 @@ class Producer:
         held = self._transport().call("AttachSession", request, self.timeout)
         self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
 
-    def step(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> tuple[step_pb2.StepOutput, Tensor]:
-        """Has a step carried out: its answer, and the bytes of its tensors.
+    def submit(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> Ticket:
+        """Sends a step, once there are fewer than `WINDOW` in flight; one that tells news, once there are none.
 
         Args:
             step: without session, rank, epoch, seq and weight events, which are filled in.
@@ -98,10 +126,10 @@ class Producer:
             news: the weight events to send along.
 
         Raises:
-            GradbankError: the step was refused (the session is as it was), or could not be answered in time.
+            GradbankError: it was not sent.
         """
         transport = self._transport()  # before the lock, which a fork may have copied while it was held
-        with self._lock:
+        with self._changed:
             step.payload_bytes = sum(len(part) for part in parts)
             if step.payload_bytes > self.max_step_bytes:  # the server would say so too, once it has been sent
                 raise LimitExceeded(
@@ -109,51 +137,160 @@ class Producer:
                     f"{self.max_step_bytes:,} a step; send smaller batches, or start it with a larger --max-step-bytes"
                 )
             deadline = time.monotonic() + self.timeout
-            sent = self._again(step, parts)
-            if sent is None:
-                self._retried(lambda: self._settle_doubt(news), deadline)
-                sent = self._numbered(step, news)
-            try:
-                output, data = self._retried(lambda: self._exchanged(transport, sent.step, parts, deadline), deadline)
-            except BaseException as error:
-                if not isinstance(error, GradbankError) or isinstance(error, ServerUnavailable | DeadlineExceeded):
-                    self._doubt = sent._replace(asked=_fingerprint(step, parts))
-                raise
-            self._doubt = None
-            if output.HasField("error"):
-                refused = error_of(output.error)
-                if isinstance(refused, InvalidUpdate):
-                    news.drop(sent.events)  # sending them again would be refused again
-                raise refused
-            self.last_seq = sent.step.seq
-            news.drop(sent.events)
-            return output, data
+            most = 1 if news.events or self._doubts else WINDOW
+            self._until(lambda: len(self._flight) < most, transport, deadline)
+            if self._steps is not None and not self._steps.takes(step):
+                self._until(lambda: not self._flight, transport, deadline)
+            ticket = self._again(step, parts)
+            if ticket is None:
+                if self._doubts:
+                    self._until(lambda: not self._flight, transport, deadline)
+                    self._retried(lambda: self._settle_doubts(), deadline)
+                ticket = Ticket(self._numbered(step, news), parts, news)
+            if self._steps is None and not self._flight:
+                with suppress(ServerUnavailable):
+                    self._steps = transport.steps()
+            self._flight.append(ticket)
+            if self._steps is not None:  # else whoever waits for the answer sends it
+                self._send(self._steps, ticket, deadline)
+            return ticket
 
-    def _numbered(self, step: step_pb2.StepInput, news: News) -> "_Sent":
+    def result(self, ticket: Ticket) -> tuple[step_pb2.StepOutput, Tensor]:
+        """The answer of a step, and the bytes of its tensors; waits for it.
+
+        Raises:
+            GradbankError: the step was refused (the session is as it was), or could not be answered in time.
+        """
+        transport = self._transport()
+        with self._changed:
+            self._until(lambda: ticket.settled, transport, time.monotonic() + self.timeout)
+        if ticket.error is not None:
+            raise ticket.error
+        assert ticket.outcome is not None  # it is settled
+        return ticket.outcome
+
+    def _until(self, holds: Callable[[], bool], transport: Transport, deadline: float) -> None:
+        """Reads answers until a condition holds, or there are none to come. What goes wrong is in the tickets."""
+        while not holds() and self._flight:
+            if self._reading:  # another thread is
+                self._changed.wait()
+                continue
+            self._reading = True
+            try:
+                self._read(transport, deadline)
+            finally:
+                self._reading = False
+                self._changed.notify_all()
+
+    def _read(self, transport: Transport, deadline: float) -> None:
+        """Settles the oldest step in flight, or all of them if that fails."""
+        try:
+            oldest, output, data = self._retried(lambda: self._answer(transport, deadline), deadline)
+            if not self._flight or self._flight[0] is not oldest:
+                return  # the loss was closed meanwhile
+            self._flight.popleft()
+            oldest.parts = []
+            if not output.HasField("error"):
+                oldest.outcome, self.last_seq = (output, data), oldest.step.seq
+                oldest.drop_news()
+                if self._doubts:
+                    del self._doubts[0]
+                return
+            oldest.error = error_of(output.error)
+            if isinstance(oldest.error, InvalidUpdate):
+                oldest.drop_news()  # sending them again would be refused again
+            self._doubts = [_Doubt(doubt.ticket, None) for doubt in self._doubts[1:]]
+            self._renumber(deadline)
+        except BaseException as error:
+            self._give_up(error)
+            if not isinstance(error, GradbankError):
+                raise
+
+    def _answer(self, transport: Transport, deadline: float) -> tuple[Ticket, step_pb2.StepOutput, Tensor]:
+        """The oldest step in flight and its answer, over the stream there is, or a new one that all are sent over."""
+        if not self._flight:
+            raise InvalidRequest("the loss was closed before the step was answered")
+        oldest = self._flight[0]
+        try:
+            if self._steps is None:
+                self._steps = transport.steps()
+                for ticket in list(self._flight):
+                    self._steps.send(ticket.step, ticket.parts, _left(deadline))
+            steps = self._steps
+            self._changed.release()
+            try:
+                return oldest, *answer_of(steps, oldest.step.seq, _left(deadline))
+            finally:
+                self._changed.acquire()
+        except BaseException:  # Ctrl-C too: what is left on the stream is not the next step's answer
+            self._drop()
+            raise
+
+    def _renumber(self, deadline: float) -> None:
+        """Sends what is in flight again, for the number before theirs was not used: the server refuses them as sent."""
+        steps = self._steps
+        for _ in self._flight:
+            assert steps is not None  # the refusal came over it
+            steps.receive(_left(deadline))
+        for number, ticket in enumerate(self._flight):
+            ticket.step.seq = self.last_seq + 1 + number
+            assert steps is not None
+            steps.send(ticket.step, ticket.parts, _left(deadline))
+
+    def _send(self, steps: Steps, ticket: Ticket, deadline: float) -> None:
+        try:
+            steps.send(ticket.step, ticket.parts, _left(deadline))
+        except ServerUnavailable:
+            self._drop()  # whoever waits for an answer opens another stream, and sends it over that
+        except GradbankError:  # it was not sent
+            self._flight.remove(ticket)
+            self._drop()
+            raise
+        except BaseException as error:  # nobody knows
+            self._give_up(error)
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Lets go of what is in flight, which is in doubt from now on."""
+        self._drop()
+        told = (
+            error if isinstance(error, GradbankError) else ServerUnavailable("the wait for its answer was interrupted")
+        )
+        for ticket in self._flight:
+            ticket.error = told
+        known = {id(doubt.ticket) for doubt in self._doubts}
+        self._doubts += [_Doubt(t, _fingerprint(t)) for t in self._flight if id(t) not in known]
+        for ticket in self._flight:
+            ticket.parts = []
+        self._flight.clear()
+
+    def _numbered(self, step: step_pb2.StepInput, news: News) -> step_pb2.StepInput:
         """The step as it will be sent."""
         numbered = step_pb2.StepInput()
         numbered.CopyFrom(step)
         numbered.session, numbered.rank, numbered.epoch = self.session, self.rank, self.epoch
-        numbered.seq = self.last_seq + 1
+        numbered.seq = self.last_seq + len(self._flight) + 1
         numbered.weight_events.extend(news.events)
-        return _Sent(numbered, len(numbered.weight_events), 0)
+        return numbered
 
-    def _again(self, step: step_pb2.StepInput, parts: list[memoryview]) -> "_Sent | None":
-        """The step that is in doubt, if it is asked for again: it must be sent as it was to be known for the same."""
-        same = self._doubt is not None and self._doubt.asked == _fingerprint(step, parts)
-        return self._doubt if same else None
+    def _again(self, step: step_pb2.StepInput, parts: list[memoryview]) -> Ticket | None:
+        """The oldest step in doubt, if it is asked for again: it must be sent as it was to be known for the same."""
+        if not self._doubts or self._doubts[0].asked != _fingerprint(Ticket(step, parts, NO_NEWS)):
+            return None
+        again = self._doubts[0].ticket
+        again.parts, again.error = parts, None
+        return again
 
-    def _settle_doubt(self, news: News) -> None:
-        """Finds out, for good, whether a step that was never answered was carried out."""
-        if self._doubt is None:
-            return
+    def _settle_doubts(self) -> None:
+        """Finds out, for good, which of the steps that were never answered were carried out."""
         before = self.last_seq
         self._renewed = self._renewed or secrets.token_bytes(16)  # the same one, should this have to be asked again
         self._attach(self._renewed, self._nonce)
         self._nonce, self._renewed = self._renewed, b""
-        if self.last_seq > before:
-            news.drop(self._doubt.events)
-        self._doubt = None
+        for ticket, _ in self._doubts:
+            if before < ticket.step.seq <= self.last_seq:
+                ticket.drop_news()
+        self._doubts = []
 
     def configure(self, optimizer: session_pb2.Optimizer) -> None:
         """Gives the session's weights an optimizer."""
@@ -166,18 +303,6 @@ class Producer:
         state, payload = self._transport().pull_state(request, self.timeout)
         reader = TensorReader(payload)
         return {named.name: reader.take(named.tensor).clone() for named in state}  # to be kept, each by itself
-
-    def _exchanged(
-        self, transport: Transport, step: step_pb2.StepInput, parts: list[memoryview], deadline: float
-    ) -> tuple[step_pb2.StepOutput, Tensor]:
-        """Sends a step over the stream there is, or a new one, and waits for its answer."""
-        try:
-            if self._steps is None:
-                self._steps = transport.steps()
-            return self._steps.exchange(step, parts, max(deadline - time.monotonic(), 0.0))
-        except BaseException:  # Ctrl-C too: what is left on the stream is not the next step's answer
-            self._drop()
-            raise
 
     def _retried(self, call: Callable[[], T], deadline: float) -> T:
         """What `call` gives, once the server can be reached."""
@@ -196,7 +321,10 @@ class Producer:
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def close(self) -> None:
-        self._drop()
+        with self._changed:
+            if self._flight:
+                self._give_up(ServerUnavailable("the loss was closed before the step was answered"))
+            self._drop()
 
     def _drop(self) -> None:
         if self._steps is not None:
@@ -204,8 +332,29 @@ class Producer:
             self._steps = None
 
 
-def _fingerprint(step: step_pb2.StepInput, parts: list[memoryview]) -> int:
-    asked = zlib.crc32(step.SerializeToString(deterministic=True))
-    for part in parts:
+class _NoNews:
+    """Of a loss without an optimizer there is nothing to tell."""
+
+    events: list[step_pb2.WeightEvent] = []  # which nobody adds to
+
+    def drop(self, count: int) -> None:
+        pass
+
+
+NO_NEWS = _NoNews()
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.0)
+
+
+def _fingerprint(ticket: Ticket) -> int:
+    """Of what was asked, whatever its number."""
+    plain = step_pb2.StepInput()
+    plain.CopyFrom(ticket.step)
+    for field in ("session", "rank", "epoch", "seq", "weight_events"):
+        plain.ClearField(field)
+    asked = zlib.crc32(plain.SerializeToString(deterministic=True))
+    for part in ticket.parts:
         asked = zlib.crc32(part, asked)
     return asked

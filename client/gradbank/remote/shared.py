@@ -4,14 +4,18 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from gradbank.errors import DeadlineExceeded, GradbankError, InternalError, LimitExceeded, ServerUnavailable
 from gradbank.v1 import shared_pb2, step_pb2
-from gradbank.wire import PACKET_BYTES, assembled, error_of, gradient_bytes
+from gradbank.wire import PACKET_BYTES, WINDOW, assembled, error_of, gradient_bytes
+
+T = TypeVar("T")
 
 
 class SharedSteps:
@@ -29,10 +33,12 @@ class SharedSteps:
 
     def __init__(self, path: str, boot_id: str, timeout: float) -> None:
         self._room, self._answers = memoryview(b""), memoryview(b"")
+        self._slots, self._wanted = 1, 1  # how many parts the rooms have, and are to have
+        self._sent = self._answered = 0
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._deadline = time.monotonic() + timeout
         try:
-            self._within_time()
+            self._in_time()
             self._connection.connect(path)
             if self._received()[0].boot_id != boot_id:
                 raise ServerUnavailable(f"another server listens at {path}")
@@ -42,66 +48,90 @@ class SharedSteps:
                 raise _unavailable(error) from None
             raise
 
-    def exchange(
-        self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
-    ) -> tuple[step_pb2.StepOutput, Tensor]:
-        self._deadline = time.monotonic() + timeout
+    def takes(self, step: step_pb2.StepInput) -> bool:
+        if self._sent == self._answered:  # there may be other rooms, then
+            return True
+        self._wanted = WINDOW  # from now on there will be several in flight
+        return self._sent - self._answered < self._slots and self._fits(step)
+
+    def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
+        self._within(timeout, lambda: self._send(step, payload))
+
+    def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
+        return self._within(timeout, self._receive)
+
+    def close(self) -> None:
+        with suppress(OSError):  # it may never have been connected
+            self._connection.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits, as closing does not
+        self._connection.close()
+
+    def _within(self, timeout: float, call: Callable[[], T]) -> T:
         try:
-            return self._exchanged(step, payload)
+            self._deadline = time.monotonic() + timeout
+            return call()
         except GradbankError:  # some of which are errors of the system too
             raise
         except TimeoutError:
-            raise DeadlineExceeded(f"step {step.seq} was not answered within {timeout:.3g} s") from None
+            raise DeadlineExceeded(f"no answer came within {timeout:.3g} s") from None
         except OSError as error:
             raise _unavailable(error) from None
 
-    def close(self) -> None:
-        self._connection.close()
-
-    def _exchanged(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> tuple[step_pb2.StepOutput, Tensor]:
-        answers = gradient_bytes(step)
-        if step.payload_bytes > len(self._room) or answers > len(self._answers):
-            self._ask_for(max(step.payload_bytes, len(self._room)), max(answers, len(self._answers)))
-        start = 0
+    def _send(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> None:
+        if not self._fits(step) or self._slots < self._wanted:
+            self._ask_for(step)
+        start = self._sent % self._slots * (len(self._room) // self._slots)
         for part in payload:
             self._room[start : start + len(part)] = part
             start += len(part)
-        response, _ = self._call(shared_pb2.SharedRequest(step=step))
-        output = response.step
-        if output.seq != step.seq:
-            raise InternalError(f"step {step.seq} was answered by the answer of step {output.seq}")
-        if output.payload_bytes > len(self._answers):
-            raise InternalError(f"the server's answer of {output.payload_bytes} bytes is longer than its memory")
-        return output, assembled([self._answers[: output.payload_bytes]])
+        self._tell(shared_pb2.SharedRequest(step=step))
+        self._sent += 1
 
-    def _ask_for(self, steps: int, answers: int) -> None:
-        """Has the server share as much memory, in place of what it shared before."""
-        rooms = shared_pb2.Rooms(steps=steps, answers=answers)
-        response, descriptors = self._call(shared_pb2.SharedRequest(rooms=rooms), 2)
+    def _receive(self) -> tuple[step_pb2.StepOutput, Tensor]:
+        output = self._received()[0].step
+        size = len(self._answers) // self._slots
+        if output.payload_bytes > size:
+            raise InternalError(f"the server's answer of {output.payload_bytes} bytes is longer than its memory")
+        start = self._answered % self._slots * size
+        data = assembled([self._answers[start : start + output.payload_bytes]])
+        self._answered += 1
+        return output, data
+
+    def _fits(self, step: step_pb2.StepInput) -> bool:
+        room, answers = len(self._room) // self._slots, len(self._answers) // self._slots
+        return step.payload_bytes <= room and gradient_bytes(step) <= answers
+
+    def _ask_for(self, step: step_pb2.StepInput) -> None:
+        """Has the server share memory for such a step, in place of what it shared before; none is in flight."""
+        rooms = shared_pb2.Rooms(
+            steps=max(step.payload_bytes, len(self._room) // self._slots),
+            answers=max(gradient_bytes(step), len(self._answers) // self._slots),
+            slots=self._wanted,
+        )
+        self._tell(shared_pb2.SharedRequest(rooms=rooms))
+        response, descriptors = self._received(2)
         try:
-            if len(descriptors) != 2:
-                raise InternalError("the server shared no memory, which it was asked for")
-            self._room = memoryview(mmap.mmap(descriptors[0], response.rooms.steps))
-            self._answers = memoryview(mmap.mmap(descriptors[1], response.rooms.answers, prot=mmap.PROT_READ))
+            if len(descriptors) != 2 or response.rooms.slots != self._wanted:
+                raise InternalError("the server shared no memory, or not what it was asked for")
+            self._slots, made = self._wanted, response.rooms
+            self._room = memoryview(mmap.mmap(descriptors[0], made.steps * made.slots))
+            self._answers = memoryview(mmap.mmap(descriptors[1], made.answers * made.slots, prot=mmap.PROT_READ))
+            self._sent = self._answered = 0
         finally:
             for each in descriptors:
                 os.close(each)
 
-    def _call(
-        self, request: shared_pb2.SharedRequest, descriptors: int = 0
-    ) -> tuple[shared_pb2.SharedResponse, list[int]]:
+    def _tell(self, request: shared_pb2.SharedRequest) -> None:
         packet = request.SerializeToString()
         if len(packet) > PACKET_BYTES:
             raise LimitExceeded(
                 f"what is to be told with the step takes {len(packet):,} bytes, and shared memory takes "
                 f'{PACKET_BYTES:,} beside the tensors: connect with via="unix" or via="tcp", or call flush more often'
             )
-        self._within_time()
+        self._in_time()
         self._connection.send(packet)
-        return self._received(descriptors)
 
     def _received(self, descriptors: int = 0) -> tuple[shared_pb2.SharedResponse, list[int]]:
-        self._within_time()
+        self._in_time()
         data, passed, _, _ = socket.recv_fds(self._connection, PACKET_BYTES, descriptors)
         try:
             if not data:
@@ -117,7 +147,7 @@ class SharedSteps:
             raise
         return response, passed
 
-    def _within_time(self) -> None:
+    def _in_time(self) -> None:
         """Has the next call of the system end at the deadline; raises TimeoutError past it."""
         left = self._deadline - time.monotonic()
         if left <= 0:

@@ -27,15 +27,36 @@ T = TypeVar("T")
 
 
 class Steps(Protocol):
-    """A row of steps to one server, answered in order."""
+    """A row of steps to one server, answered in order. One thread may send while another receives."""
 
-    def exchange(
-        self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
-    ) -> tuple[step_pb2.StepOutput, Tensor]:
-        """Sends a step and waits for its answer: the output, and its tensors' bytes."""
+    def takes(self, step: step_pb2.StepInput) -> bool:
+        """Whether this step can be sent before those in flight are answered."""
+        ...
+
+    def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
+        """Sends a step, without waiting for its answer."""
+        ...
+
+    def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
+        """The next answer: the output, and its tensors' bytes.
+
+        Raises:
+            DeadlineExceeded: it did not come in time. Then there are no more, as after any other error.
+        """
         ...
 
     def close(self) -> None: ...
+
+
+def answer_of(steps: Steps, seq: int, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
+    """The next answer, which is to be that of a step."""
+    try:
+        output, data = steps.receive(timeout)
+    except DeadlineExceeded:
+        raise DeadlineExceeded(f"step {seq} was not answered within {timeout:.3g} s") from None
+    if output.seq != seq:
+        raise InternalError(f"step {seq} was answered by the answer of step {output.seq}")
+    return output, data
 
 
 class Transport(Protocol):
@@ -170,23 +191,23 @@ class GrpcSteps:
         self._call = steps(iter(self._requests.get, None))
         self._watch = _Watch(self._call.cancel)
 
-    def exchange(
-        self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float
-    ) -> tuple[step_pb2.StepOutput, Tensor]:
+    def takes(self, step: step_pb2.StepInput) -> bool:
+        return True
+
+    def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
         if self._watch.ended:  # at the last moment of a step that was answered nonetheless
             raise ServerUnavailable("the stream of steps was ended")
         for i, part in enumerate(chunks(payload)):
             self._requests.put(Frame(step if i == 0 else None, part))
+
+    def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
         with self._watch.until(time.monotonic() + timeout):
             try:
-                output, data = self._answer()
+                return self._answer()
             except grpc.RpcError as error:
                 if self._watch.ended:
-                    raise DeadlineExceeded(f"step {step.seq} was not answered within {timeout:.3g} s") from None
+                    raise DeadlineExceeded(f"no answer came within {timeout:.3g} s") from None
                 raise error_of(error) from None
-        if output.seq != step.seq:
-            raise InternalError(f"step {step.seq} was answered by the answer of step {output.seq}")
-        return output, data
 
     def close(self) -> None:
         self._requests.put(None)

@@ -26,7 +26,7 @@ from gradbank.v1 import error_pb2 as gradbank_dot_v1_dot_error__pb2
 from gradbank.v1 import step_pb2 as gradbank_dot_v1_dot_step__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18gradbank/v1/shared.proto\x12\x0bgradbank.v1\x1a\x17gradbank/v1/error.proto\x1a\x16gradbank/v1/step.proto\"g\n\rSharedRequest\x12#\n\x05rooms\x18\x01 \x01(\x0b\x32\x12.gradbank.v1.RoomsH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.gradbank.v1.StepInputH\x00\x42\t\n\x07request\"\xa2\x01\n\x0eSharedResponse\x12\x11\n\x07\x62oot_id\x18\x01 \x01(\tH\x00\x12#\n\x05rooms\x18\x02 \x01(\x0b\x32\x12.gradbank.v1.RoomsH\x00\x12\'\n\x04step\x18\x03 \x01(\x0b\x32\x17.gradbank.v1.StepOutputH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.gradbank.v1.ErrorH\x00\x42\n\n\x08response\"\'\n\x05Rooms\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18gradbank/v1/shared.proto\x12\x0bgradbank.v1\x1a\x17gradbank/v1/error.proto\x1a\x16gradbank/v1/step.proto\"g\n\rSharedRequest\x12#\n\x05rooms\x18\x01 \x01(\x0b\x32\x12.gradbank.v1.RoomsH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.gradbank.v1.StepInputH\x00\x42\t\n\x07request\"\xa2\x01\n\x0eSharedResponse\x12\x11\n\x07\x62oot_id\x18\x01 \x01(\tH\x00\x12#\n\x05rooms\x18\x02 \x01(\x0b\x32\x12.gradbank.v1.RoomsH\x00\x12\'\n\x04step\x18\x03 \x01(\x0b\x32\x17.gradbank.v1.StepOutputH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.gradbank.v1.ErrorH\x00\x42\n\n\x08response\"6\n\x05Rooms\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\x04\x12\r\n\x05slots\x18\x03 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,5 +38,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHAREDRESPONSE']._serialized_start=196
   _globals['_SHAREDRESPONSE']._serialized_end=358
   _globals['_ROOMS']._serialized_start=360
-  _globals['_ROOMS']._serialized_end=399
+  _globals['_ROOMS']._serialized_end=414
 # @@protoc_insertion_point(module_scope)

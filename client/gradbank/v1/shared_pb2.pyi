@@ -25,8 +25,10 @@ class SharedRequest(_message.Message):
 
     The server speaks first: a response with its `boot_id`. The trainer then asks for rooms, and is sent two memories
     along with the response: one that both may write to, for the payloads of steps, and one that the trainer may only
-    read, for those of answers. A step is a request whose payload was laid at the start of the first; it is answered by a
-    response whose payload lies at the start of the second, until the next step. One step is under way at a time. The
+    read, for those of answers, each in so many slots of equal size. A step is a request whose payload was laid at the
+    start of the first slot; it is answered by a response whose payload lies at the start of the first slot of answers.
+    The next step has the next slot, and after the last one comes the first again: nobody says which, both count. A step
+    may be sent before the one before it is answered, if its slot is free and that slot's last answer was read. The
     memories are those of the connection, and end with it.
 
     From the trainer.
@@ -104,25 +106,29 @@ Global___SharedResponse: _TypeAlias = SharedResponse  # noqa: Y015
 
 @_typing.final
 class Rooms(_message.Message):
-    """How many bytes of payload there is room for."""
+    """How many bytes of payload there is room for, in a slot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEPS_FIELD_NUMBER: _builtins.int
     ANSWERS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """For steps."""
     answers: _builtins.int
     """For answers."""
+    slots: _builtins.int
+    """In how many slots: 1 to 4."""
     def __init__(
         self,
         *,
         steps: _builtins.int = ...,
         answers: _builtins.int = ...,
+        slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "slots", b"slots", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 from gradbank.wire.components import argument_messages, argument_values, component_message, spec_of
 from gradbank.wire.errors import ERROR_TRAILER, error_message, error_of, status_of
 from gradbank.wire.frames import Frame, frame_of, gradient_bytes, request_frame, response_frame
-from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, PACKET_BYTES, Assembly, assembled, chunks
+from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, PACKET_BYTES, WINDOW, Assembly, assembled, chunks
 from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ERROR_TRAILER",
     "MESSAGE_BYTES",
     "PACKET_BYTES",
+    "WINDOW",
     "Assembly",
     "Frame",
     "TensorReader",

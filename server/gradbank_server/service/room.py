@@ -45,7 +45,8 @@ class Room:
     It is sealed: nobody can cut it short, which would end whoever reads it, and a peer that is not to write cannot.
 
     Args:
-        size: bytes, all of which are there from the start.
+        size: bytes of each slot, all of which are there from the start.
+        slots: how many there are.
         read_only: whether the peer may only read.
 
     Raises:
@@ -56,17 +57,23 @@ class Room:
         bytes: all of it, here.
     """
 
-    def __init__(self, size: int, read_only: bool) -> None:
-        self.size = size
+    def __init__(self, size: int, slots: int, read_only: bool) -> None:
+        self.size, self.slots = size, slots
+        whole = size * slots
         self.descriptor = _memory()
         try:
-            os.posix_fallocate(self.descriptor, 0, size)
-            self.bytes = memoryview(mmap.mmap(self.descriptor, size))  # before no other may be writable
+            os.posix_fallocate(self.descriptor, 0, whole)
+            self.bytes = memoryview(mmap.mmap(self.descriptor, whole))  # before no other may be writable
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals | (_FUTURE_WRITE if read_only else 0))
         except OSError as error:
             os.close(self.descriptor)
-            raise LimitExceeded(f"the server's system has no {size:,} bytes of shared memory: {error}") from None
+            raise LimitExceeded(f"the server's system has no {whole:,} bytes of shared memory: {error}") from None
+
+    def slot(self, number: int) -> memoryview:
+        """The slot of the step of that number."""
+        start = number % self.slots * self.size
+        return self.bytes[start : start + self.size]
 
     def handed_over(self) -> None:
         """The memory lives on, here and with the peer, until both have let go of it."""

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded
 from gradbank.v1 import shared_pb2, step_pb2
-from gradbank.wire import PACKET_BYTES, assembled, error_message, gradient_bytes
+from gradbank.wire import PACKET_BYTES, WINDOW, assembled, error_message, gradient_bytes
 from gradbank_server.service.faults import fault
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.room import Budget, Room, check_shareable
@@ -98,12 +98,13 @@ class SharedMemory:
 
 
 class _Conversation:
-    """One trainer's steps, one at a time."""
+    """One trainer's steps, one after the other."""
 
     def __init__(self, service: Service, gate: Gate, budget: Budget, connection: socket.socket) -> None:
         self._service, self._gate, self._budget, self._connection = service, gate, budget, connection
         self._steps: Room | None = None
         self._answers: Room | None = None
+        self._number = 0  # of the next step in these rooms
 
     def hold(self) -> None:
         """Answers until the trainer goes away, and lets go of the memory."""
@@ -129,18 +130,22 @@ class _Conversation:
         limit = self._service.settings.max_step_bytes
         if max(asked.steps, asked.answers) > 2 * limit:  # gradients of half precision are twice as long
             raise LimitExceeded(f"rooms of {asked.steps:,} and {asked.answers:,} bytes, where a step takes {limit:,}")
+        if not 1 <= asked.slots <= WINDOW:
+            raise InvalidRequest(f"rooms have 1 to {WINDOW} slots, got {asked.slots}")
         sizes = [_rounded(asked.steps), _rounded(asked.answers)]
-        self._budget.take(sum(sizes))
+        self._budget.take(sum(sizes) * asked.slots)
         made: list[Room] = []
         try:
             for size, read_only in zip(sizes, (False, True)):
-                made.append(Room(size, read_only))
-            response = shared_pb2.SharedResponse(rooms=shared_pb2.Rooms(steps=sizes[0], answers=sizes[1]))
+                made.append(Room(size, asked.slots, read_only))
+            rooms = shared_pb2.Rooms(steps=sizes[0], answers=sizes[1], slots=asked.slots)
+            response = shared_pb2.SharedResponse(rooms=rooms)
             descriptors = [room.descriptor for room in made]
             socket.send_fds(self._connection, [response.SerializeToString()], descriptors)
             self._steps, self._answers = made
+            self._number = 0
         except BaseException:
-            self._budget.give_back(sum(sizes))
+            self._budget.give_back(sum(sizes) * asked.slots)
             raise
         finally:
             for room in made:
@@ -149,17 +154,18 @@ class _Conversation:
     def _leave_rooms(self) -> None:
         for room in (self._steps, self._answers):
             if room is not None:
-                self._budget.give_back(room.size)
+                self._budget.give_back(len(room.bytes))
         self._steps = self._answers = None
 
     def _step(self, step: step_pb2.StepInput, arrived: float) -> None:
         output, data = self._carried_out(step, arrived)
         if data:
             assert self._answers is not None  # else it was not carried out
-            start = 0
+            slot, start = self._answers.slot(self._number), 0
             for part in data:
-                self._answers.bytes[start : start + len(part)] = part
+                slot[start : start + len(part)] = part
                 start += len(part)
+        self._number += 1
         self._send(shared_pb2.SharedResponse(step=output))
 
     def _carried_out(self, step: step_pb2.StepInput, arrived: float) -> tuple[step_pb2.StepOutput, list[memoryview]]:
@@ -174,7 +180,7 @@ class _Conversation:
                 "them first"
             )
         # a copy, before anything is made of it: the trainer's process may write there at any time
-        payload = assembled([steps.bytes[: step.payload_bytes]])
+        payload = assembled([steps.slot(self._number)[: step.payload_bytes]])
         return self._service.answered(step, payload, arrived)
 
     def _send(self, response: shared_pb2.SharedResponse) -> None:

@@ -1,0 +1,120 @@
+"""The client for asyncio: the same calls, awaited.
+
+    async with await gradbank.aio.connect("localhost:50051") as client:
+        loss_fn = await client.open("run", losses.NTXentLoss())
+        loss = await loss_fn(embeddings, labels)
+
+Every call is that of `gradbank.Client`, in a thread beside the event loop, which goes on meanwhile.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import gradbank.remote as sync
+from gradbank.losses.base import Loss
+from gradbank.remote.ladder import Via
+from gradbank.remote.optimizer import RemoteOptimizer
+from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats
+
+T = TypeVar("T")
+
+
+async def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
+    """Connects to a server; see `gradbank.connect`."""
+    return Client(await asyncio.to_thread(sync.connect, address, timeout, via))
+
+
+class RemoteLoss:
+    """A loss hosted by a server, whose calls are awaited.
+
+    Calls that are awaited together are carried out in the order in which they were made, up to four in flight.
+
+    Attributes:
+        remote: the `gradbank.RemoteLoss` whose calls these are.
+    """
+
+    def __init__(self, remote: sync.RemoteLoss) -> None:
+        self.remote = remote
+        self._sending = ThreadPoolExecutor(1, thread_name_prefix="gradbank-aio")  # one, so that order is kept
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of a batch; see `gradbank.RemoteLoss`. A call that is cancelled may be carried out nonetheless."""
+        recorded, loop = torch.is_grad_enabled(), asyncio.get_running_loop()
+
+        def sent() -> Callable[[], Tensor]:
+            with torch.set_grad_enabled(recorded):  # which is a thread's own
+                if self.remote.learns:  # then each step tells of the ones before it
+                    made: Tensor = self.remote(*args, **kwargs)
+                    return lambda: made
+                return self.remote.submit(*args, **kwargs).result
+
+        return await asyncio.to_thread(await loop.run_in_executor(self._sending, sent))
+
+    async def optimizer(self, name: str, **options: Any) -> RemoteOptimizer:
+        return await asyncio.to_thread(partial(self.remote.optimizer, name, **options))
+
+    async def flush(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.flush)
+
+    async def local(self) -> Loss:
+        return await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.local)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.remote.close)
+        self._sending.shutdown(wait=False)
+
+
+class Client:
+    """A connection to one server; see `gradbank.Client`."""
+
+    def __init__(self, client: sync.Client) -> None:
+        self._client = client
+
+    @property
+    def via(self) -> str:
+        """How steps go to the server: "local", "shm", "unix" or "tcp"."""
+        return self._client.via
+
+    async def open(self, name: str, loss: Loss, rank: int = 0) -> RemoteLoss:
+        return RemoteLoss(await asyncio.to_thread(self._client.open, name, loss, rank))
+
+    async def sessions(self) -> list[SessionInfo]:
+        return await asyncio.to_thread(self._client.sessions)
+
+    async def close_session(self, name: str) -> bool:
+        return await asyncio.to_thread(self._client.close_session, name)
+
+    async def stats(self, name: str) -> SessionStats:
+        return await asyncio.to_thread(self._client.stats, name)
+
+    async def watch(self, name: str, interval: float = 1.0) -> AsyncIterator[SessionStats]:
+        seen = self._client.watch(name, interval)
+        try:
+            while (stats := await asyncio.to_thread(next, seen, None)) is not None:
+                yield stats
+        finally:
+            await asyncio.to_thread(seen.close)
+
+    async def server(self) -> ServerInfo:
+        return await asyncio.to_thread(self._client.server)
+
+    async def catalog(self) -> list[ComponentInfo]:
+        return await asyncio.to_thread(self._client.catalog)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._client.close)
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self._client.__exit__, kind)

@@ -1,0 +1,221 @@
+"""Several steps in flight: the same losses, in the same order, each carried out once."""
+
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradbank
+from gradbank import losses
+from gradbank.errors import DeadlineExceeded, InvalidRequest, NonFiniteError, ServerUnavailable
+from gradbank.remote.future import StepFuture
+from gradbank_server.service import Server
+from gradbank_server.settings import ServerSettings
+
+from .conftest import DOWN, UP
+
+
+def memory() -> losses.CrossBatchMemory:
+    return losses.CrossBatchMemory(losses.NTXentLoss(), 16, 50)
+
+
+def batch(seed: int, rows: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 16, generator=generator).requires_grad_(), torch.arange(rows) % 4
+
+
+def assert_same(there: Tensor, leaf: Tensor, here: losses.Loss, seed: int) -> None:
+    """That a loss of a batch, and its gradient, are those of the same loss here, at its turn."""
+    own, labels = batch(seed, len(leaf))
+    expected = here(own, labels)
+    for value in (there, expected):
+        value.backward()
+    assert torch.equal(there, expected)
+    assert torch.equal(leaf.grad, own.grad)  # type: ignore[arg-type]  # both have one
+
+
+def submitted(there: gradbank.RemoteLoss, *seeds: int) -> list[tuple[StepFuture, Tensor, int]]:
+    made = []
+    for seed in seeds:
+        leaf, labels = batch(seed, rows=8 + 20 * (seed % 3))
+        made.append((there.submit(leaf, labels), leaf, seed))
+    return made
+
+
+def test_what_is_submitted_is_what_is_called(anyway: gradbank.Client, name: str) -> None:
+    there, here = anyway.open(name, memory()), memory()
+    for future, leaf, seed in submitted(there, *range(10)):  # more than may be in flight
+        assert_same(future.result(), leaf, here, seed)
+    assert anyway.stats(name).steps == 10
+
+
+def test_steps_in_flight_may_be_of_any_size(anyway: gradbank.Client, name: str) -> None:
+    there, here = anyway.open(name, losses.ContrastiveLoss()), losses.ContrastiveLoss()
+    sizes = (8, 2000, 40, 5000, 6000, 8, 0, 3000)  # of which the rooms of the first hold few
+    leaves = [batch(seed, rows) for seed, rows in enumerate(sizes)]
+    futures = [there.submit(*each) for each in leaves]
+    for seed, (future, (leaf, _)) in enumerate(zip(futures, leaves)):
+        assert_same(future.result(), leaf, here, seed)
+
+
+def test_results_may_be_asked_for_in_any_order_and_calls_made_in_between(anyway: gradbank.Client, name: str) -> None:
+    there, here = anyway.open(name, memory()), memory()
+    first, second, third = submitted(there, 0, 1, 2)
+    late = third[0].result()
+    leaf, labels = batch(3)
+    called = there(leaf, labels)
+    for future, own, seed in (first, second):
+        assert_same(future.result(), own, here, seed)
+    assert_same(late, third[1], here, 2)
+    assert_same(called, leaf, here, 3)
+    assert third[0].result() is late
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_one_that_is_refused_takes_no_other_along(anyway: gradbank.Client, name: str, place: int) -> None:
+    there, here = anyway.open(name, memory()), memory()
+    flight: list[Any] = submitted(there, *range(place))
+    refused = there.submit(torch.full((12, 16), torch.nan), batch(0)[1])
+    flight += submitted(there, *range(place, 6))
+    for future, leaf, seed in flight:
+        assert_same(future.result(), leaf, here, seed)
+    for _ in range(2):
+        with pytest.raises(NonFiniteError):
+            refused.result()
+    assert anyway.stats(name).steps == 6
+
+
+def test_all_are_refused_by_name_where_all_are_wrong(anyway: gradbank.Client, name: str) -> None:
+    there, here = anyway.open(name, memory()), memory()
+    wrong = [there.submit(torch.full((4, 16), torch.inf), torch.arange(4)) for _ in range(4)]
+    for future in wrong:
+        with pytest.raises(NonFiniteError):
+            future.result()
+    leaf, labels = batch(0)
+    assert_same(there(leaf, labels), leaf, here, 0)
+
+
+@pytest.fixture
+def far(proxy: Any) -> Any:
+    with gradbank.connect(proxy.address, timeout=20) as client:
+        yield client
+
+
+def test_steps_in_flight_survive_cuts_and_are_carried_out_once(
+    proxy: Any, far: gradbank.Client, near: gradbank.Client, name: str
+) -> None:
+    there, here, where = far.open(name, memory()), memory(), random.Random(0)
+    waiting: list[tuple[StepFuture, Tensor, int]] = []
+    for seed in range(60):
+        if seed % 3 == 0:
+            proxy.cut_after(where.choice([UP, DOWN]), where.randrange(1, 6000))
+        waiting += submitted(there, seed)
+        while len(waiting) > 3:
+            future, leaf, of = waiting.pop(0)
+            assert_same(future.result(), leaf, here, of)
+    for future, leaf, of in waiting:
+        assert_same(future.result(), leaf, here, of)
+    assert near.stats(name).steps == 60
+    assert proxy.cuts >= 10
+    assert torch.equal(there.local().embedding_memory, here.embedding_memory)
+
+
+@pytest.mark.parametrize(("direction", "counted"), [(DOWN, True), (UP, False)], ids=["carried out", "never arrived"])
+@pytest.mark.parametrize("again", [True, False], ids=["the same", "others"])
+def test_steps_in_doubt_are_settled(
+    proxy: Any, far: gradbank.Client, near: gradbank.Client, name: str, direction: str, counted: bool, again: bool
+) -> None:
+    there, here = far.open(name, memory()), memory()
+    leaf, labels = batch(0)
+    assert_same(there(leaf, labels), leaf, here, 0)
+    proxy.lose(direction)
+    there.producer.timeout = 1.0
+    for future, _, _ in submitted(there, 1, 2, 3):
+        with pytest.raises((DeadlineExceeded, ServerUnavailable)):
+            future.result()
+    there.producer.timeout = 20.0
+    proxy.cut()
+    if not again and counted:
+        for seed in (1, 2, 3):
+            here(*batch(seed, 8 + 20 * (seed % 3)))
+    for future, leaf, seed in submitted(there, *((1, 2, 3) if again else (4, 5))):
+        assert_same(future.result(), leaf, here, seed)
+    assert near.stats(name).steps == (4 if again else 3 + 3 * counted)
+
+
+def test_one_thread_submits_while_another_waits(anyway: gradbank.Client, name: str) -> None:
+    there, here = anyway.open(name, memory()), memory()
+    waiting: list[Any] = []
+    more = threading.Condition()
+
+    def submit() -> None:
+        for seed in range(40):
+            made = submitted(there, seed)
+            with more:
+                waiting.extend(made)
+                more.notify()
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    for number in range(40):
+        with more:
+            more.wait_for(lambda number=number: len(waiting) > number, timeout=20)
+        future, leaf, seed = waiting[number]
+        assert_same(future.result(), leaf, here, seed)
+    thread.join(20)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["tcp", "shm"])
+def test_closing_the_loss_leaves_no_one_waiting(name: str, shared: bool) -> None:
+    settings = ServerSettings(port=0, metrics_port=-1, drain_seconds=1, shared_memory=shared)
+    with Server(settings) as running, gradbank.connect(running.address, timeout=20) as client:
+        there = client.open(name, memory())
+        there(*batch(0))
+        turn = running.service.sessions[name]._turn
+        free, held = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with turn:
+                held.set()
+                free.wait(20)
+
+        threading.Thread(target=hold, daemon=True).start()
+        held.wait(20)
+        (future, _, _), told = submitted(there, 1)[0], []
+
+        def wait() -> None:
+            try:
+                future.result()
+            except ServerUnavailable as error:
+                told.append(str(error))
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        there.close()
+        waiter.join(10)
+        free.set()
+        assert told == ["the loss was closed before the step was answered"]
+        there(*batch(2))
+
+
+def test_a_loss_with_an_optimizer_is_called_and_not_submitted(anyway: gradbank.Client, name: str) -> None:
+    head = anyway.open(name, losses.ArcFaceLoss(4, 16))
+    leaf, labels = batch(0)
+    assert head.submit(leaf, labels).result().isfinite()
+    head.optimizer("SGD", lr=0.1)
+    with pytest.raises(InvalidRequest, match="is called, not submitted"):
+        head.submit(leaf, labels)
+
+
+def test_whether_a_loss_backpropagates_is_settled_when_it_is_submitted(anyway: gradbank.Client, name: str) -> None:
+    there = anyway.open(name, losses.NTXentLoss())
+    leaf, labels = batch(0)
+    with torch.no_grad():
+        silent = there.submit(leaf, labels)
+    spoken = there.submit(leaf, labels)
+    assert not silent.result().requires_grad
+    with torch.no_grad():
+        assert spoken.result().requires_grad

@@ -82,8 +82,8 @@ class Client:
         """How steps go to the server: "local", "shm", "unix" or "tcp"."""
         return self._client.via
 
-    async def open(self, name: str, loss: Loss, rank: int = 0) -> RemoteLoss:
-        return RemoteLoss(await asyncio.to_thread(self._client.open, name, loss, rank))
+    async def open(self, name: str, loss: Loss, rank: int = 0, wire: torch.dtype | None = None) -> RemoteLoss:
+        return RemoteLoss(await asyncio.to_thread(self._client.open, name, loss, rank, wire))
 
     async def sessions(self) -> list[SessionInfo]:
         return await asyncio.to_thread(self._client.sessions)

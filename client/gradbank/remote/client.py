@@ -66,7 +66,7 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.address!r}, via={self.via!r})"
 
-    def open(self, name: str, loss: Loss, rank: int = 0) -> RemoteLoss:
+    def open(self, name: str, loss: Loss, rank: int = 0, wire: torch.dtype | None = None) -> RemoteLoss:
         """`loss`, hosted by the server under `name`: call it as you would call `loss`.
 
         The first to open a name creates the session, from the loss as it is: weights and a bank that is not empty
@@ -76,6 +76,8 @@ class Client:
             name: letters, digits, '.', '_' and '-'; at most 64.
             rank: which of the session's trainers this is. Two trainers of one rank exclude each other: the newer one
                 takes the rank over.
+            wire: `torch.bfloat16` or `torch.float16`, to send embeddings and gradients in half the bytes, rounded to 8
+                or 11 significant bits; the loss is computed in float32 nonetheless. None sends them as they are.
 
         Raises:
             SessionConflict: the name is taken by another loss; the message names the difference.
@@ -89,6 +91,8 @@ class Client:
             )
         if not (isinstance(rank, int) and 0 <= rank < 2**32):
             raise InvalidRequest(f"rank must be a whole number from 0 on, got {rank!r}")
+        if wire not in (None, torch.bfloat16, torch.float16):
+            raise InvalidRequest(f"wire must be torch.bfloat16, torch.float16 or None, got {wire!r}")
         named, payload = [], []
         for key, value in _state_to_send(loss).items():
             message, data = describe(value)
@@ -99,7 +103,7 @@ class Client:
         created = transport.create_session(header, payload, self.timeout + upload_s)
         producer = Producer(self._checked, name, rank, secrets.token_bytes(16), time.time_ns(), self.timeout)
         producer.attach()
-        remote = RemoteLoss(producer, loss, created.created)
+        remote = RemoteLoss(producer, loss, created.created, wire)
         self._open.append(remote)
         return remote
 

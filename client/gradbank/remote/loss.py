@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradbank.engine import widened
 from gradbank.engine.eager import refuse_second_derivatives, scaled
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
@@ -17,8 +18,9 @@ from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import NO_NEWS, Producer, Ticket
 from gradbank.remote.stats import seconds_of
 from gradbank.v1 import step_pb2, tensor_pb2
-from gradbank.wire import TensorReader, describe, torch_dtype
+from gradbank.wire import TensorReader, describe, torch_dtype, wire_dtype
 
+_FEW = 4096  # numbers: of fewer, looking at them takes longer than sending them
 Inputs = tuple[Tensor, Tensor | None]  # embeddings and ref_emb
 
 _SENT = {"embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels", "enqueue_mask", "enqueue_idx"}
@@ -29,14 +31,15 @@ class RemoteLoss(nn.Module):
 
     Attributes:
         name: the session's.
+        wire: the dtype that embeddings and gradients are rounded to on their way; None is not at all.
         created: whether opening it created the session; if not, its bank and weights are those it had.
         timings: where the seconds of the last step went. Of the server: `queue` (until the session's turn), `decode`,
             `compute` and `encode`; here: `client_encode` and `client_decode`; and `network`, all that lies between.
     """
 
-    def __init__(self, producer: Producer, loss: Loss, created: bool) -> None:
+    def __init__(self, producer: Producer, loss: Loss, created: bool, wire: torch.dtype | None) -> None:
         super().__init__()
-        self.producer, self.created, self.name = producer, created, producer.session
+        self.producer, self.created, self.name, self.wire = producer, created, producer.session, wire
         self.timings: dict[str, float] = {}
         self._signature = inspect.signature(loss.forward)
         # in a tuple, so that its parameters and buffers are not this module's: they live on the server
@@ -85,8 +88,11 @@ class RemoteLoss(nn.Module):
         answered = time.perf_counter()
         embeddings, ref_emb = inputs
         reader = TensorReader(data)
-        of_embeddings = reader.take(output.embeddings_gradient) if output.HasField("embeddings_gradient") else None
-        of_ref = reader.take(output.ref_emb_gradient) if output.HasField("ref_emb_gradient") else None
+        gradients: list[Tensor | None] = [None, None]
+        if output.HasField("embeddings_gradient"):
+            gradients[0] = _wide(reader.take(output.embeddings_gradient), output.embeddings_gradient_exponent)
+        if output.HasField("ref_emb_gradient"):
+            gradients[1] = _wide(reader.take(output.ref_emb_gradient), output.ref_emb_gradient_exponent)
         reader.finish()
         at_server = seconds_of(output.timings)
         loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
@@ -97,7 +103,7 @@ class RemoteLoss(nn.Module):
                 seen = (self._optimizer, output.seq)
                 self._optimizer.will_keep(output.seq)
         with torch.set_grad_enabled(recorded):
-            made: Tensor = _Answered.apply(loss, seen, [of_embeddings, of_ref], embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
+            made: Tensor = _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
         self.timings = {
             "client_encode": encoding,
             "network": max(answered - sent - sum(at_server.values()), 0.0),
@@ -147,7 +153,8 @@ class RemoteLoss(nn.Module):
         self.producer.close()
 
     def extra_repr(self) -> str:
-        return f"{self.name!r} at rank {self.producer.rank}: {self.hosted}"
+        rounded = "" if self.wire is None else f", in {self.wire} on the wire"
+        return f"{self.name!r} at rank {self.producer.rank}{rounded}: {self.hosted}"
 
     def _request(self, bound: dict[str, Any]) -> tuple[step_pb2.StepInput, list[memoryview], Inputs]:
         """The message of a call, its payload, and the two tensors that may want a gradient."""
@@ -156,24 +163,34 @@ class RemoteLoss(nn.Module):
         embeddings, labels, ref_emb = bound["embeddings"], bound.get("labels"), bound.get("ref_emb")
         # the wire cannot carry that two labels are one object, which says that reference i is anchor i
         ref_labels = None if bound.get("ref_labels") is labels else bound.get("ref_labels")
-        # of labels only equality counts, so what the wire has no dtype for goes as a wider one
-        labels, ref_labels = _widened(labels), _widened(ref_labels)
         payload: list[memoryview] = []
         step = step_pb2.StepInput()
-        named = {"embeddings": embeddings, "labels": labels, "ref_emb": ref_emb, "ref_labels": ref_labels}
+        named = {
+            "embeddings": self._rounded(embeddings),
+            "labels": _narrowed(labels),
+            "ref_emb": self._rounded(ref_emb),
+            "ref_labels": _narrowed(ref_labels),
+        }
         for name, tensor in named.items():
             if tensor is not None:
                 getattr(step, name).CopyFrom(_described(name, tensor, payload))
         indices = bound.get("indices_tuple")
         for i, index in enumerate((indices,) if isinstance(indices, Tensor) else indices or ()):
-            step.indices.append(_described(f"indices_tuple[{i}]", index, payload))
+            step.indices.append(_described(f"indices_tuple[{i}]", _narrowed(index), payload))
         mask = _mask(bound)
         if mask is not None:
             step.enqueue_mask.CopyFrom(_described("enqueue_mask", mask, payload))
         if torch.is_grad_enabled():
             step.embeddings_need_gradient = embeddings.requires_grad
             step.ref_emb_needs_gradient = ref_emb is not None and ref_emb.requires_grad
+        if self.wire is not None:
+            step.gradient_dtype = wire_dtype(self.wire)
         return step, payload, (embeddings, ref_emb)
+
+    def _rounded(self, rows: Any) -> Any:
+        """The embeddings as they are sent."""
+        floats = isinstance(rows, Tensor) and rows.is_floating_point()
+        return rows if self.wire is None or not floats else rows.detach().to(self.wire)
 
 
 class _Answered(torch.autograd.Function):
@@ -217,9 +234,22 @@ def _described(name: str, tensor: object, payload: list[memoryview]) -> tensor_p
     return message
 
 
-def _widened(labels: Any) -> Any:
-    small = isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int8, torch.int16)
-    return labels.long() if small else labels
+def _wide(gradient: Tensor, exponent: int) -> Tensor:
+    """A gradient in the precision that it is computed with here."""
+    gradient = widened(gradient)
+    return gradient.mul_(2.0**exponent) if exponent else gradient
+
+
+def _narrowed(values: Any) -> Any:
+    """Labels or indices in a dtype that the wire has and that holds the same numbers, in half the bytes if it can."""
+    if not isinstance(values, Tensor):
+        return values
+    if values.dtype in (torch.uint8, torch.int8, torch.int16):
+        return values.int()
+    if values.dtype != torch.int64 or values.numel() < _FEW:
+        return values
+    least, most = values.aminmax()
+    return values.int() if int(least) >= -(2**31) and int(most) < 2**31 else values
 
 
 def _mask(bound: dict[str, Any]) -> Tensor | None:

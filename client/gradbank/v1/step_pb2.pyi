@@ -158,6 +158,7 @@ class StepInput(_message.Message):
     REF_EMB_NEEDS_GRADIENT_FIELD_NUMBER: _builtins.int
     WEIGHT_EVENTS_FIELD_NUMBER: _builtins.int
     WEIGHTS_NEED_GRADIENT_FIELD_NUMBER: _builtins.int
+    GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's name."""
     rank: _builtins.int
@@ -174,13 +175,15 @@ class StepInput(_message.Message):
     """Whether the gradient with respect to `ref_emb` is wanted."""
     weights_need_gradient: _builtins.bool
     """Whether the gradient with respect to the learnable weights is to be kept, for a later `Backward`."""
+    gradient_dtype: _tensor_pb2.Dtype.ValueType
+    """DTYPE_BFLOAT16 or DTYPE_FLOAT16, to have gradients rounded to it. Left out, they are as StepOutput says."""
     @_builtins.property
     def embeddings(self) -> _tensor_pb2.Tensor:
         """(B, D) floats. Left out, the step is only its `weight_events`."""
 
     @_builtins.property
     def labels(self) -> _tensor_pb2.Tensor:
-        """(B,) integers; may be left out where `indices` are given and the loss allows it."""
+        """(B,) integers, of which only equality counts; may be left out where `indices` are given and the loss allows it."""
 
     @_builtins.property
     def ref_emb(self) -> _tensor_pb2.Tensor:
@@ -192,7 +195,7 @@ class StepInput(_message.Message):
 
     @_builtins.property
     def indices(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """Three tensors (a, p, n) or four (a1, p, a2, n), int64."""
+        """Three tensors (a, p, n) or four (a1, p, a2, n), int64 or int32."""
 
     @_builtins.property
     def enqueue_mask(self) -> _tensor_pb2.Tensor:
@@ -222,10 +225,11 @@ class StepInput(_message.Message):
         ref_emb_needs_gradient: _builtins.bool = ...,
         weight_events: _abc.Iterable[Global___WeightEvent] | None = ...,
         weights_need_gradient: _builtins.bool = ...,
+        gradient_dtype: _tensor_pb2.Dtype.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "enqueue_mask", b"enqueue_mask", "labels", b"labels", "ref_emb", b"ref_emb", "ref_labels", b"ref_labels"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "embeddings_need_gradient", b"embeddings_need_gradient", "enqueue_mask", b"enqueue_mask", "epoch", b"epoch", "indices", b"indices", "labels", b"labels", "payload_bytes", b"payload_bytes", "rank", b"rank", "ref_emb", b"ref_emb", "ref_emb_needs_gradient", b"ref_emb_needs_gradient", "ref_labels", b"ref_labels", "seq", b"seq", "session", b"session", "weight_events", b"weight_events", "weights_need_gradient", b"weights_need_gradient"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "embeddings_need_gradient", b"embeddings_need_gradient", "enqueue_mask", b"enqueue_mask", "epoch", b"epoch", "gradient_dtype", b"gradient_dtype", "indices", b"indices", "labels", b"labels", "payload_bytes", b"payload_bytes", "rank", b"rank", "ref_emb", b"ref_emb", "ref_emb_needs_gradient", b"ref_emb_needs_gradient", "ref_labels", b"ref_labels", "seq", b"seq", "session", b"session", "weight_events", b"weight_events", "weights_need_gradient", b"weights_need_gradient"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -366,6 +370,8 @@ class StepOutput(_message.Message):
     REPLAYED_FIELD_NUMBER: _builtins.int
     BANK_ROWS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_GRADIENT_EXPONENT_FIELD_NUMBER: _builtins.int
+    REF_EMB_GRADIENT_EXPONENT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """The step's number."""
     payload_bytes: _builtins.int
@@ -378,13 +384,19 @@ class StepOutput(_message.Message):
     """Whether this is the stored answer of a step that was sent before."""
     bank_rows: _builtins.int
     """Rows in the bank after the step."""
+    embeddings_gradient_exponent: _builtins.int
+    """The gradient is what came times 2 to this: in float16 it would be too small for its exponents otherwise."""
+    ref_emb_gradient_exponent: _builtins.int
+    """Likewise, of ref_emb_gradient."""
     @_builtins.property
     def error(self) -> _error_pb2.Error:
         """Set if the step failed; nothing else is, then."""
 
     @_builtins.property
     def embeddings_gradient(self) -> _tensor_pb2.Tensor:
-        """(B, D): d loss / d embeddings, of their dtype, or float32 for half precision. Scale it before narrowing it."""
+        """(B, D): d loss / d embeddings, of their dtype, or float32 for half precision, or the step's gradient_dtype. Scale it
+        before narrowing it.
+        """
 
     @_builtins.property
     def ref_emb_gradient(self) -> _tensor_pb2.Tensor:
@@ -407,10 +419,12 @@ class StepOutput(_message.Message):
         replayed: _builtins.bool = ...,
         bank_rows: _builtins.int = ...,
         timings: Global___Timings | None = ...,
+        embeddings_gradient_exponent: _builtins.int = ...,
+        ref_emb_gradient_exponent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings_gradient", b"embeddings_gradient", "error", b"error", "ref_emb_gradient", b"ref_emb_gradient", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_rows", b"bank_rows", "embeddings_gradient", b"embeddings_gradient", "error", b"error", "loss", b"loss", "loss_dtype", b"loss_dtype", "payload_bytes", b"payload_bytes", "ref_emb_gradient", b"ref_emb_gradient", "replayed", b"replayed", "seq", b"seq", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_rows", b"bank_rows", "embeddings_gradient", b"embeddings_gradient", "embeddings_gradient_exponent", b"embeddings_gradient_exponent", "error", b"error", "loss", b"loss", "loss_dtype", b"loss_dtype", "payload_bytes", b"payload_bytes", "ref_emb_gradient", b"ref_emb_gradient", "ref_emb_gradient_exponent", b"ref_emb_gradient_exponent", "replayed", b"replayed", "seq", b"seq", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,7 +4,7 @@ from gradbank.wire.components import argument_messages, argument_values, compone
 from gradbank.wire.errors import ERROR_TRAILER, error_message, error_of, status_of
 from gradbank.wire.frames import Frame, frame_of, gradient_bytes, request_frame, response_frame
 from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, PACKET_BYTES, WINDOW, Assembly, assembled, chunks
-from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype
+from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype, wire_dtype
 
 __all__ = [
     "CHUNK_BYTES",
@@ -33,4 +33,5 @@ __all__ = [
     "spec_of",
     "status_of",
     "torch_dtype",
+    "wire_dtype",
 ]

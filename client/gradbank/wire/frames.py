@@ -99,8 +99,12 @@ def gradient_bytes(step: step_pb2.StepInput) -> int:
     """
     asked = [step.embeddings] if step.embeddings_need_gradient and step.HasField("embeddings") else []
     asked += [step.ref_emb] if step.ref_emb_needs_gradient and step.HasField("ref_emb") else []
-    # those of half precision come as float32
-    return sum(nbytes(each) * (2 if torch_dtype(each.dtype).itemsize == 2 else 1) for each in asked)
+    size = 0
+    for each in asked:
+        own = torch_dtype(each.dtype).itemsize
+        # those of half precision come as float32, unless they are to be rounded
+        size += nbytes(each) // own * (2 if step.gradient_dtype else max(own, 4))
+    return size
 
 
 def _varint(number: int) -> bytes:

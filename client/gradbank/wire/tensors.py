@@ -72,6 +72,10 @@ def torch_dtype(number: int) -> torch.dtype:
     return _TORCH[v1.Dtype.ValueType(number)]
 
 
+def wire_dtype(dtype: torch.dtype) -> v1.Dtype.ValueType:
+    return _PROTO[dtype]
+
+
 def read_inline(message: v1.Tensor) -> Tensor:
     """The tensor of a message that carries its own bytes."""
     if nbytes(message) != len(message.data):

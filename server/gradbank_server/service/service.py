@@ -29,7 +29,7 @@ from gradbank.wire import (
 from gradbank_server.build import build_loss, import_components
 from gradbank_server.service.catalog import component_infos
 from gradbank_server.service.faults import fault
-from gradbank_server.service.steps import answer_message, batch_of, tensors_of
+from gradbank_server.service.steps import answer_message, batch_of, check_gradient_dtype, tensors_of
 from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions
 from gradbank_server.settings import ServerSettings
 from gradbank_server.stats import Metrics
@@ -121,6 +121,7 @@ class Service:
         size = sum(nbytes(tensor) for tensor in tensors_of(step))
         if size != step.payload_bytes:
             raise InvalidRequest(f"the step's tensors take {size} bytes, but its payload has {step.payload_bytes}")
+        check_gradient_dtype(step)
 
     def step(self, step: step_pb2.StepInput, payload: Tensor, arrived: float) -> tuple[step_pb2.StepOutput, Payload]:
         """Carries out a step that was checked. A failure is data: an output with `error` set."""
@@ -161,7 +162,7 @@ class Service:
         decoded = time.perf_counter()
         answer, replayed, waited = session.step(step.rank, step.epoch, step.seq, digest, batch)
         computed = time.perf_counter()
-        output, data = answer_message(answer)
+        output, data = answer_message(answer, step.gradient_dtype)
         output.seq, output.replayed = step.seq, replayed
         output.payload_bytes = sum(len(part) for part in data)
         seconds = {

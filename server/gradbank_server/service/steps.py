@@ -1,13 +1,17 @@
 """Steps and answers: messages to and from what a session takes and gives."""
 
+import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from gradbank.errors import InvalidRequest
 from gradbank.v1 import step_pb2, tensor_pb2
-from gradbank.wire import TensorReader, argument_values, describe
+from gradbank.wire import TensorReader, argument_values, describe, torch_dtype
 from gradbank_server.sessions import Answer, Backward, Batch, OptimizerStep, WeightEvent, ZeroGradient
+
+_HIGHEST = 15  # below 2 to this, float16 has all of its digits
 
 
 def tensors_of(step: step_pb2.StepInput) -> Iterator[tensor_pb2.Tensor]:
@@ -32,6 +36,7 @@ def batch_of(step: step_pb2.StepInput, payload: Tensor) -> Batch:
         for name in ("embeddings", "labels", "ref_emb", "ref_labels")
     }
     indices = tuple(reader.take(index) for index in step.indices)
+    indices = tuple(index.long() if index.dtype == torch.int32 else index for index in indices)
     mask = reader.take(step.enqueue_mask) if step.HasField("enqueue_mask") else None
     reader.finish()
     return Batch(
@@ -45,18 +50,36 @@ def batch_of(step: step_pb2.StepInput, payload: Tensor) -> Batch:
     )
 
 
-def answer_message(answer: Answer) -> tuple[step_pb2.StepOutput, list[memoryview]]:
-    """An answer, and the bytes of its tensors."""
+def check_gradient_dtype(step: step_pb2.StepInput) -> None:
+    """Raises InvalidRequest if gradients are asked for in a dtype that they are not rounded to."""
+    if step.gradient_dtype not in (0, tensor_pb2.DTYPE_BFLOAT16, tensor_pb2.DTYPE_FLOAT16):
+        raise InvalidRequest(f"gradient_dtype must be bfloat16 or float16, got {step.gradient_dtype}")
+
+
+def answer_message(answer: Answer, rounded: int) -> tuple[step_pb2.StepOutput, list[memoryview]]:
+    """An answer, and the bytes of its tensors: gradients rounded to a dtype of the wire, or as they are for 0."""
     loss, _ = describe(answer.loss)
     output = step_pb2.StepOutput(loss=answer.value, loss_dtype=loss.dtype, bank_rows=answer.bank_rows)
     payload = []
     for field in ("embeddings_gradient", "ref_emb_gradient"):
         gradient = getattr(answer, field)
         if gradient is not None:
+            if rounded:
+                gradient, exponent = _rounded(gradient, torch_dtype(rounded))
+                setattr(output, f"{field}_exponent", exponent)
             message, data = describe(gradient)
             getattr(output, field).CopyFrom(message)
             payload.append(data)
     return output, payload
+
+
+def _rounded(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """The gradient in half precision, and the exponent of 2 that it is to be multiplied by."""
+    if dtype == torch.bfloat16 or not gradient.numel():
+        return gradient.to(dtype), 0
+    # float16 has few exponents: the largest entry is brought near the upper end of them
+    exponent = math.frexp(float(torch.linalg.vector_norm(gradient, torch.inf)))[1] - _HIGHEST
+    return (gradient * 2.0**-exponent).to(dtype), exponent
 
 
 def _weight_event(event: step_pb2.WeightEvent) -> WeightEvent:

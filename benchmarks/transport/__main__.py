@@ -10,23 +10,19 @@ the same round: shared memory for what goes through shared memory, and TCP for a
 
 import argparse
 import multiprocessing
-import re
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 import grpc
 import peer
 import torch
 from echo import EchoLoss
 from floor import Floor
+from served import served
 from shared_floor import SharedFloor
 
 import gradbank
@@ -57,7 +53,7 @@ def main() -> None:
     parser.add_argument("--payloads", default=PAYLOADS, help="batches, rows x dimension, comma-separated")
     parser.add_argument("--seconds", type=float, default=6.0, help="how long each payload is measured")
     arguments = parser.parse_args()
-    with _floors() as places, _server() as address:
+    with _floors() as places, served() as address:
         print(f"gradbank {gradbank.__version__}, torch {torch.__version__}; medians of a step's round trip\n")
         ways = (BARE, *WAYS)
         print(
@@ -87,22 +83,6 @@ def _floors() -> Iterator[peer.Places]:
     finally:
         ours.send(None)
         process.join(10)
-
-
-@contextmanager
-def _server() -> Iterator[str]:
-    """A server as a user starts it, and its address."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "gradbank_server", "serve", "--port", "0", "--metrics-port", "-1"]
-        command += ["--unix-socket", f"{folder}/gradbank", "--shared-memory", "--components", "echo"]
-        here = Path(__file__).parent  # where it finds the loss
-        with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
-            assert run.stdout is not None
-            try:
-                lines = iter(run.stdout.readline, "")
-                yield next(found[1] for line in lines if (found := re.search(r"listening +(\S+)", line)))
-            finally:
-                run.terminate()
 
 
 def _measured(rows: int, dimension: int, places: peer.Places, address: str, seconds: float) -> Slices:

@@ -77,7 +77,7 @@ def test_only_the_last_five_answers_are_kept(hosted: Hosted, batch: Make) -> Non
         trainer.step(batch(seed))
     for seq in (2, 3, 4, 5, 6):
         assert trainer.send(seq, batch(seq))[1]
-    with pytest.raises(StepConflict, match=r"step 1 was carried out, but only the last 5 answers are kept"):
+    with pytest.raises(StepConflict, match=r"step 1 was carried out, and its answer is kept no longer: 5 are"):
         trainer.send(1, batch(1))
 
 

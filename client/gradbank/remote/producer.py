@@ -270,6 +270,7 @@ class Producer:
         numbered.CopyFrom(step)
         numbered.session, numbered.rank, numbered.epoch = self.session, self.rank, self.epoch
         numbered.seq = self.last_seq + len(self._flight) + 1
+        numbered.answered_seq = self.last_seq
         numbered.weight_events.extend(news.events)
         return numbered
 
@@ -352,7 +353,7 @@ def _fingerprint(ticket: Ticket) -> int:
     """Of what was asked, whatever its number."""
     plain = step_pb2.StepInput()
     plain.CopyFrom(ticket.step)
-    for field in ("session", "rank", "epoch", "seq", "weight_events"):
+    for field in ("session", "rank", "epoch", "seq", "weight_events", "answered_seq"):
         plain.ClearField(field)
     asked = zlib.crc32(plain.SerializeToString(deterministic=True))
     for part in ticket.parts:

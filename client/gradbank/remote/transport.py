@@ -186,10 +186,17 @@ class GrpcSteps:
     def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         steps = channel.stream_stream(
-            "/gradbank.v1.StepService/Steps", request_serializer=Frame.encoded, response_deserializer=response_frame
+            "/gradbank.v1.StepService/Steps", request_serializer=None, response_deserializer=response_frame
         )
-        self._call = steps(iter(self._requests.get, None))
+        self._call = steps(self._encoded())
         self._watch = _Watch(self._call.cancel)
+
+    def _encoded(self) -> Iterator[bytes]:
+        """The messages to send. gRPC holds on to the last one until the next: a frame would hold the whole batch."""
+        while (frame := self._requests.get()) is not None:
+            message = frame.encoded()
+            del frame
+            yield message
 
     def takes(self, step: step_pb2.StepInput) -> bool:
         return True

@@ -159,6 +159,7 @@ class StepInput(_message.Message):
     WEIGHT_EVENTS_FIELD_NUMBER: _builtins.int
     WEIGHTS_NEED_GRADIENT_FIELD_NUMBER: _builtins.int
     GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
+    ANSWERED_SEQ_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's name."""
     rank: _builtins.int
@@ -177,6 +178,10 @@ class StepInput(_message.Message):
     """Whether the gradient with respect to the learnable weights is to be kept, for a later `Backward`."""
     gradient_dtype: _tensor_pb2.Dtype.ValueType
     """DTYPE_BFLOAT16 or DTYPE_FLOAT16, to have gradients rounded to it. Left out, they are as StepOutput says."""
+    answered_seq: _builtins.int
+    """Every step up to this one was answered, and the answer read: none will be asked for again, and the server lets go of
+    them. 0 is none; then the last five are kept.
+    """
     @_builtins.property
     def embeddings(self) -> _tensor_pb2.Tensor:
         """(B, D) floats. Left out, the step is only its `weight_events`."""
@@ -226,10 +231,11 @@ class StepInput(_message.Message):
         weight_events: _abc.Iterable[Global___WeightEvent] | None = ...,
         weights_need_gradient: _builtins.bool = ...,
         gradient_dtype: _tensor_pb2.Dtype.ValueType = ...,
+        answered_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "enqueue_mask", b"enqueue_mask", "labels", b"labels", "ref_emb", b"ref_emb", "ref_labels", b"ref_labels"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "embeddings_need_gradient", b"embeddings_need_gradient", "enqueue_mask", b"enqueue_mask", "epoch", b"epoch", "gradient_dtype", b"gradient_dtype", "indices", b"indices", "labels", b"labels", "payload_bytes", b"payload_bytes", "rank", b"rank", "ref_emb", b"ref_emb", "ref_emb_needs_gradient", b"ref_emb_needs_gradient", "ref_labels", b"ref_labels", "seq", b"seq", "session", b"session", "weight_events", b"weight_events", "weights_need_gradient", b"weights_need_gradient"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_seq", b"answered_seq", "embeddings", b"embeddings", "embeddings_need_gradient", b"embeddings_need_gradient", "enqueue_mask", b"enqueue_mask", "epoch", b"epoch", "gradient_dtype", b"gradient_dtype", "indices", b"indices", "labels", b"labels", "payload_bytes", b"payload_bytes", "rank", b"rank", "ref_emb", b"ref_emb", "ref_emb_needs_gradient", b"ref_emb_needs_gradient", "ref_labels", b"ref_labels", "seq", b"seq", "session", b"session", "weight_events", b"weight_events", "weights_need_gradient", b"weights_need_gradient"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -115,14 +115,14 @@ class StepServicer:
         return grpc.method_handlers_generic_handler(
             step_pb2.DESCRIPTOR.services_by_name["StepService"].full_name,
             {
-                "Steps": grpc.stream_stream_rpc_method_handler(self.Steps, request_frame, Frame.encoded),
+                "Steps": grpc.stream_stream_rpc_method_handler(self.Steps, request_frame),
                 "Step": grpc.unary_unary_rpc_method_handler(
                     self.Step, step_pb2.StepRequest.FromString, step_pb2.StepResponse.SerializeToString
                 ),
             },
         )
 
-    def Steps(self, requests: Iterator[Frame | InvalidRequest], context: grpc.ServicerContext) -> Iterator[Frame]:
+    def Steps(self, requests: Iterator[Frame | InvalidRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
         with _status(context), self._gate.stream():
             for step, payload, refused in self._assembled(requests):
                 self._gate.check()
@@ -130,8 +130,11 @@ class StepServicer:
                     output, data = self._service.answered(step, payload, time.perf_counter())
                 else:
                     output, data = self._service.refused(step, refused)
+                del payload  # each before the next one comes, for it may be large
                 for i, part in enumerate(chunks(data)):
-                    yield Frame(output if i == 0 else None, part)
+                    # as bytes: gRPC holds on to the last one until the next, and a frame would hold the whole answer
+                    yield Frame(output if i == 0 else None, part).encoded()
+                del data, part
 
     def Step(self, request: step_pb2.StepRequest, context: grpc.ServicerContext) -> step_pb2.StepResponse:
         with _status(context):
@@ -170,7 +173,10 @@ class StepServicer:
                     return  # the trainer went away in the middle of a step: nothing happened
                 if frame.step is not None:
                     raise InvalidRequest(f"step {step.seq} was not complete when the next one began")
-            yield step, payload.payload(), refused
+            whole = payload.payload()
+            del payload, frame
+            yield step, whole, refused
+            del whole
 
 
 def _next(requests: Iterator[Frame | InvalidRequest]) -> Frame | None:

@@ -47,6 +47,7 @@ def batch_of(step: step_pb2.StepInput, payload: Tensor) -> Batch:
         ref_emb_needs_gradient=step.ref_emb_needs_gradient,
         weights_need_gradient=step.weights_need_gradient,
         weight_events=tuple(_weight_event(event) for event in step.weight_events),
+        answered=step.answered_seq,
     )
 
 

@@ -66,10 +66,15 @@ class Producer:
             return answer
         if seq <= self.last_seq:
             raise StepConflict(
-                f"step {seq} was carried out, but only the last {ANSWERS_KEPT} answers are kept "
-                f"(the last step is {self.last_seq})"
+                f"step {seq} was carried out, and its answer is kept no longer: {ANSWERS_KEPT} are, and none that the "
+                f"trainer said it has (the last step is {self.last_seq})"
             )
         raise StepConflict(f"step {seq} leaves a gap: the next step of rank {self.rank} is {self.last_seq + 1}")
+
+    def forget(self, answered: int) -> None:
+        """Lets go of the answers up to that step, which the trainer has."""
+        while self._answers and next(iter(self._answers)) <= answered:
+            self._answers.popitem(last=False)
 
     def remember(self, seq: int, digest: int, answer: Answer) -> None:
         self._answers[seq] = (digest, answer)

@@ -99,6 +99,7 @@ class Session:
                 if stored is not None:
                     self.tally.replayed += 1
                     return Outcome(stored, True, waited)
+                producer.forget(batch.answered)  # now, for they may be as large as what is to come
                 with self._learner.stage(rank, batch.weight_events) as update:
                     answer = self._answered(batch, update, rank, seq)
                     producer.remember(seq, digest, answer)

@@ -1,0 +1,135 @@
+"""Steps of real losses through a server, beside the same loss in this process and pytorch-metric-learning's.
+
+    python benchmarks/hosted.py
+    python benchmarks/hosted.py --banks 8192 --only NTXent
+
+A step is the loss of a batch against a full bank, and its gradient. Server and trainer share this machine, and torch's
+threads sleep early in both (GOMP_SPINCOUNT, unless the environment has it); for each loss the contenders take turns in
+one process, and a figure is a median. `allowed` is what a step over TCP may take: the local step and 1.1 times the
+round trip of an echo of the same batch.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+
+import steps
+import torch
+from cases import SECTIONS, Case, Sizes
+from transport.echo import EchoLoss
+from transport.served import served
+
+import gradbank
+
+_LOCAL, _TCP, _SHARED, _PML, _ECHO = "local", "over TCP", "shared memory", "PML", "echo"
+
+Times = dict[str, float | str]  # medians in seconds, or why there is none
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--banks", default="8192,65536", help="rows, comma-separated")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name has it")
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long each case is measured")
+    parser.add_argument("--gib", type=float, default=16.0, help="what a step may allocate")
+    arguments = parser.parse_args()
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for the processes to come
+    print(f"gradbank {gradbank.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    with served() as address:
+        for rows in map(int, arguments.banks.split(",")):
+            print(f"\n### A bank of {rows:,} x 128, a batch of {arguments.batch}, {min(1000, rows // 8):,} classes\n")
+            print("| case | local | over TCP | allowed | shared memory | PML here | TCP over PML |\n|---|" + 6 * "---|")
+            sizes = Sizes(batch=arguments.batch, bank=rows, labels=min(1000, rows // 8))
+            for case in SECTIONS["bank"](sizes):
+                if re.search(arguments.only, case.name):
+                    print(_line(case.name, _apart(case, address, arguments.seconds, arguments.gib)), flush=True)
+
+
+def _apart(case: Case, address: str, seconds: float, gib: float) -> Times:
+    """The times of a case, measured in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(theirs, case, address, seconds, gib))
+    child.start()
+    theirs.close()
+    times: Times = ours.recv()
+    child.join()
+    return times
+
+
+def _child(pipe: Connection, case: Case, address: str, seconds: float, gib: float) -> None:
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (int(gib * 2**30),) * 2)
+    local = steps.make(replace(case, beside=None), "gradbank")
+    assert isinstance(local.loss, gradbank.losses.Loss)
+    embeddings, labels = local.leaves[0], local.labels
+    with (
+        gradbank.connect(address, 120, via="tcp") as far,
+        gradbank.connect(address, 120, via="shm") as near,
+    ):
+        runs: dict[str, Callable[[], None]] = {_LOCAL: local}
+        for name, client, loss in ((_TCP, far, local.loss), (_SHARED, near, local.loss), (_ECHO, far, EchoLoss())):
+            hosted = client.open(f"{case.name.replace(' ', '-').replace(',', '')}-{case.bank}-{name[:4]}", loss)
+            runs[name] = steps.Step(partial(hosted, embeddings, labels), local.leaves)
+        times: Times = {}
+        measured = {name: [] for name in runs}  # type: dict[str, list[float]]
+        for run in runs.values():
+            run()
+        begun = time.perf_counter()
+        while len(measured[_ECHO]) < 5 or time.perf_counter() - begun < seconds:
+            for name, run in runs.items():
+                measured[name].append(_seconds(run))
+        times |= {name: statistics.median(each) for name, each in measured.items()}
+        for client in (far, near):
+            for session in client.sessions():
+                client.close_session(session.name)
+    times[_PML] = _of_pml(case, seconds)
+    pipe.send(times)
+
+
+def _of_pml(case: Case, seconds: float) -> float | str:
+    """The median of PML's step, or what became of it."""
+    try:
+        step = steps.make(case, "pytorch_metric_learning")
+        first = _seconds(step)
+        if first > seconds:
+            return first
+        return statistics.median(_seconds(step) for _ in range(max(3, int(seconds / first))))
+    except (RuntimeError, MemoryError) as error:
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        return f"asks for {int(asked[1]) / 2**30:,.1f} GiB" if asked else "out of memory"
+    except NotImplementedError:
+        return "has none"
+
+
+def _line(name: str, times: Times) -> str:
+    def cell(what: float | str) -> str:
+        return what if isinstance(what, str) else f"{1e3 * what:.1f} ms"
+
+    local, remote, echo, pml = (times[each] for each in (_LOCAL, _TCP, _ECHO, _PML))
+    assert not isinstance(local, str)
+    assert not isinstance(remote, str)
+    assert not isinstance(echo, str)
+    ratio = "-" if isinstance(pml, str) else f"{remote / pml:.2f}x"
+    cells = [name, cell(local), cell(remote), cell(local + 1.1 * echo), cell(times[_SHARED]), cell(pml), ratio]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,9 @@
 """Several steps in flight: the same losses, in the same order, each carried out once."""
 
 import random
+import socket
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -54,7 +56,7 @@ def test_what_is_submitted_is_what_is_called(anyway: gradbank.Client, name: str)
 
 def test_steps_in_flight_may_be_of_any_size(anyway: gradbank.Client, name: str) -> None:
     there, here = anyway.open(name, losses.ContrastiveLoss()), losses.ContrastiveLoss()
-    sizes = (8, 2000, 40, 5000, 6000, 8, 0, 3000)  # of which the rooms of the first hold few
+    sizes = (8, 1100, 40, 1500, 2100, 8, 0, 1200)  # of which the rooms of the first hold few
     leaves = [batch(seed, rows) for seed, rows in enumerate(sizes)]
     futures = [there.submit(*each) for each in leaves]
     for seed, (future, (leaf, _)) in enumerate(zip(futures, leaves)):
@@ -96,6 +98,27 @@ def test_all_are_refused_by_name_where_all_are_wrong(anyway: gradbank.Client, na
             future.result()
     leaf, labels = batch(0)
     assert_same(there(leaf, labels), leaf, here, 0)
+
+
+def test_steps_in_shared_memory_survive_the_end_of_their_connection(name: str) -> None:
+    settings = ServerSettings(port=0, metrics_port=-1, drain_seconds=1, shared_memory=True)
+    with Server(settings) as running, gradbank.connect(running.address, timeout=20) as client:
+        there, here, where = client.open(name, memory()), memory(), random.Random(0)
+        waiting: list[Any] = []
+        for seed in range(60):
+            waiting += submitted(there, seed)
+            if seed % 4 == 2:
+                time.sleep(where.choice([0, 0.001, 0.004]))
+                for connection in list(running._shared._open):  # type: ignore[union-attr]
+                    connection.shutdown(socket.SHUT_RDWR)
+            while len(waiting) > 3:
+                future, leaf, of = waiting.pop(0)
+                assert_same(future.result(), leaf, here, of)
+        for future, leaf, of in waiting:
+            assert_same(future.result(), leaf, here, of)
+        assert client.via == "shm"
+        assert client.stats(name).steps == 60
+        assert torch.equal(there.local().embedding_memory, here.embedding_memory)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gradbank.distances import Distance
 from gradbank.engine.anchors import Gathered, Positives
@@ -144,6 +145,7 @@ class _OfNegatives(torch.autograd.Function):
         return total.log().add_(most)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         share, total = ctx.saved_tensors
         return share * torch.where(total > 0, gradient / total, 0)[:, None], None

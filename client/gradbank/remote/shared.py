@@ -4,6 +4,7 @@ import mmap
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TypeVar
@@ -35,6 +36,9 @@ class SharedSteps:
         self._room, self._answers = memoryview(b""), memoryview(b"")
         self._slots, self._wanted = 1, 1  # how many parts the rooms have, and are to have
         self._sent = self._answered = 0
+        self._early: deque[tuple[step_pb2.StepOutput, Tensor]] = (
+            deque()
+        )  # answers that were read before they were asked for
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._deadline = time.monotonic() + timeout
         try:
@@ -55,10 +59,15 @@ class SharedSteps:
         return self._sent - self._answered < self._slots and self._fits(step)
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
-        self._within(timeout, lambda: self._send(step, payload))
+        def send() -> None:
+            while not self.takes(step):  # several are sent again, over this connection that was made for them
+                self._early.append(self._receive())
+            self._send(step, payload)
+
+        self._within(timeout, send)
 
     def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
-        return self._within(timeout, self._receive)
+        return self._early.popleft() if self._early else self._within(timeout, self._receive)
 
     def close(self) -> None:
         with suppress(OSError):  # it may never have been connected

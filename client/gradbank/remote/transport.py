@@ -185,9 +185,7 @@ class GrpcSteps:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        steps = channel.stream_stream(
-            "/gradbank.v1.StepService/Steps", request_serializer=None, response_deserializer=response_frame
-        )
+        steps: Any = channel.stream_stream("/gradbank.v1.StepService/Steps", response_deserializer=response_frame)
         self._call = steps(self._encoded())
         self._watch = _Watch(self._call.cancel)
 

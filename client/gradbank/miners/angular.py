@@ -65,7 +65,7 @@ class AngularMiner(Miner):
 
         found, seen = TripletList(anchors.device), []
         counts = torch.empty_like(pairs[0])  # one piece: small ones would scatter what is free in between
-        chunk = max(1, ENTRIES // 2 // max(len(others), 1))  # pairs at a time, each with several numbers per entry
+        chunk = max(1, ENTRIES // 4 // max(len(others), 1))  # pairs at a time, each with several numbers per entry
         for start in range(0, len(counts), chunk):
             a, p, counted = (each[start : start + chunk] for each in (*pairs, counts))
             angles, wide, negatives = angles_of(a, p)

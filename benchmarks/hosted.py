@@ -107,7 +107,7 @@ def _of_pml(case: Case, seconds: float) -> float | str:
         return statistics.median(_seconds(step) for _ in range(max(3, int(seconds / first))))
     except (RuntimeError, MemoryError) as error:
         asked = re.search(r"allocate (\d+) bytes", str(error))
-        return f"asks for {int(asked[1]) / 2**30:,.1f} GiB" if asked else "out of memory"
+        return f"asks for {int(asked[1]) / 2**30:,.1f} GiB" if asked and int(asked[1]) > 2**30 else "out of memory"
     except NotImplementedError:
         return "has none"
 

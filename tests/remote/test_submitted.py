@@ -90,6 +90,34 @@ def test_one_that_is_refused_takes_no_other_along(anyway: gradbank.Client, name:
     assert anyway.stats(name).steps == 6
 
 
+def test_steps_behind_a_refused_one_are_fenced_if_their_stream_ends_before_they_are_sent_again(
+    anyway: gradbank.Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = anyway.open(name, memory()), memory()
+    for future, leaf, seed in submitted(there, 0, 1):  # from here on there is room for several
+        assert_same(future.result(), leaf, here, seed)
+    refused = there.submit(torch.full((12, 16), torch.nan), batch(0)[1])
+    behind = submitted(there, 2, 3)
+    steps, epoch = there.producer._steps, there.producer.epoch
+    receive, answers = steps.receive, iter([True, False])  # type: ignore[union-attr]
+
+    def cut(timeout: float) -> Any:
+        if next(answers):
+            return receive(timeout)
+        raise ServerUnavailable("cut")
+
+    monkeypatch.setattr(steps, "receive", cut)
+    with pytest.raises(NonFiniteError):
+        refused.result()
+    for future, _, _ in behind:
+        with pytest.raises(ServerUnavailable):
+            future.result()
+    for future, leaf, seed in submitted(there, 2, 4):
+        assert_same(future.result(), leaf, here, seed)
+    assert there.producer.epoch == epoch + 1
+    assert anyway.stats(name).steps == 4
+
+
 def test_all_are_refused_by_name_where_all_are_wrong(anyway: gradbank.Client, name: str) -> None:
     there, here = anyway.open(name, memory()), memory()
     wrong = [there.submit(torch.full((4, 16), torch.inf), torch.arange(4)) for _ in range(4)]

@@ -184,6 +184,7 @@ class Producer:
 
     def _read(self, transport: Transport, deadline: float) -> None:
         """Settles the oldest step in flight, or all of them if that fails."""
+        renumbered = False
         try:
             oldest, output, data = self._retried(lambda: self._answer(transport, deadline), deadline)
             if not self._flight or self._flight[0] is not oldest:
@@ -200,9 +201,10 @@ class Producer:
             if isinstance(oldest.error, InvalidUpdate):
                 oldest.drop_news()  # sending them again would be refused again
             self._doubts = [_Doubt(doubt.ticket, None) for doubt in self._doubts[1:]]
+            renumbered = True
             self._renumber(deadline)
         except BaseException as error:
-            self._give_up(error)
+            self._give_up(error, renumbered)
             if not isinstance(error, GradbankError):
                 raise
 
@@ -229,12 +231,12 @@ class Producer:
     def _renumber(self, deadline: float) -> None:
         """Sends what is in flight again, for the number before theirs was not used: the server refuses them as sent."""
         steps = self._steps
+        if steps is None:  # another thread found it broken, and the server may yet read what was sent over it
+            raise ServerUnavailable("the stream of steps ended behind a step that was refused")
         for _ in self._flight:
-            assert steps is not None  # the refusal came over it
             steps.receive(_left(deadline))
         for number, ticket in enumerate(self._flight):
             ticket.step.seq = self.last_seq + 1 + number
-            assert steps is not None
             steps.send(ticket.step, ticket.parts, _left(deadline))
 
     def _send(self, steps: Steps, ticket: Ticket, deadline: float) -> None:
@@ -250,8 +252,9 @@ class Producer:
             self._give_up(error)
             raise
 
-    def _give_up(self, error: BaseException) -> None:
-        """Lets go of what is in flight, which is in doubt from now on."""
+    def _give_up(self, error: BaseException, renumbered: bool = False) -> None:
+        """Lets go of what is in flight, which is in doubt from now on: to be sent again as it was, but for what may
+        have been sent under two numbers."""
         self._drop()
         told = (
             error if isinstance(error, GradbankError) else ServerUnavailable("the wait for its answer was interrupted")
@@ -259,7 +262,8 @@ class Producer:
         for ticket in self._flight:
             ticket.error = told
         known = {id(doubt.ticket) for doubt in self._doubts}
-        self._doubts += [_Doubt(t, _fingerprint(t)) for t in self._flight if id(t) not in known]
+        unknown = [ticket for ticket in self._flight if id(ticket) not in known]
+        self._doubts += [_Doubt(ticket, None if renumbered else _fingerprint(ticket)) for ticket in unknown]
         for ticket in self._flight:
             ticket.parts = []
         self._flight.clear()

@@ -285,3 +285,20 @@ def test_labels_are_needed_and_references_refused(name: str, options: dict[str, 
     if name in ("PNPLoss", "RankedListLoss"):
         with pytest.raises(ValueError, match="takes no indices_tuple"):
             loss(embeddings(), LABELS, triplets)
+
+
+@pytest.mark.parametrize("way", ["dense", "tiled"])
+def test_a_far_positive_of_a_ranked_list_weighs_all_and_makes_no_nan(way: str) -> None:
+    rows = torch.tensor([[1.0, 0.0], [900.0, 0.0], [0.0, 1.0], [0.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    distance = distances.LpDistance(normalize_embeddings=False)
+    loss_fn = ranking.RankedListLoss(margin=0.5, Tn=0, Tp=1, imbalance=0, distance=distance)
+    with engine.using(way):
+        loss = loss_fn(rows, torch.tensor([0, 0, 1, 1]))
+    loss.backward()
+    excess = torch.tensor([899.0, 899.0, 1.0, 1.0], dtype=torch.float64) - (1.25 - 0.5)
+    weight = excess.exp()
+    # exp(899) is more than float64 holds: next to it the 1e-5 B of the formula is nothing
+    wanted = torch.where(weight.isinf(), excess, weight * excess / (weight + 1e-5 * 4)).mean()
+    assert torch.allclose(loss, wanted)
+    assert rows.grad is not None
+    assert bool(rows.grad.isfinite().all())

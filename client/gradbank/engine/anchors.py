@@ -84,10 +84,14 @@ class Anchors:
         """`(b,)`: how many positives each anchor has."""
         return self.sum(self.positives.times)
 
+    def largest(self, values: Tensor) -> Tensor:
+        """`(P,)` values of the positives, the largest by anchor: `(b,)`, -inf where there are none; no gradient."""
+        none = values.new_full((self.size,), -torch.inf)
+        return none.scatter_reduce(0, self.positives.anchor, values.detach(), "amax")
+
     def logsumexp(self, values: Tensor) -> Tensor:
         """`(P,)` values of the positives, log-sum-exp by anchor: `(b,)`, -inf where there are none."""
-        most = values.new_full((self.size,), -torch.inf)
-        most = most.scatter_reduce(0, self.positives.anchor, values.detach(), "amax")
+        most = self.largest(values)
         some = ~most.isneginf()
         most = torch.where(some, most, 0)
         total = self.sum((values - self.each(most)).exp())

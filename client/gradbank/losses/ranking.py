@@ -115,12 +115,16 @@ class RankedListLoss(PairLoss):
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         assert self.alpha is not None
         excess = (anchors.s - (self.alpha - self.margin)).clamp(min=0)
-        weight = (self.Tp * excess).exp() * ((excess > 0) & (anchors.s > 0))
+        # weights are relative to the anchor's largest: of a far positive, the exponential alone may be infinite
+        most = anchors.largest(self.Tp * excess).clamp(min=0)
+        weight = (self.Tp * excess - anchors.each(most)).exp() * ((excess > 0) & (anchors.s > 0))
         far = [anchors.sum(x) for x in (weight, weight * excess)]
         near, others = anchors.found["near"][:2]
         assert others is not None
         least = 1e-5 * (anchors.number() + others + 1)  # of the B rows, the anchor itself among them
-        losses = (1 - self.imbalance) * far[1] / (far[0] + least) + self.imbalance * near[:, 1] / (near[:, 0] + least)
+        losses = (1 - self.imbalance) * far[1] / (far[0] + least * (-most).exp()) + self.imbalance * near[:, 1] / (
+            near[:, 0] + least
+        )
         return {"loss": anchors.per_anchor(losses)}
 
 

@@ -62,8 +62,9 @@ def train(
         hosted = with_bank(embeddings, labels)
         answered = time.perf_counter()
         loss = in_batch(embeddings, labels) + hosted
+        checked = step % CHECK_EVERY == 0
         adam.zero_grad()
-        loss.backward()
+        loss.backward(retain_graph=checked)
         adam.step()
         schedule.step()
         ended = time.perf_counter()
@@ -72,7 +73,7 @@ def train(
         course.server_s.append(at_server)
         course.network_s.append(answered - asked - at_server)
         course.model_s.append(ended - begun - (answered - asked))
-        if step % CHECK_EVERY == 0:
+        if checked:
             course.difference = max(course.difference, _difference(embeddings, hosted, twin, labels))
             course.checked += 1
         else:

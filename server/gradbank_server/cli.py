@@ -85,6 +85,9 @@ def demo(
 
     Exits with 1 if the network did not learn, or a remote gradient differs from the one computed here.
     """
+    from gradbank_server.threads import sleep_early
+
+    sleep_early()  # trainer and server share this machine
     from gradbank.errors import GradbankError
     from gradbank_server.demo import run
 

@@ -43,12 +43,12 @@ class LpDistance(Distance):
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         if self.p == 2 and max(len(query_emb), len(ref_emb)) > _DIRECT_AT_MOST:
-            return _recorded(_Euclidean, query_emb, ref_emb)
+            return _Euclidean.apply(query_emb, ref_emb)  # type: ignore[no-untyped-call, no-any-return]  # torch's
         return torch.cdist(query_emb, ref_emb, p=self.p)
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
         if (self.p, self.power) == (2, 2) and max(len(queries), len(references)) > _DIRECT_AT_MOST:
-            return _recorded(_SquaredEuclidean, queries, references)
+            return _SquaredEuclidean.apply(queries, references)  # type: ignore[no-untyped-call, no-any-return]  # torch's
         return super().matrix(queries, references)
 
     def tile(self, queries: Tensor, references: Tensor, squares: Tensor | None) -> Tensor:
@@ -69,12 +69,9 @@ class _SquaredEuclidean(torch.autograd.Function):
     """`|a - b|^2 = |a|^2 + |b|^2 - 2 a . b`, by one matrix product each way."""
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
         return squared_distances(a, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -86,12 +83,10 @@ class _Euclidean(torch.autograd.Function):
     """Its square root: `torch.cdist`, which copies both its arguments for each matrix."""
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return squared_distances(a, b).sqrt_()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        d = squared_distances(a, b).sqrt_()
+        ctx.save_for_backward(a, b, d)
+        return d
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -99,12 +94,6 @@ class _Euclidean(torch.autograd.Function):
         weight, total = _over(gradient.clone(), d)
         of_a, of_b = ctx.needs_input_grad
         return toward(a, b, weight, 1, of_a, of_b, total)
-
-
-def _recorded(function: type[torch.autograd.Function], a: Tensor, b: Tensor) -> Tensor:
-    """The function of a and b, without the record of it where nobody will ask for a gradient."""
-    way: Callable[[Tensor, Tensor], Tensor] = function.apply if torch.is_grad_enabled() else function.forward
-    return way(a, b)
 
 
 def _over(weight: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from gradbank.engine.counting import count
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.dense import dense, listed
 from gradbank.engine.each import every_pair, every_positive, triplets_of
-from gradbank.engine.eager import at_once, by_autograd, eager
+from gradbank.engine.eager import at_once, eager
 from gradbank.engine.functions import Linear, Ramp, Sloped
 from gradbank.engine.hinge import Hinge
 from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices, named_weight
@@ -119,20 +119,16 @@ def evaluate(
         return listed(loss, embeddings, references, pairs)
     engine, bounds = _forced.get()
     if engine == "auto":
-        entries = len(embeddings) * len(references) * references.vectors
-        engine = "dense" if entries <= _small(loss, embeddings, pairs) else "tiled"
-
-    def with_inputs(inputs: tuple[Tensor, ...]) -> tuple[Tensor, References]:
-        return inputs[0], replace(references, pieces=inputs[1 : 1 + len(references.pieces)])
+        engine = "dense" if _is_small(loss, embeddings, references, pairs) else "tiled"
 
     def in_tiles(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
-        return tiled(loss, *with_inputs(inputs), pairs, list(learned), needed, bounds)
+        given = replace(references, pieces=inputs[1 : 1 + len(references.pieces)])
+        return tiled(loss, inputs[0], given, pairs, list(learned), needed, bounds)
 
-    def whole(inputs: tuple[Tensor, ...]) -> Tensor:
-        return dense(loss, *with_inputs(inputs), pairs)
-
-    evaluation = by_autograd(whole, 1 + len(references.pieces)) if engine == "dense" else in_tiles
-    value = eager(evaluation, (embeddings, *references.pieces, *learned), owned=engine == "tiled")
+    if engine == "dense":
+        value = dense(loss, embeddings, references, pairs)
+    else:
+        value = eager(in_tiles, (embeddings, *references.pieces, *learned), owned=True)
     if loss.reducer.collects:
         count(loss, lambda counting: look(counting, embeddings, references, pairs))
     return value
@@ -150,28 +146,23 @@ def evaluate_triplets(
     references: References,
     triplets: tuple[Tensor, Tensor, Tensor],
     labels: Tensor | None = None,
-    learned: Sequence[Tensor] = (),
 ) -> Any:
     """The loss of triplets `(a, p, n)` that were named one by one, as `evaluate`."""
-    if loss.reducer.needs_list:
-        return of_triplets(loss, embeddings, references, triplets, labels)
-
-    def whole(inputs: tuple[Tensor, ...]) -> Tensor:
-        made: Tensor = of_triplets(loss, inputs[0], replace(references, pieces=inputs[1:]), triplets, labels)
-        return made
-
-    value = at_once(whole, (embeddings, *references.pieces), learned)
-    if loss.reducer.collects:
+    value = of_triplets(loss, embeddings, references, triplets, labels)
+    if loss.reducer.collects and not loss.reducer.needs_list:
         rows, others = embeddings.detach(), references.detach()
         count(loss, lambda counting: evaluate_triplets(counting, rows, others, triplets, labels))
     return value
 
 
-def _small(loss: Declaration, embeddings: Tensor, pairs: Pairs) -> int:
-    """How large a matrix may be to be worth holding whole: not at all where a statistic would hold more than that."""
+def _is_small(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> bool:
+    """Whether the matrix is worth holding whole: a larger one is not where a statistic would hold more than that."""
+    entries = len(embeddings) * len(references) * references.vectors
+    if entries <= 2**12 or entries > 2**18:
+        return entries <= 2**12
     none = embeddings.new_zeros(0)
     nothing, place = Positives(none, none.long(), none, none.long()), slice(0, len(embeddings))
     anchors = Anchors(len(embeddings), pairs.anchor_labels, embeddings.detach(), nothing, place=place)
     with torch.no_grad():
         wanted = loss.negatives(anchors).values()
-    return 2**12 if any(statistic.needs_positives for statistic in wanted) else 2**18
+    return not any(statistic.needs_positives for statistic in wanted)

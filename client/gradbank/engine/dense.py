@@ -58,7 +58,8 @@ def _whole(
     """The `(B, M)` matrix, the anchors with their positives, and which entries are negatives."""
     rows, columns = slice(0, len(embeddings)), slice(0, len(references))
     whole = references.whole().to(embeddings.dtype)
-    s = loss.distance.matrix(loss.distance.prepare(embeddings), loss.distance.prepare(whole))
+    queries = loss.distance.prepare(embeddings)
+    s = loss.distance.matrix(queries, queries if whole is embeddings else loss.distance.prepare(whole))
     flat, counts, negatives = pairs.tile(rows, columns)
     width = max(len(whole), 1)
     positives = Positives(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbank.engine.precision import full_precision
+
 Evaluation = Callable[[tuple[Tensor, ...], tuple[bool, ...]], tuple[Tensor, list[Tensor | None]]]
 
 
@@ -20,8 +22,8 @@ def eager(evaluation: Evaluation, inputs: tuple[Tensor, ...], owned: bool = Fals
         owned: whether no gradient shares its memory with anything: then a backward pass that is the last writes to
             them, and those of large weights are not held twice.
     """
-    if not torch.is_grad_enabled():  # then autograd would still say that gradients are needed
-        inputs = tuple(each.detach() for each in inputs)
+    if not torch.is_grad_enabled():
+        return evaluation(inputs, (False,) * len(inputs))[0]
     return _Eager.apply(evaluation, owned, *inputs)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -36,31 +38,25 @@ def at_once(
     What comes down in the backward pass then multiplies all of each gradient at its end, as it does that of a server:
     the two are equal to the last bit.
     """
-    return eager(by_autograd(whole, len(inputs)), (*inputs, *learned), owned)
-
-
-def by_autograd(whole: Callable[[tuple[Tensor, ...]], Tensor], copied: int) -> Evaluation:
-    """The evaluation that differentiates `whole(inputs)` by autograd.
-
-    Args:
-        copied: how many of the inputs `whole` takes from its argument; the others it has by itself, as a loss has its
-            parameters.
-    """
+    copied = len(inputs)
 
     def evaluation(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
-        leaves = tuple(each.detach().requires_grad_(need) for each, need in zip(inputs[:copied], needed))
-        wanted = [leaf for leaf, need in zip((*leaves, *inputs[copied:]), needed) if need]
+        # a tensor that is given twice, as a batch is that is compared with itself, is one leaf
+        own = {id(each): each.detach().requires_grad_(need) for each, need in zip(inputs[:copied], needed)}
+        given = (*(own[id(each)] for each in inputs[:copied]), *inputs[copied:])
+        wanted = list({id(each): each for each, need in zip(given, needed) if need}.values())
         with torch.set_grad_enabled(bool(wanted)):
-            value = whole(leaves)
-        if not value.requires_grad:  # nothing of the inputs reached the loss, or nothing is wanted
-            return value, [torch.zeros_like(leaf) for leaf in wanted]
-        made = torch.autograd.grad(value, wanted, allow_unused=True)
-        own = sum(needed[:copied])
-        return value.detach(), [
-            torch.zeros_like(w) if g is None and i < own else g for i, (w, g) in enumerate(zip(wanted, made))
-        ]
+            value = whole(given[:copied])
+        made: Sequence[Tensor | None] = [None] * len(wanted)
+        if value.requires_grad:  # else nothing of the inputs reached the loss, or nothing is wanted
+            with full_precision(value.device):  # autocast is meant for the forward pass
+                made = torch.autograd.grad(value, wanted, allow_unused=True)
+        leaves = {id(leaf) for leaf in own.values()}
+        found = {id(w): torch.zeros_like(w) if g is None and id(w) in leaves else g for w, g in zip(wanted, made)}
+        # the first of two that are one gets the gradient
+        return value.detach(), [found.pop(id(each), None) for each, need in zip(given, needed) if need]
 
-    return evaluation
+    return eager(evaluation, (*inputs, *learned), owned)
 
 
 def refuse_second_derivatives() -> None:
@@ -82,7 +78,7 @@ def scaled(gradients: Iterable[Tensor | None], grad_output: Tensor, owned: bool)
     """
     batched = torch._C._functorch.is_batchedtensor(grad_output)  # which may not be looked at, nor written from
     if owned and not batched and not torch._C._autograd._get_current_graph_task_keep_graph():
-        if grad_output.device.type == "cpu" and grad_output == 1:
+        if grad_output.device.type == "cpu" and grad_output.item() == 1:
             return list(gradients)
         return [None if each is None else each.mul_(grad_output.to(each)) for each in gradients]
     return [None if each is None else each * grad_output.to(each) for each in gradients]

@@ -1,6 +1,7 @@
 """Which references are positives and negatives of which anchors, read one tile at a time."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,15 @@ class TilePairs(NamedTuple):
     positives: Tensor  # (P,) int64: position in the flattened tile, row * width + column
     counts: Tensor | None  # (P,) how often each positive counts; None is once
     negatives: Tensor  # (rows, width): bool, or how often each entry counts as a negative
+
+
+class Groups(NamedTuple):
+    """The labels of a batch, each as its place among those that are distinct, and the references that have one."""
+
+    number: int  # of distinct labels
+    of_anchor: Tensor  # (B,) int64
+    met: Tensor  # int64: the references that are positives of some anchor, by column
+    of_met: Tensor  # int64: their labels
 
 
 class Pairs:
@@ -77,11 +87,6 @@ class LabelledPairs(Pairs):
         self.anchor_labels = labels
         self.anchor_weight = anchor_weight
         self.names_positives = positives
-        # each label as its place among the batch's own, in which few references have one
-        self.known, self.group = torch.unique(labels, return_inverse=True)
-        place = _places(self.known, ref_labels)
-        self.met = (place >= 0).nonzero().squeeze(1)  # the references that are positives of some anchor, by column
-        self.met_group = place.index_select(0, self.met)
 
     def tile(self, rows: slice, columns: slice) -> TilePairs:
         same = self.labels[rows, None] == self.ref_labels[columns]
@@ -93,19 +98,29 @@ class LabelledPairs(Pairs):
         same = same if self.names_positives else same[:0]
         return TilePairs(same.view(-1).nonzero().squeeze(1), None, negatives)
 
+    @cached_property
+    def groups(self) -> Groups:
+        """The batch's labels, in which few references have one."""
+        known, of_anchor = torch.unique(self.labels, return_inverse=True)
+        place = _places(known, self.ref_labels)
+        met = (place >= 0).nonzero().squeeze(1)
+        return Groups(len(known), of_anchor, met, place.index_select(0, met))
+
     def most_positives(self) -> Tensor:
-        return torch.bincount(self.met_group, minlength=len(self.known))[self.group]
+        groups = self.groups
+        return torch.bincount(groups.of_met, minlength=groups.number)[groups.of_anchor]
 
     def listing(self, rows: slice, edges: Tensor) -> Listing | None:
         # the anchors in order of their group, then each met reference with all anchors of its group
-        group = self.group[rows]
+        number, of_anchor, met, of_met = self.groups
+        group = of_anchor[rows]
         order = group.argsort()
-        size = torch.bincount(group, minlength=len(self.known))
+        size = torch.bincount(group, minlength=number)
         start = size.cumsum(0) - size
-        times = size[self.met_group]
-        column = self.met.repeat_interleave(times)
+        times = size[of_met]
+        column = met.repeat_interleave(times)
         within = torch.arange(len(column), device=column.device) - (times.cumsum(0) - times).repeat_interleave(times)
-        row = order[start[self.met_group].repeat_interleave(times) + within]
+        row = order[start[of_met].repeat_interleave(times) + within]
         own = None if self.own is None else column == self.own[rows][row]
         own = own if self.names_positives else torch.ones_like(column, dtype=torch.bool)
         return Listing.of(row, column, own, edges)

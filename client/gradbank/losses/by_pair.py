@@ -1,7 +1,6 @@
 """Losses whose anchors are positive pairs: each `(a, p)` is compared with the negatives of a."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from gradbank.engine import (
     Part,
     References,
     Statistic,
-    at_once,
     evaluate,
     every_positive,
     listed_distances,
@@ -91,20 +89,11 @@ def swapped_triplets(
     pair, which = torch.unique(a * len(references) + p, return_inverse=True)
     first, second = pair // max(len(references), 1), pair % max(len(references), 1)
 
-    def parts(embeddings: Tensor, references: References) -> dict[str, Any]:
-        near = listed_distances(loss.distance, embeddings, references, a, p)
-        queries = torch.cat([embeddings[first], references.take(second)], 1)
-        far = listed_distances(_NearerOfTwo(loss.distance), queries, references, which, n)
-        return {"loss": {"losses": cost(near, far), "indices": triplets, "reduction_type": "triplet"}}
-
-    if loss.reducer.needs_list:
-        return loss.reducer(parts(embeddings, references), embeddings, labels)
-
-    def whole(inputs: tuple[Tensor, ...]) -> Tensor:
-        made: Tensor = loss.reducer(parts(inputs[0], replace(references, pieces=inputs[1:])), inputs[0], labels)
-        return made
-
-    return at_once(whole, (embeddings, *references.pieces))
+    near = listed_distances(loss.distance, embeddings, references, a, p)
+    queries = torch.cat([embeddings[first], references.take(second)], 1)
+    far = listed_distances(_NearerOfTwo(loss.distance), queries, references, which, n)
+    parts = {"loss": {"losses": cost(near, far), "indices": triplets, "reduction_type": "triplet"}}
+    return loss.reducer(parts, embeddings, labels)
 
 
 class _Swapped:

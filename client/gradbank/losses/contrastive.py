@@ -152,20 +152,20 @@ def _mean_of_negatives(distance: Distance, embeddings: Tensor, references: Refer
     if not distance.is_product or not isinstance(pairs, LabelledPairs):
         mean: Tensor = evaluate(_MeanOfNegatives(distance), embeddings, references, pairs)
         return mean
-    groups = len(pairs.known)
+    groups, of_anchor, met, of_met = pairs.groups
     # what gets a gradient is converted once, so that its gradient is rounded once
     given = tuple(p.to(embeddings.dtype) if p.requires_grad else p for p in references.pieces)
     references = replace(references, pieces=given)
     queries = distance.prepare(embeddings).double()
-    of_group = queries.new_zeros(groups, queries.shape[1]).index_add(0, pairs.group, queries)
+    of_group = queries.new_zeros(groups, queries.shape[1]).index_add(0, of_anchor, queries)
     everything, weight = queries.new_zeros(queries.shape[1]), embeddings.new_ones(len(references))
     for columns, _, _ in references.tiles(2**11):
         rows, inverse, _ = references.prepared(distance, columns, embeddings.dtype)
         if inverse is not None:
             weight[columns] = inverse.squeeze(1)
         everything = everything + rows.sum(0).double()
-    alike = references.sums(pairs.met, pairs.met_group, weight[pairs.met], groups).double()
-    sizes = (torch.bincount(group, minlength=groups) for group in (pairs.group, pairs.met_group))
+    alike = references.sums(met, of_met, weight[met], groups).double()
+    sizes = (torch.bincount(group, minlength=groups) for group in (of_anchor, of_met))
     number = len(queries) * len(references) - torch.stack(list(sizes)).prod(0).sum()
     total = queries.sum(0) @ everything - (of_group * alike).sum()
     return (total / number.clamp(min=1)).to(embeddings.dtype) * (number > 0)

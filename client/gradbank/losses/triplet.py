@@ -54,7 +54,7 @@ class TripletLoss(PairLoss):
         self, embeddings: Tensor, references: References, triplets: tuple[Tensor, Tensor, Tensor], labels: Tensor | None
     ) -> Any:
         """The loss of triplets `(a, p, n)`, without its regularizer."""
-        return evaluate_triplets(self, embeddings, references, triplets, labels, self.learned())
+        return evaluate_triplets(self, embeddings, references, triplets, labels)
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         if self.triplets_per_anchor == "all" or not isinstance(pairs, LabelledPairs):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradbank.errors import InvalidRequest
 from gradbank.v1 import step_pb2, tensor_pb2
-from gradbank.wire import TensorReader, argument_values, describe, torch_dtype
+from gradbank.wire import TensorReader, argument_values, describe, torch_dtype, wire_dtype
 from gradbank_server.sessions import Answer, Backward, Batch, OptimizerStep, WeightEvent, ZeroGradient
 
 _HIGHEST = 15  # below 2 to this, float16 has all of its digits
@@ -59,8 +59,8 @@ def check_gradient_dtype(step: step_pb2.StepInput) -> None:
 
 def answer_message(answer: Answer, rounded: int) -> tuple[step_pb2.StepOutput, list[memoryview]]:
     """An answer, and the bytes of its tensors: gradients rounded to a dtype of the wire, or as they are for 0."""
-    loss, _ = describe(answer.loss)
-    output = step_pb2.StepOutput(loss=answer.value, loss_dtype=loss.dtype, bank_rows=answer.bank_rows)
+    dtype = wire_dtype(answer.loss.dtype)
+    output = step_pb2.StepOutput(loss=answer.value, loss_dtype=dtype, bank_rows=answer.bank_rows)
     payload = []
     for field in ("embeddings_gradient", "ref_emb_gradient"):
         gradient = getattr(answer, field)

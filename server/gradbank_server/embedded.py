@@ -15,6 +15,7 @@ from gradbank.v1 import session_pb2, stats_pb2, step_pb2
 from gradbank.wire import assembled
 from gradbank_server.service.server import device_named
 from gradbank_server.service.service import Service
+from gradbank_server.service.steps import Arrived
 from gradbank_server.settings import ServerSettings
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class EmbeddedTransport:
     def step(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> tuple[step_pb2.StepOutput, Tensor]:
         def stepped() -> tuple[step_pb2.StepOutput, Tensor]:
             self._service.check_step(step)
-            output, data = self._service.step(step, assembled(payload), time.perf_counter())
+            output, data = self._service.step(Arrived.of(step, assembled(payload), time.perf_counter()))
             return output, assembled(data)
 
         return self._guarded(stepped)

@@ -15,9 +15,18 @@ from gradbank import losses
 from gradbank.errors import DeadlineExceeded, InvalidRequest, NonFiniteError, ServerUnavailable
 from gradbank.remote.future import StepFuture
 from gradbank_server.service import Server
+from gradbank_server.service.steps import Arrived
+from gradbank_server.sessions import Session
 from gradbank_server.settings import ServerSettings
 
 from .conftest import DOWN, UP
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "read-ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the server read the next step meanwhile whatever its size, too."""
+    if request.param:
+        monkeypatch.setattr("gradbank_server.service.steps.CHUNK_BYTES", 0)
 
 
 def memory() -> losses.CrossBatchMemory:
@@ -147,6 +156,31 @@ def test_steps_in_shared_memory_survive_the_end_of_their_connection(name: str) -
         assert client.via == "shm"
         assert client.stats(name).steps == 60
         assert torch.equal(there.local().embedding_memory, here.embedding_memory)
+
+
+@pytest.mark.parametrize("via", ["tcp", "unix", "shm"])
+def test_a_large_step_is_decoded_while_the_one_before_is_computed(
+    nearby: Server, name: str, via: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, decoded, step, of = threading.Event(), threading.Semaphore(0), Session.step, Arrived.of
+
+    def held_up(session: Session, rank: int, epoch: int, seq: int, *rest: Any) -> Any:
+        assert seq != 3 or released.wait(20)
+        return step(session, rank, epoch, seq, *rest)
+
+    def seen(*args: Any) -> Arrived:
+        decoded.release()
+        return of(*args)
+
+    monkeypatch.setattr(Session, "step", held_up)
+    monkeypatch.setattr(Arrived, "of", seen)
+    with gradbank.connect(nearby.address, timeout=30, via=via) as client:
+        there, large = client.open(name, losses.ContrastiveLoss()), torch.randn(300, 1024)
+        futures = [there.submit(large, torch.arange(300) % 7) for _ in range(4)]
+        fourth = all(decoded.acquire(timeout=10) for _ in range(4))
+        released.set()
+        assert len({future.result().item() for future in futures}) == 1
+    assert fourth, "the fourth step was not read while the third was computed"
 
 
 @pytest.fixture

@@ -180,7 +180,8 @@ class StepInput(_message.Message):
     """DTYPE_BFLOAT16 or DTYPE_FLOAT16, to have gradients rounded to it. Left out, they are as StepOutput says."""
     answered_seq: _builtins.int
     """Every step up to this one was answered, and the answer read: none will be asked for again, and the server lets go of
-    them. 0 is none; then the last five are kept.
+    them. 0 is none; then the last five are kept. Where it is not the step before this one, the server takes the trainer
+    to have more on their way, and reads the next large one while it computes this one.
     """
     @_builtins.property
     def embeddings(self) -> _tensor_pb2.Tensor:
@@ -447,7 +448,7 @@ class Timings(_message.Message):
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     ENCODE_S_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
-    """From the last byte's arrival to the session's turn."""
+    """Waiting for the session's turn, behind steps of other trainers or of this one; decoding is not part of it."""
     decode_s: _builtins.float
     """Bytes to tensors."""
     compute_s: _builtins.float

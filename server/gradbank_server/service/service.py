@@ -6,11 +6,9 @@ gRPC's servicers and the embedded transport both call these, so a loss does the 
 import math
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Iterator
 
 import torch
-import xxhash
 from torch import Tensor
 
 from gradbank import __version__
@@ -29,7 +27,7 @@ from gradbank.wire import (
 from gradbank_server.build import build_loss, import_components
 from gradbank_server.service.catalog import component_infos
 from gradbank_server.service.faults import fault
-from gradbank_server.service.steps import answer_message, batch_of, check_gradient_dtype, tensors_of
+from gradbank_server.service.steps import Arrived, answer_message, check_gradient_dtype, tensors_of
 from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions
 from gradbank_server.settings import ServerSettings
 from gradbank_server.stats import Metrics
@@ -123,52 +121,38 @@ class Service:
             raise InvalidRequest(f"the step's tensors take {size} bytes, but its payload has {step.payload_bytes}")
         check_gradient_dtype(step)
 
-    def step(self, step: step_pb2.StepInput, payload: Tensor, arrived: float) -> tuple[step_pb2.StepOutput, Payload]:
-        """Carries out a step that was checked. A failure is data: an output with `error` set."""
-        name = "unknown"
+    def step(self, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
+        """Carries out a step. A failure is data: an output with `error` set."""
+        step, name = arrived.step, "unknown"
         try:
+            if arrived.refused is not None:
+                raise arrived.refused
             session = self.sessions[step.session]
             name = session.spec.title()
-            return self._stepped(session, step, payload, arrived)
+            return self._stepped(session, arrived)
         except GradbankError as error:
-            return self.refused(step, error, name)
+            self.metrics.stepped(name, "rejected")
+            return step_pb2.StepOutput(seq=step.seq, error=error_message(error)), []
 
-    def answered(
-        self, step: step_pb2.StepInput, payload: Tensor, arrived: float
-    ) -> tuple[step_pb2.StepOutput, Payload]:
+    def answered(self, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
         """The same, for a trainer elsewhere: of a fault of ours he is told an id, and the log has the rest."""
         try:
-            return self.step(step, payload, arrived)
+            return self.step(arrived)
         except Exception as error:
             self.metrics.stepped("unknown", "failed")
-            return step_pb2.StepOutput(seq=step.seq, error=error_message(fault(error))), []
+            return step_pb2.StepOutput(seq=arrived.step.seq, error=error_message(fault(error))), []
 
-    def refused(
-        self, step: step_pb2.StepInput, error: GradbankError, name: str = "unknown"
-    ) -> tuple[step_pb2.StepOutput, Payload]:
-        """The answer of a step that was not carried out, by the loss of that name."""
-        self.metrics.stepped(name, "rejected")
-        return step_pb2.StepOutput(seq=step.seq, error=error_message(error)), []
-
-    def _stepped(
-        self, session: Session, step: step_pb2.StepInput, payload: Tensor, arrived: float
-    ) -> tuple[step_pb2.StepOutput, Payload]:
-        begun = time.perf_counter()
-        batch = batch_of(step, payload)
-        # what a retry must repeat; the header says where, the payload what
-        digest = xxhash.xxh3_64_intdigest(
-            payload.numpy().data, seed=zlib.crc32(step.SerializeToString(deterministic=True))
-        )
-        decoded = time.perf_counter()
-        answer, replayed, waited = session.step(step.rank, step.epoch, step.seq, digest, batch)
+    def _stepped(self, session: Session, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
+        step, begun = arrived.step, time.perf_counter()
+        answer, replayed, waited = session.step(step.rank, step.epoch, step.seq, arrived.digest, arrived.batch)
         computed = time.perf_counter()
         output, data = answer_message(answer, step.gradient_dtype)
         output.seq, output.replayed = step.seq, replayed
         output.payload_bytes = sum(len(part) for part in data)
         seconds = {
-            "queue": begun - arrived + waited,
-            "decode": decoded - begun,
-            "compute": computed - decoded - waited,
+            "queue": begun - arrived.at - arrived.decode_s + waited,
+            "decode": arrived.decode_s,
+            "compute": computed - begun - waited,
             "encode": time.perf_counter() - computed,
         }
         output.timings.CopyFrom(step_pb2.Timings(**{f"{phase}_s": spent for phase, spent in seconds.items()}))

@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import NoReturn
 
 import grpc
 import structlog
-from torch import Tensor
 
 from gradbank.errors import GradbankError, InvalidRequest
 from gradbank.v1 import (
@@ -30,9 +29,11 @@ from gradbank.wire import (
     request_frame,
     status_of,
 )
+from gradbank_server.service.ahead import Ahead
 from gradbank_server.service.faults import fault
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
+from gradbank_server.service.steps import Arrived
 
 log = structlog.get_logger()
 
@@ -123,14 +124,13 @@ class StepServicer:
         )
 
     def Steps(self, requests: Iterator[Frame | InvalidRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _status(context), self._gate.stream():
-            for step, payload, refused in self._assembled(requests):
+        with _status(context), self._gate.stream(), closing(Ahead(self._arriving(requests))) as steps:
+            for arrived in steps:
                 self._gate.check()
-                if refused is None:
-                    output, data = self._service.answered(step, payload, time.perf_counter())
-                else:
-                    output, data = self._service.refused(step, refused)
-                del payload  # each before the next one comes, for it may be large
+                if arrived.next_is_worth_reading:
+                    steps.read()
+                output, data = self._service.answered(arrived)
+                del arrived  # before the next one comes, for it may be large
                 for i, part in enumerate(chunks(data)):
                     # as bytes: gRPC holds on to the last one until the next, and a frame would hold the whole answer
                     yield Frame(output if i == 0 else None, part).encoded()
@@ -141,14 +141,12 @@ class StepServicer:
             self._gate.check()
             self._service.check_step(request.step)
             payload = assembled([memoryview(request.payload)])
-            output, data = self._service.answered(request.step, payload, time.perf_counter())
+            output, data = self._service.answered(Arrived.of(request.step, payload, time.perf_counter()))
             if output.HasField("error"):
                 raise error_of(output.error)
             return step_pb2.StepResponse(step=output, payload=b"".join(data))
 
-    def _assembled(
-        self, requests: Iterator[Frame | InvalidRequest]
-    ) -> Iterator[tuple[step_pb2.StepInput, Tensor, GradbankError | None]]:
+    def _arriving(self, requests: Iterator[Frame | InvalidRequest]) -> Iterator[Arrived]:
         """Whole steps; one that is refused by its header is read to its end, but not kept."""
         while (frame := _next(requests)) is not None:
             if frame.step is None:
@@ -173,10 +171,11 @@ class StepServicer:
                     return  # the trainer went away in the middle of a step: nothing happened
                 if frame.step is not None:
                     raise InvalidRequest(f"step {step.seq} was not complete when the next one began")
-            whole = payload.payload()
-            del payload, frame
-            yield step, whole, refused
-            del whole
+            at = time.perf_counter()
+            arrived = Arrived.refusal(step, refused) if refused else Arrived.of(step, payload.payload(), at)
+            del payload, frame  # while it waits for the next one, nothing of this one is held here
+            yield arrived
+            del arrived
 
 
 def _next(requests: Iterator[Frame | InvalidRequest]) -> Frame | None:

@@ -7,7 +7,8 @@ import struct
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import structlog
@@ -16,10 +17,12 @@ from google.protobuf.message import DecodeError
 from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded
 from gradbank.v1 import shared_pb2, step_pb2
 from gradbank.wire import PACKET_BYTES, WINDOW, assembled, error_message, gradient_bytes
+from gradbank_server.service.ahead import Ahead
 from gradbank_server.service.faults import fault
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.room import Budget, Room, check_shareable
 from gradbank_server.service.service import Service
+from gradbank_server.service.steps import Arrived
 
 log = structlog.get_logger()
 
@@ -87,6 +90,8 @@ class SharedMemory:
             finally:
                 with self._lock:
                     self._open.discard(connection)
+                with suppress(OSError):  # the trainer may have ended it
+                    connection.shutdown(socket.SHUT_RDWR)  # which wakes a thread that reads ahead, as closing does not
 
     def _check_user(self, connection: socket.socket) -> None:
         """Refuses the processes of other users, should they get at the socket."""
@@ -104,26 +109,37 @@ class _Conversation:
         self._service, self._gate, self._budget, self._connection = service, gate, budget, connection
         self._steps: Room | None = None
         self._answers: Room | None = None
-        self._number = 0  # of the next step in these rooms
+        self._taken = self._answered = 0  # how many steps, in these rooms
 
     def hold(self) -> None:
         """Answers until the trainer goes away, and lets go of the memory."""
         self._send(shared_pb2.SharedResponse(boot_id=self._service.boot_id))
-        packet = bytearray(PACKET_BYTES + 1)
         try:
-            while size := self._connection.recv_into(packet):
-                arrived = time.perf_counter()
-                request = _read(packet, size)
-                self._gate.check()
-                match request.WhichOneof("request"):
-                    case "step":
-                        self._step(request.step, arrived)
-                    case "rooms":
-                        self._make_rooms(request.rooms)
-                    case None:
-                        raise InvalidRequest("a request asks for nothing: set rooms or step")
+            with closing(Ahead(self._arriving())) as requests:
+                for request in requests:
+                    self._gate.check()
+                    if isinstance(request, shared_pb2.Rooms):
+                        self._make_rooms(request)
+                        continue
+                    if request.next_is_worth_reading:
+                        requests.read()
+                    self._answer(request)
         finally:
             self._leave_rooms()
+
+    def _arriving(self) -> Iterator[Arrived | shared_pb2.Rooms]:
+        """What the trainer asks for. Rooms are made by who takes in what comes from here, for a step may use them."""
+        packet = bytearray(PACKET_BYTES + 1)
+        while size := self._connection.recv_into(packet):
+            at = time.perf_counter()
+            request = _read(packet, size)
+            match request.WhichOneof("request"):
+                case "step":
+                    yield self._arrived(request.step, at)
+                case "rooms":
+                    yield request.rooms
+                case None:
+                    raise InvalidRequest("a request asks for nothing: set rooms or step")
 
     def _make_rooms(self, asked: shared_pb2.Rooms) -> None:
         self._leave_rooms()
@@ -143,7 +159,7 @@ class _Conversation:
             descriptors = [room.descriptor for room in made]
             socket.send_fds(self._connection, [response.SerializeToString()], descriptors)
             self._steps, self._answers = made
-            self._number = 0
+            self._taken = self._answered = 0
         except BaseException:
             self._budget.give_back(sum(sizes) * asked.slots)
             raise
@@ -157,22 +173,13 @@ class _Conversation:
                 self._budget.give_back(len(room.bytes))
         self._steps = self._answers = None
 
-    def _step(self, step: step_pb2.StepInput, arrived: float) -> None:
-        output, data = self._carried_out(step, arrived)
-        if data:
-            assert self._answers is not None  # else it was not carried out
-            slot, start = self._answers.slot(self._number), 0
-            for part in data:
-                slot[start : start + len(part)] = part
-                start += len(part)
-        self._number += 1
-        self._send(shared_pb2.SharedResponse(step=output))
-
-    def _carried_out(self, step: step_pb2.StepInput, arrived: float) -> tuple[step_pb2.StepOutput, list[memoryview]]:
+    def _arrived(self, step: step_pb2.StepInput, at: float) -> Arrived:
+        number = self._taken
+        self._taken += 1
         try:
             self._service.check_step(step)
         except GradbankError as error:
-            return self._service.refused(step, error)
+            return Arrived.refusal(step, error)
         steps, answers = self._steps, self._answers
         if steps is None or answers is None or step.payload_bytes > steps.size or gradient_bytes(step) > answers.size:
             raise InvalidRequest(
@@ -180,8 +187,18 @@ class _Conversation:
                 "them first"
             )
         # a copy, before anything is made of it: the trainer's process may write there at any time
-        payload = assembled([steps.slot(self._number)[: step.payload_bytes]])
-        return self._service.answered(step, payload, arrived)
+        return Arrived.of(step, assembled([steps.slot(number)[: step.payload_bytes]]), at)
+
+    def _answer(self, arrived: Arrived) -> None:
+        output, data = self._service.answered(arrived)
+        if data:
+            assert self._answers is not None  # else it was not carried out
+            slot, start = self._answers.slot(self._answered), 0
+            for part in data:
+                slot[start : start + len(part)] = part
+                start += len(part)
+        self._answered += 1
+        self._send(shared_pb2.SharedResponse(step=output))
 
     def _send(self, response: shared_pb2.SharedResponse) -> None:
         self._connection.sendall(response.SerializeToString())

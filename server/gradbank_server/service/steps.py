@@ -1,17 +1,61 @@
 """Steps and answers: messages to and from what a session takes and gives."""
 
 import math
+import time
+import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
-from gradbank.errors import InvalidRequest
+from gradbank.errors import GradbankError, InvalidRequest
 from gradbank.v1 import step_pb2, tensor_pb2
-from gradbank.wire import TensorReader, argument_values, describe, torch_dtype, wire_dtype
+from gradbank.wire import CHUNK_BYTES, TensorReader, argument_values, describe, torch_dtype, wire_dtype
 from gradbank_server.sessions import Answer, Backward, Batch, OptimizerStep, WeightEvent, ZeroGradient
 
 _HIGHEST = 15  # below 2 to this, float16 has all of its digits
+
+
+class Arrived(NamedTuple):
+    """A step, when all of it is there.
+
+    Attributes:
+        batch: what its session is asked to do.
+        digest: what a retry must repeat: of the header, which says where, and of the payload, which says what.
+        at: when its last byte came, of `time.perf_counter`; decode_s: how many seconds it took to make the rest of it.
+        refused: why it is not to be carried out; then there is no batch.
+    """
+
+    step: step_pb2.StepInput
+    batch: Batch
+    digest: int
+    at: float
+    decode_s: float
+    refused: GradbankError | None = None
+
+    @staticmethod
+    def of(step: step_pb2.StepInput, payload: Tensor, at: float) -> "Arrived":
+        """A step that was checked, and the bytes of its tensors."""
+        begun = time.perf_counter()
+        try:
+            batch = batch_of(step, payload)
+        except GradbankError as error:
+            return Arrived.refusal(step, error)
+        header = zlib.crc32(step.SerializeToString(deterministic=True))
+        digest = xxhash.xxh3_64_intdigest(payload.numpy().data, seed=header)
+        return Arrived(step, batch, digest, at, time.perf_counter() - begun)
+
+    @staticmethod
+    def refusal(step: step_pb2.StepInput, error: GradbankError) -> "Arrived":
+        return Arrived(step, Batch(), 0, 0.0, 0.0, error)
+
+    @property
+    def next_is_worth_reading(self) -> bool:
+        """Whether the next step is to be read while this one is computed: if the trainer does not wait for the answer
+        before he sends it, and if to read one takes longer than to wake a thread."""
+        return self.step.seq > self.step.answered_seq + 1 and self.step.payload_bytes >= CHUNK_BYTES
 
 
 def tensors_of(step: step_pb2.StepInput) -> Iterator[tensor_pb2.Tensor]:

@@ -24,6 +24,7 @@ from gradbank.errors import InvalidRequest, ServerUnavailable
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 
+OUTSIDE = ("client_encode", "network", "client_decode")  # phases of a step that the server does not see
 SERVICES = [f"gradbank.v1.{name}Service" for name in ("Session", "Step", "Stats", "Catalog")]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -92,6 +93,9 @@ def test_metrics_count_what_happens(own: Server) -> None:
     assert found['gradbank_steps_total{loss="CrossBatchMemory(NTXentLoss)",outcome="rejected"}'] == 1
     assert found['gradbank_steps_total{loss="ArcFaceLoss",outcome="ok"}'] == 1
     assert found['gradbank_step_seconds_count{phase="compute"}'] == 4
+    # a trainer tells of a step with the next one
+    assert [found[f'gradbank_step_seconds_count{{phase="{p}"}}'] for p in OUTSIDE] == [2, 2, 2]
+    assert all(rows.mean_seconds[phase] > 0 and weights.mean_seconds[phase] == 0 for phase in OUTSIDE)
     assert found["gradbank_received_bytes_total"] == rows.received_bytes + weights.received_bytes == 4 * 8 * (64 + 8)
     assert found["gradbank_sessions"] == 2
     assert found["gradbank_bank_rows"] == rows.bank_rows == 24

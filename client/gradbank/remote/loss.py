@@ -16,9 +16,8 @@ from gradbank.memory import enqueue_mask_of
 from gradbank.remote.future import StepFuture
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import NO_NEWS, Producer, Ticket
-from gradbank.remote.stats import seconds_of
 from gradbank.v1 import step_pb2, tensor_pb2
-from gradbank.wire import TensorReader, describe, torch_dtype, wire_dtype
+from gradbank.wire import TensorReader, describe, seconds_of, seconds_of_both, torch_dtype, wire_dtype
 
 _FEW = 4096  # numbers: of fewer, looking at them takes longer than sending them
 Inputs = tuple[Tensor, Tensor | None]  # embeddings and ref_emb
@@ -41,6 +40,7 @@ class RemoteLoss(nn.Module):
         super().__init__()
         self.producer, self.created, self.name, self.wire = producer, created, producer.session, wire
         self.timings: dict[str, float] = {}
+        self._untold: step_pb2.TrainerTimings | None = None  # of the last step, for the server's statistics
         self._signature = inspect.signature(loss.forward)
         # in a tuple, so that its parameters and buffers are not this module's: they live on the server
         self._hosted = (loss,)
@@ -78,6 +78,9 @@ class RemoteLoss(nn.Module):
         step, payload, inputs = self._request(self._signature.bind(*args, **kwargs).arguments)
         if self._optimizer is not None:
             step.weights_need_gradient = torch.is_grad_enabled()
+        untold, self._untold = self._untold, None
+        if untold is not None:
+            step.trainer_timings.CopyFrom(untold)
         encoded = time.perf_counter()
         ticket = self.producer.submit(step, payload, self._optimizer or NO_NEWS)
         return StepFuture(partial(self._loss, ticket, inputs, torch.is_grad_enabled(), encoded - begun, encoded))
@@ -94,7 +97,6 @@ class RemoteLoss(nn.Module):
         if output.HasField("ref_emb_gradient"):
             gradients[1] = _wide(reader.take(output.ref_emb_gradient), output.ref_emb_gradient_exponent)
         reader.finish()
-        at_server = seconds_of(output.timings)
         loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
         seen, token = None, None
         if self._optimizer is not None:
@@ -104,12 +106,12 @@ class RemoteLoss(nn.Module):
                 self._optimizer.will_keep(output.seq)
         with torch.set_grad_enabled(recorded):
             made: Tensor = _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
-        self.timings = {
-            "client_encode": encoding,
-            "network": max(answered - sent - sum(at_server.values()), 0.0),
-            **at_server,
-            "client_decode": time.perf_counter() - answered,
-        }
+        self._untold = step_pb2.TrainerTimings(
+            client_encode_s=encoding,
+            network_s=max(answered - sent - sum(seconds_of(output.timings).values()), 0.0),
+            client_decode_s=time.perf_counter() - answered,
+        )
+        self.timings = seconds_of_both(self._untold, output.timings)
         return made
 
     def optimizer(self, name: str, **options: Any) -> RemoteOptimizer:

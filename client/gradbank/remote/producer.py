@@ -357,7 +357,7 @@ def _fingerprint(ticket: Ticket) -> int:
     """Of what was asked, whatever its number."""
     plain = step_pb2.StepInput()
     plain.CopyFrom(ticket.step)
-    for field in ("session", "rank", "epoch", "seq", "weight_events", "answered_seq"):
+    for field in ("session", "rank", "epoch", "seq", "weight_events", "answered_seq", "trainer_timings"):
         plain.ClearField(field)
     asked = zlib.crc32(plain.SerializeToString(deterministic=True))
     for part in ticket.parts:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradbank.component import Spec
-from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2, step_pb2
-from gradbank.wire import spec_of
+from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
+from gradbank.wire import seconds_of_both, spec_of
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class SessionStats:
 
     Attributes:
         last_loss, mean_loss: NaN before the first step; the mean runs over about 100 steps.
-        mean_seconds: of a step on the server, by phase: queue, decode, compute, encode.
+        mean_seconds: of a step, by the phases of `RemoteLoss.timings`, in their order.
         idle_s: seconds since the last step; NaN before the first.
     """
 
@@ -38,14 +38,12 @@ class SessionStats:
     @staticmethod
     def of(message: stats_pb2.SessionStats) -> "SessionStats":
         plain: dict[str, Any] = {
-            each.name: getattr(message, each.name) for each in message.DESCRIPTOR.fields if each.name != "mean_timings"
+            each.name: getattr(message, each.name)
+            for each in message.DESCRIPTOR.fields
+            if not each.name.endswith("_timings")
         }
-        return SessionStats(**plain, mean_seconds=seconds_of(message.mean_timings))
-
-
-def seconds_of(timings: step_pb2.Timings) -> dict[str, float]:
-    """Seconds by phase: queue, decode, compute, encode."""
-    return {each.name.removesuffix("_s"): getattr(timings, each.name) for each in timings.DESCRIPTOR.fields}
+        seconds = seconds_of_both(message.mean_trainer_timings, message.mean_timings)
+        return SessionStats(**plain, mean_seconds=seconds)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class SessionStats(_message.Message):
     AGE_S_FIELD_NUMBER: _builtins.int
     IDLE_S_FIELD_NUMBER: _builtins.int
     MEAN_TIMINGS_FIELD_NUMBER: _builtins.int
+    MEAN_TRAINER_TIMINGS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's name."""
     steps: _builtins.int
@@ -71,7 +72,11 @@ class SessionStats(_message.Message):
     """Seconds since its last step; NaN before the first."""
     @_builtins.property
     def mean_timings(self) -> _step_pb2.Timings:
-        """The mean times of a step."""
+        """The mean times of a step at the server."""
+
+    @_builtins.property
+    def mean_trainer_timings(self) -> _step_pb2.TrainerTimings:
+        """And outside of it, as its trainers told."""
 
     def __init__(
         self,
@@ -92,10 +97,11 @@ class SessionStats(_message.Message):
         age_s: _builtins.float = ...,
         idle_s: _builtins.float = ...,
         mean_timings: _step_pb2.Timings | None = ...,
+        mean_trainer_timings: _step_pb2.TrainerTimings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mean_timings", b"mean_timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mean_timings", b"mean_timings", "mean_trainer_timings", b"mean_trainer_timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "bank_bytes", b"bank_bytes", "bank_capacity", b"bank_capacity", "bank_rows", b"bank_rows", "idle_s", b"idle_s", "last_loss", b"last_loss", "mean_loss", b"mean_loss", "mean_timings", b"mean_timings", "optimizer_steps", b"optimizer_steps", "received_bytes", b"received_bytes", "rejected", b"rejected", "replayed", b"replayed", "sent_bytes", b"sent_bytes", "session", b"session", "steps", b"steps", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "bank_bytes", b"bank_bytes", "bank_capacity", b"bank_capacity", "bank_rows", b"bank_rows", "idle_s", b"idle_s", "last_loss", b"last_loss", "mean_loss", b"mean_loss", "mean_timings", b"mean_timings", "mean_trainer_timings", b"mean_trainer_timings", "optimizer_steps", b"optimizer_steps", "received_bytes", b"received_bytes", "rejected", b"rejected", "replayed", b"replayed", "sent_bytes", b"sent_bytes", "session", b"session", "steps", b"steps", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -160,6 +160,7 @@ class StepInput(_message.Message):
     WEIGHTS_NEED_GRADIENT_FIELD_NUMBER: _builtins.int
     GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
     ANSWERED_SEQ_FIELD_NUMBER: _builtins.int
+    TRAINER_TIMINGS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's name."""
     rank: _builtins.int
@@ -213,6 +214,10 @@ class StepInput(_message.Message):
         this step's loss is computed.
         """
 
+    @_builtins.property
+    def trainer_timings(self) -> Global___TrainerTimings:
+        """Where the time of an earlier step went, which the server cannot see; each is told once. For statistics alone."""
+
     def __init__(
         self,
         *,
@@ -233,10 +238,11 @@ class StepInput(_message.Message):
         weights_need_gradient: _builtins.bool = ...,
         gradient_dtype: _tensor_pb2.Dtype.ValueType = ...,
         answered_seq: _builtins.int = ...,
+        trainer_timings: Global___TrainerTimings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "enqueue_mask", b"enqueue_mask", "labels", b"labels", "ref_emb", b"ref_emb", "ref_labels", b"ref_labels"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "enqueue_mask", b"enqueue_mask", "labels", b"labels", "ref_emb", b"ref_emb", "ref_labels", b"ref_labels", "trainer_timings", b"trainer_timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_seq", b"answered_seq", "embeddings", b"embeddings", "embeddings_need_gradient", b"embeddings_need_gradient", "enqueue_mask", b"enqueue_mask", "epoch", b"epoch", "gradient_dtype", b"gradient_dtype", "indices", b"indices", "labels", b"labels", "payload_bytes", b"payload_bytes", "rank", b"rank", "ref_emb", b"ref_emb", "ref_emb_needs_gradient", b"ref_emb_needs_gradient", "ref_labels", b"ref_labels", "seq", b"seq", "session", b"session", "weight_events", b"weight_events", "weights_need_gradient", b"weights_need_gradient"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_seq", b"answered_seq", "embeddings", b"embeddings", "embeddings_need_gradient", b"embeddings_need_gradient", "enqueue_mask", b"enqueue_mask", "epoch", b"epoch", "gradient_dtype", b"gradient_dtype", "indices", b"indices", "labels", b"labels", "payload_bytes", b"payload_bytes", "rank", b"rank", "ref_emb", b"ref_emb", "ref_emb_needs_gradient", b"ref_emb_needs_gradient", "ref_labels", b"ref_labels", "seq", b"seq", "session", b"session", "trainer_timings", b"trainer_timings", "weight_events", b"weight_events", "weights_need_gradient", b"weights_need_gradient"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -436,6 +442,36 @@ class StepOutput(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutput: _TypeAlias = StepOutput  # noqa: Y015
+
+@_typing.final
+class TrainerTimings(_message.Message):
+    """Where a trainer's time went, in seconds: none below 0, or not finite."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ENCODE_S_FIELD_NUMBER: _builtins.int
+    NETWORK_S_FIELD_NUMBER: _builtins.int
+    CLIENT_DECODE_S_FIELD_NUMBER: _builtins.int
+    client_encode_s: _builtins.float
+    """Tensors to bytes."""
+    network_s: _builtins.float
+    """From the first byte's departure to the last one's arrival, but for the server's own time."""
+    client_decode_s: _builtins.float
+    """Bytes to tensors."""
+    def __init__(
+        self,
+        *,
+        client_encode_s: _builtins.float = ...,
+        network_s: _builtins.float = ...,
+        client_decode_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_decode_s", b"client_decode_s", "client_encode_s", b"client_encode_s", "network_s", b"network_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainerTimings: _TypeAlias = TrainerTimings  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):

@@ -5,6 +5,7 @@ from gradbank.wire.errors import ERROR_TRAILER, error_message, error_of, status_
 from gradbank.wire.frames import Frame, frame_of, gradient_bytes, request_frame, response_frame
 from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, PACKET_BYTES, WINDOW, Assembly, assembled, chunks
 from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype, wire_dtype
+from gradbank.wire.timings import seconds_of, seconds_of_both
 
 __all__ = [
     "CHUNK_BYTES",
@@ -30,6 +31,8 @@ __all__ = [
     "read_inline",
     "request_frame",
     "response_frame",
+    "seconds_of",
+    "seconds_of_both",
     "spec_of",
     "status_of",
     "torch_dtype",

@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,18 +23,20 @@ from gradbank.wire import (
     describe,
     error_message,
     nbytes,
+    seconds_of,
     spec_of,
 )
 from gradbank_server.build import build_loss, import_components
 from gradbank_server.service.catalog import component_infos
 from gradbank_server.service.faults import fault
-from gradbank_server.service.steps import Arrived, answer_message, check_gradient_dtype, tensors_of
-from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions
+from gradbank_server.service.steps import Arrived, answer_message, check_header, tensors_of
+from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions, Tally
 from gradbank_server.settings import ServerSettings
 from gradbank_server.stats import Metrics
 from gradbank_server.storage import MemoryStorage, Storage
 
 Payload = list[memoryview]
+M = TypeVar("M", step_pb2.Timings, step_pb2.TrainerTimings)
 
 
 class Service:
@@ -107,7 +110,7 @@ class Service:
         """Refuses a step before its payload is taken in.
 
         Raises:
-            InvalidRequest: a size that is not that of its tensors.
+            InvalidRequest: a size that is not that of its tensors, or else what no trainer can mean.
             LimitExceeded: larger than the server allows.
         """
         limit = self.settings.max_step_bytes
@@ -119,7 +122,7 @@ class Service:
         size = sum(nbytes(tensor) for tensor in tensors_of(step))
         if size != step.payload_bytes:
             raise InvalidRequest(f"the step's tensors take {size} bytes, but its payload has {step.payload_bytes}")
-        check_gradient_dtype(step)
+        check_header(step)
 
     def step(self, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
         """Carries out a step. A failure is data: an output with `error` set."""
@@ -156,6 +159,8 @@ class Service:
             "encode": time.perf_counter() - computed,
         }
         output.timings.CopyFrom(step_pb2.Timings(**{f"{phase}_s": spent for phase, spent in seconds.items()}))
+        if step.HasField("trainer_timings") and not replayed:
+            seconds |= seconds_of(step.trainer_timings)
         session.tally.timed(seconds, step.payload_bytes, output.payload_bytes)
         self.metrics.stepped(session.spec.title(), "replayed" if replayed else "ok")
         self.metrics.timed(seconds, step.payload_bytes, output.payload_bytes)
@@ -211,9 +216,8 @@ class Service:
             sent_bytes=tally.sent_bytes,
             age_s=now - tally.created,
             idle_s=math.nan if math.isnan(tally.last_step) else now - tally.last_step,
-            mean_timings=step_pb2.Timings(
-                **{f"{phase}_s": tally.mean_seconds(phase) for phase in ("queue", "decode", "compute", "encode")}
-            ),
+            mean_timings=_means(tally, step_pb2.Timings),
+            mean_trainer_timings=_means(tally, step_pb2.TrainerTimings),
         )
 
 
@@ -226,6 +230,11 @@ def _described(session: Session) -> session_pb2.Session:
         ranks=session.ranks,
         steps=session.tally.steps,
     )
+
+
+def _means(tally: Tally, kind: type[M]) -> M:
+    """The mean times of the phases that a kind of message has."""
+    return kind(**{each.name: tally.mean_seconds(each.name.removesuffix("_s")) for each in kind.DESCRIPTOR.fields})
 
 
 def _optimizer(spec: OptimizerSpec) -> session_pb2.Optimizer:

@@ -95,8 +95,15 @@ def batch_of(step: step_pb2.StepInput, payload: Tensor) -> Batch:
     )
 
 
-def check_gradient_dtype(step: step_pb2.StepInput) -> None:
-    """Raises InvalidRequest if gradients are asked for in a dtype that they are not rounded to."""
+def check_header(step: step_pb2.StepInput) -> None:
+    """Refuses what no trainer can mean.
+
+    Raises:
+        InvalidRequest: gradients in a dtype that they are not rounded to, or times that no clock shows.
+    """
+    told = step.trainer_timings
+    if not all(0 <= spent < math.inf for spent in (told.client_encode_s, told.network_s, told.client_decode_s)):
+        raise InvalidRequest("trainer_timings must be finite and not negative")
     if step.gradient_dtype not in (0, tensor_pb2.DTYPE_BFLOAT16, tensor_pb2.DTYPE_FLOAT16):
         raise InvalidRequest(f"gradient_dtype must be bfloat16 or float16, got {step.gradient_dtype}")
 

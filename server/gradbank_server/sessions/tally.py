@@ -12,7 +12,7 @@ class Tally:
 
     Attributes:
         created: when, on the clock that the session was given; last_step: when it last stepped.
-        seconds: time spent, by phase.
+        seconds: time spent, by phase, and in how many steps.
     """
 
     created: float
@@ -25,8 +25,7 @@ class Tally:
     last_step: float = math.nan
     received_bytes: int = 0
     sent_bytes: int = 0
-    timed_steps: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def stepped(self, loss: float | None, now: float) -> None:
         self.steps += 1
@@ -36,11 +35,12 @@ class Tally:
             self.mean_loss = loss if math.isnan(self.mean_loss) else loss + _MEMORY * (self.mean_loss - loss)
 
     def timed(self, seconds: dict[str, float], received: int, sent: int) -> None:
-        self.timed_steps += 1
         self.received_bytes += received
         self.sent_bytes += sent
         for phase, spent in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+            total, steps = self.seconds.get(phase, (0.0, 0))
+            self.seconds[phase] = total + spent, steps + 1
 
     def mean_seconds(self, phase: str) -> float:
-        return self.seconds.get(phase, 0.0) / max(self.timed_steps, 1)
+        total, steps = self.seconds.get(phase, (0.0, 0))
+        return total / max(steps, 1)

@@ -3,13 +3,14 @@
     python benchmarks/hosted.py
     python benchmarks/hosted.py --banks 8192 --only NTXent
 
-A step is the loss of a batch against a full bank, and its gradient. Server and trainer share this machine, and torch's
-threads sleep early in both (GOMP_SPINCOUNT, unless the environment has it); for each loss the contenders take turns in
-one process, and a figure is a median. `allowed` is what a step over TCP may take: the local step and 1.1 times the
-round trip of an echo of the same batch.
+A step is the loss of a batch against a full bank, and its gradient; batches follow one another. Server and trainer
+share this machine, and torch's threads sleep between steps in both (GOMP_SPINCOUNT, unless the environment has it); for
+each loss the contenders take turns in one process, and a figure is a median. `allowed` is what a step over TCP may
+take: the local step and 1.1 times the round trip of an echo of the same batch.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="how long each case is measured")
     parser.add_argument("--gib", type=float, default=16.0, help="what a step may allocate")
     arguments = parser.parse_args()
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for the processes to come
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for the processes to come
     print(f"gradbank {gradbank.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
     with served() as address:
         for rows in map(int, arguments.banks.split(",")):
@@ -72,15 +73,15 @@ def _child(pipe: Connection, case: Case, address: str, seconds: float, gib: floa
     resource.setrlimit(resource.RLIMIT_AS, (int(gib * 2**30),) * 2)
     local = steps.make(replace(case, beside=None), "gradbank")
     assert isinstance(local.loss, gradbank.losses.Loss)
-    embeddings, labels = local.leaves[0], local.labels
+    batches = list(steps.batches(case, 16))  # of one alone, the bank would soon be full, and every row a positive
     with (
         gradbank.connect(address, 120, via="tcp") as far,
         gradbank.connect(address, 120, via="shm") as near,
     ):
-        runs: dict[str, Callable[[], None]] = {_LOCAL: local}
+        runs: dict[str, Callable[[], None]] = {_LOCAL: partial(_step, local.loss, itertools.cycle(batches))}
         for name, client, loss in ((_TCP, far, local.loss), (_SHARED, near, local.loss), (_ECHO, far, EchoLoss())):
             hosted = client.open(f"{case.name.replace(' ', '-').replace(',', '')}-{case.bank}-{name[:4]}", loss)
-            runs[name] = steps.Step(partial(hosted, embeddings, labels), local.leaves)
+            runs[name] = partial(_step, hosted, itertools.cycle(batches))
         times: Times = {}
         measured = {name: [] for name in runs}  # type: dict[str, list[float]]
         for run in runs.values():
@@ -95,6 +96,14 @@ def _child(pipe: Connection, case: Case, address: str, seconds: float, gib: floa
                 client.close_session(session.name)
     times[_PML] = _of_pml(case, seconds)
     pipe.send(times)
+
+
+def _step(loss_fn: torch.nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    labels, embeddings = next(batches)
+    embeddings.grad = None
+    for weight in loss_fn.parameters():
+        weight.grad = None
+    loss_fn(embeddings, labels).backward()
 
 
 def _of_pml(case: Case, seconds: float) -> float | str:

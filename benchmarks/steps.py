@@ -56,6 +56,13 @@ def make(case: Case, library: str) -> Step:
     return Step(lambda: loss(embeddings, labels), leaves, loss, labels)
 
 
+def batches(case: Case, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Labels and embeddings of so many different batches, for a case with a bank."""
+    for seed in range(number):
+        labels, embeddings = next(_data(case, case.batch, seed=3 + seed))
+        yield labels, embeddings.requires_grad_()
+
+
 def smaller(case: Case) -> Case:
     """The same step on little, which leaves in a process what any other leaves too."""
     arguments = dict(case.arguments)

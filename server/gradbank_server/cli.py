@@ -44,10 +44,10 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
     Every flag can be given as an environment variable: --max-sessions as GRADBANK_MAX_SESSIONS.
     """
     from gradbank_server.allocator import use_one_arena
-    from gradbank_server.threads import sleep_early
+    from gradbank_server.threads import sleep_between_steps
 
     use_one_arena()  # before torch and gRPC start threads
-    sleep_early()
+    sleep_between_steps()
     from gradbank.errors import GradbankError
     from gradbank_server.logs import configure
     from gradbank_server.service import Server
@@ -85,9 +85,9 @@ def demo(
 
     Exits with 1 if the network did not learn, or a remote gradient differs from the one computed here.
     """
-    from gradbank_server.threads import sleep_early
+    from gradbank_server.threads import sleep_between_steps
 
-    sleep_early()  # trainer and server share this machine
+    sleep_between_steps()  # trainer and server share this machine
     from gradbank.errors import GradbankError
     from gradbank_server.demo import run
 
@@ -109,16 +109,20 @@ def bench(
     via: Annotated[
         Literal["auto", "shm", "unix", "tcp"], Parameter(help="How to go to the server; auto is the fastest way.")
     ] = "auto",
+    picture: Annotated[Path | None, Parameter(help="Where to save a picture of it: .png, .svg or .pdf.")] = None,
 ) -> int:
     """Measure where the time of a step goes, over your network and on your server."""
     from gradbank.errors import GradbankError
     from gradbank_server.bench import PHASES, Workload
     from gradbank_server.bench import bench as measured
+    from gradbank_server.bench.picture import check_drawable, draw
 
     if batch < 8 or dimension < 1 or bank < 0 or steps < 1 or 0 < bank < batch:
         return _failed("a batch has at least 8 rows of at least 1 number, a bank at least the batch's, and steps 1")
     workload = Workload(batch, dimension, bank, steps)
     try:
+        if picture is not None:
+            check_drawable(picture)  # before the time is spent
         course, server = measured(address, timeout, workload, via)
     except GradbankError as error:
         return _failed(error)
@@ -133,6 +137,9 @@ def bench(
     console.print(f"{workload}\n{address}: {server}\n", highlight=False)
     console.print(table)
     console.print(f"\n{course.advice()}", highlight=False)
+    if picture is not None:
+        draw(picture, course, f"{workload}\n{address}: {server}")
+        console.print(f"\nsaved {picture}", highlight=False)
     return 0
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+BESIDE = Path(__file__).parents[2] / "benchmarks" / "transport" / "beside.py"
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "transport"
 
 
@@ -17,3 +18,12 @@ def test_a_line_for_each_payload_with_a_ratio_and_a_rate_for_each_way() -> None:
     assert [line.count("x") - line.split(" | ")[0].count("x") for line in trips] == [4, 4]  # ratios
     assert "1,200 KiB" in trips[1]  # a step of more than one message
     assert [len(re.findall(r"\d, \d", line)) for line in rates] == [3, 3]  # one at a time, and several in flight
+
+
+def test_a_small_step_is_measured_alone_and_beside_a_large_one_here_and_elsewhere() -> None:
+    words = [sys.executable, str(BESIDE), "--batch", "64", "--bank", "1024", "--slices", "1"]
+    made = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    tcp, shm = made.stdout.splitlines()[2:]
+    for line, via in ((tcp, "tcp"), (shm, "shm")):
+        assert line.startswith(f"| {via} | ")
+        assert len(re.findall(r"\d ms", line)) == 8

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from gradbank_server.cli import app
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 
+SMALLEST = ("--batch", "16", "--dimension", "8", "--bank", "64", "--steps", "5")
 SMALL = Workload(rows=16, dimension=8, bank=64, steps=12)
 
 
@@ -70,12 +72,38 @@ def test_a_workload_that_makes_no_sense_is_an_error_of_one_line(
 
 def test_the_table_shows_every_phase_and_an_advice(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        app(["bench", "--address", server.address, "--batch", "16", "--dimension", "8", "--bank", "64", "--steps", "5"])
+        app(["bench", "--address", server.address, *SMALLEST])
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert "16 x 8 float32" in out
     assert all(phase in out for phase in (*PHASES, "empty call", "local"))
     assert "% of a step" in out
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_picture_shows_every_phase(server: Server, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"bench{suffix}"
+    with pytest.raises(SystemExit) as ended:
+        app(["bench", "--address", server.address, *SMALLEST, "--picture", str(file)])
+    assert ended.value.code == 0
+    if suffix == ".png":
+        assert file.read_bytes().startswith(b"\x89PNG")
+    else:
+        drawn = file.read_text()  # in which matplotlib notes each text that it draws
+        assert all(f"<!-- {phase}: " in drawn for phase in PHASES)
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [("bench.gif", "must end in .png, .svg, .pdf, got 'bench.gif'"), ("nowhere/b.png", "there is no folder 'nowhere'")],
+)
+def test_a_picture_that_cannot_be_saved_is_refused_before_anything_is_measured(
+    picture: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["bench", "--address", "127.0.0.1:1", "--picture", picture])  # where nobody listens
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc_info is glibc's")

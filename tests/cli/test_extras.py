@@ -18,6 +18,12 @@ def test_the_command_line_names_the_extra() -> None:
     assert done.stderr.strip().endswith("cyclopts, which is not installed: pip install 'gradbank[server]'")
 
 
+def test_a_picture_of_a_bench_names_the_extra() -> None:
+    done = without("matplotlib", "from gradbank_server.cli import app; app(['bench', '--picture', 'b.png'])")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "gradbank: a picture needs matplotlib: pip install 'gradbank[demo]'"
+
+
 @pytest.mark.parametrize("package", ["pydantic", "prometheus_client", "structlog", "grpc_health"])
 def test_the_embedded_server_names_the_extra(package: str) -> None:
     done = without(package, "import gradbank; gradbank.connect('local://')")

@@ -28,6 +28,7 @@ from gradbank_server.service.servicers import CatalogServicer, SessionServicer, 
 from gradbank_server.service.shared import SharedMemory
 from gradbank_server.service.sockets import listen_on_socket
 from gradbank_server.settings import ServerSettings
+from gradbank_server.threads import Computing
 
 log = structlog.get_logger()
 
@@ -80,7 +81,7 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        self._gate = Gate(settings.max_streams)
+        self._gate, self._computing = Gate(settings.max_streams), Computing(self.service.device)
         self._nearer = stats_pb2.GetServerResponse(unix_socket=settings.unix_socket)
         self._add_services()
         try:
@@ -91,7 +92,7 @@ class Server:
             listen_on_socket(self._grpc, settings.unix_socket)
         self._shared = None
         if settings.shared_memory:
-            self._shared = SharedMemory(self.service, self._gate, settings.max_shared_bytes)
+            self._shared = SharedMemory(self.service, self._gate, self._computing, settings.max_shared_bytes)
 
     @property
     def address(self) -> str:
@@ -132,6 +133,7 @@ class Server:
         self._grpc.stop(grace=min(2.0, self.settings.drain_seconds)).wait()
         if self._shared is not None:
             self._shared.stop()
+        self._computing.close()
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
@@ -147,7 +149,7 @@ class Server:
     def _add_services(self) -> None:
         server, service, gate = self._grpc, self.service, self._gate
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(service, gate), server)
-        server.add_generic_rpc_handlers((StepServicer(service, gate).handlers(),))
+        server.add_generic_rpc_handlers((StepServicer(service, gate, self._computing).handlers(),))
         stats_pb2_grpc.add_StatsServiceServicer_to_server(StatsServicer(service, gate, self._nearer), server)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(service), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -54,8 +54,8 @@ def _pause() -> Callable[[int], object]:
 class Computing:
     """Sees to it that there are no more helpers than processors, if that can be.
 
-    Steps are handed to one thread, whose helpers stay; while that computes one, another is computed by the thread that
-    has it, which then lets its helpers go: no step waits for that of another session.
+    Steps are handed to one thread, whose helpers stay; while that computes one, another session's is computed by the
+    thread that has it, which then lets its helpers go: no step waits for that of another session.
 
     Args:
         device: where losses are computed. On a GPU there is little for helpers to do, and nothing is handed over.

@@ -60,7 +60,9 @@ class Server:
     def __init__(self, settings: ServerSettings) -> None:
         check_exposure(settings)
         self.settings = settings
-        self.service = Service(settings, device_named(settings.device))
+        device = device_named(settings.device)
+        self._computing = Computing(device)
+        self.service = Service(settings, device, run=self._computing.run)
         self._health = health.HealthServicer()
         self._metrics_server: Any = None
         self.metrics_port: int | None = None
@@ -81,7 +83,7 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        self._gate, self._computing = Gate(settings.max_streams), Computing(self.service.device)
+        self._gate = Gate(settings.max_streams)
         self._nearer = stats_pb2.GetServerResponse(unix_socket=settings.unix_socket)
         self._add_services()
         try:
@@ -92,7 +94,7 @@ class Server:
             listen_on_socket(self._grpc, settings.unix_socket)
         self._shared = None
         if settings.shared_memory:
-            self._shared = SharedMemory(self.service, self._gate, self._computing, settings.max_shared_bytes)
+            self._shared = SharedMemory(self.service, self._gate, settings.max_shared_bytes)
 
     @property
     def address(self) -> str:
@@ -149,7 +151,7 @@ class Server:
     def _add_services(self) -> None:
         server, service, gate = self._grpc, self.service, self._gate
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(service, gate), server)
-        server.add_generic_rpc_handlers((StepServicer(service, gate, self._computing).handlers(),))
+        server.add_generic_rpc_handlers((StepServicer(service, gate).handlers(),))
         stats_pb2_grpc.add_StatsServiceServicer_to_server(StatsServicer(service, gate, self._nearer), server)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(service), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

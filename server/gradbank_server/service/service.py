@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from gradbank_server.build import build_loss, import_components
 from gradbank_server.service.catalog import component_infos
 from gradbank_server.service.faults import fault
 from gradbank_server.service.steps import Arrived, answer_message, check_header, tensors_of
-from gradbank_server.sessions import Limits, OptimizerSpec, Session, Sessions, Tally
+from gradbank_server.sessions import Limits, OptimizerSpec, Run, Session, Sessions, Tally, here
 from gradbank_server.settings import ServerSettings
 from gradbank_server.stats import Metrics
 from gradbank_server.storage import MemoryStorage, Storage
@@ -40,14 +41,20 @@ M = TypeVar("M", step_pb2.Timings, step_pb2.TrainerTimings)
 
 
 class Service:
-    """Sessions, spoken to in messages."""
+    """Sessions, spoken to in messages.
 
-    def __init__(self, settings: ServerSettings, device: torch.device, storage: Storage | None = None) -> None:
+    Args:
+        run: has steps computed.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, device: torch.device, storage: Storage | None = None, run: Run = here
+    ) -> None:
         import_components(settings.components)
-        self.settings, self.device = settings, device
+        self.settings, self.device, self._run = settings, device, run
         self.boot_id = secrets.token_hex(8)
         limits = Limits(settings.max_sessions, settings.max_session_bytes)
-        self.sessions = Sessions(build_loss, device, limits, storage or MemoryStorage(), time.monotonic)
+        self.sessions = Sessions(build_loss, device, limits, storage or MemoryStorage(), time.monotonic, run)
         self.metrics = Metrics(self.sessions, str(device))
 
     # -- sessions ---------------------------------------------------------------------------------------------
@@ -149,7 +156,8 @@ class Service:
         step, begun = arrived.step, time.perf_counter()
         answer, replayed, waited = session.step(step.rank, step.epoch, step.seq, arrived.digest, arrived.batch)
         computed = time.perf_counter()
-        output, data = answer_message(answer, step.gradient_dtype)
+        encode = partial(answer_message, answer, step.gradient_dtype)
+        output, data = self._run(encode) if step.gradient_dtype else encode()  # to round is to compute
         output.seq, output.replayed = step.seq, replayed
         output.payload_bytes = sum(len(part) for part in data)
         seconds = {

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -35,7 +34,7 @@ from gradbank_server.service.faults import fault
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
 from gradbank_server.service.steps import Arrived
-from gradbank_server.threads import Computing, let_helpers_go
+from gradbank_server.threads import let_helpers_go
 
 log = structlog.get_logger()
 
@@ -110,8 +109,8 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
 class StepServicer:
     """The service of steps, whose stream is not read and written by generated code; see `gradbank.wire.frames`."""
 
-    def __init__(self, service: Service, gate: Gate, computing: Computing) -> None:
-        self._service, self._gate, self._computing = service, gate, computing
+    def __init__(self, service: Service, gate: Gate) -> None:
+        self._service, self._gate = service, gate
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a gRPC server is given."""
@@ -131,7 +130,7 @@ class StepServicer:
                 self._gate.check()
                 if arrived.next_is_worth_reading:
                     steps.read()
-                output, data = self._computing.run(partial(self._service.answered, arrived))
+                output, data = self._service.answered(arrived)
                 del arrived  # before the next one comes, for it may be large
                 for i, part in enumerate(chunks(data)):
                     # as bytes: gRPC holds on to the last one until the next, and a frame would hold the whole answer
@@ -144,7 +143,7 @@ class StepServicer:
             self._service.check_step(request.step)
             payload = assembled([memoryview(request.payload)])
             arrived = Arrived.of(request.step, payload, time.perf_counter())
-            output, data = self._computing.run(partial(self._service.answered, arrived))
+            output, data = self._service.answered(arrived)
             if output.HasField("error"):
                 raise error_of(output.error)
             return step_pb2.StepResponse(step=output, payload=b"".join(data))

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -24,7 +23,6 @@ from gradbank_server.service.gate import Gate
 from gradbank_server.service.room import Budget, Room, check_shareable
 from gradbank_server.service.service import Service
 from gradbank_server.service.steps import Arrived
-from gradbank_server.threads import Computing
 
 log = structlog.get_logger()
 
@@ -41,9 +39,9 @@ class SharedMemory:
         InvalidRequest: a system that cannot do this.
     """
 
-    def __init__(self, service: Service, gate: Gate, computing: Computing, max_bytes: int) -> None:
+    def __init__(self, service: Service, gate: Gate, max_bytes: int) -> None:
         check_shareable()
-        self._service, self._gate, self._computing, self._budget = service, gate, computing, Budget(max_bytes)
+        self._service, self._gate, self._budget = service, gate, Budget(max_bytes)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._folder = ""
         self._open: set[socket.socket] = set()
@@ -82,7 +80,7 @@ class SharedMemory:
             try:
                 with self._gate.stream():
                     self._check_user(connection)
-                    _Conversation(self._service, self._gate, self._computing, self._budget, connection).hold()
+                    _Conversation(self._service, self._gate, self._budget, connection).hold()
             except GradbankError as error:
                 _say(connection, shared_pb2.SharedResponse(error=error_message(error)))
             except OSError:
@@ -107,11 +105,8 @@ class SharedMemory:
 class _Conversation:
     """One trainer's steps, one after the other."""
 
-    def __init__(
-        self, service: Service, gate: Gate, computing: Computing, budget: Budget, connection: socket.socket
-    ) -> None:
-        self._service, self._gate, self._computing = service, gate, computing
-        self._budget, self._connection = budget, connection
+    def __init__(self, service: Service, gate: Gate, budget: Budget, connection: socket.socket) -> None:
+        self._service, self._gate, self._budget, self._connection = service, gate, budget, connection
         self._steps: Room | None = None
         self._answers: Room | None = None
         self._taken = self._answered = 0  # how many steps, in these rooms
@@ -195,7 +190,7 @@ class _Conversation:
         return Arrived.of(step, assembled([steps.slot(number)[: step.payload_bytes]]), at)
 
     def _answer(self, arrived: Arrived) -> None:
-        output, data = self._computing.run(partial(self._service.answered, arrived))
+        output, data = self._service.answered(arrived)
         if data:
             assert self._answers is not None  # else it was not carried out
             slot, start = self._answers.slot(self._answered), 0

@@ -12,7 +12,7 @@ from gradbank_server.sessions.batch import (
 )
 from gradbank_server.sessions.producers import Attachment
 from gradbank_server.sessions.registry import Limits, Sessions
-from gradbank_server.sessions.session import Session
+from gradbank_server.sessions.session import Run, Session, here
 from gradbank_server.sessions.tally import Tally
 
 __all__ = [
@@ -24,9 +24,11 @@ __all__ = [
     "OptimizerSpec",
     "OptimizerStep",
     "Outcome",
+    "Run",
     "Session",
     "Sessions",
     "Tally",
     "WeightEvent",
     "ZeroGradient",
+    "here",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradbank.component import Spec, same
 from gradbank.errors import InvalidRequest, LimitExceeded, SessionConflict, SessionNotFound
 from gradbank.losses.base import Loss
-from gradbank_server.sessions.session import Clock, Session
+from gradbank_server.sessions.session import Clock, Run, Session, here
 from gradbank_server.storage import Storage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -38,6 +38,7 @@ class Sessions:
     Args:
         build: makes a loss from its spec, with every argument checked.
         clock: seconds that never go back.
+        run: has steps computed.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class Sessions:
         limits: Limits,
         storage: Storage,
         clock: Clock,
+        run: Run = here,
     ) -> None:
         self._build, self._device, self._limits = build, device, limits
-        self._storage, self._clock = storage, clock
+        self._storage, self._clock, self._run = storage, clock, run
         self._open: dict[str, Session] = {}
         self._coming: set[str] = set()  # names of sessions that are being made
         self._changed = threading.Condition()
@@ -91,7 +93,8 @@ class Sessions:
         try:  # outside the lock: other sessions go on while weights are made and moved
             loss = self._build(spec)
             _load(loss, state)
-            session = Session(name, loss.to(self._device), asked, self._device, self._storage, self._clock)
+            loss = loss.to(self._device)
+            session = Session(name, loss, asked, self._device, self._storage, self._clock, self._run)
             return session, True
         finally:
             with self._changed:

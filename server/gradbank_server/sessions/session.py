@@ -4,6 +4,7 @@ import math
 import secrets
 import threading
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,20 @@ from gradbank_server.sessions.producers import Attachment, Producer
 from gradbank_server.sessions.tally import Tally
 from gradbank_server.storage import ProducerRecord, Storage
 
+T = TypeVar("T")
 Clock = Callable[[], float]
+
+
+class Run(Protocol):
+    """Has a call made, in whichever thread is best, and gives what it gave."""
+
+    def __call__(self, call: Callable[[], T], /) -> T: ...
+
+
+def here(call: Callable[[], T]) -> T:
+    """In the calling thread."""
+    return call()
+
 
 MOST_RANKS = 256  # each keeps a few answers and weight gradients
 
@@ -44,11 +58,21 @@ class Session:
         loss: on `device` already; the session owns it from now on.
         spec: what it was built from.
         clock: seconds that never go back.
+        run: has steps computed.
     """
 
-    def __init__(self, name: str, loss: Loss, spec: Spec, device: torch.device, storage: Storage, clock: Clock) -> None:
+    def __init__(
+        self,
+        name: str,
+        loss: Loss,
+        spec: Spec,
+        device: torch.device,
+        storage: Storage,
+        clock: Clock,
+        run: Run = here,
+    ) -> None:
         self.name, self.loss, self.spec = name, loss, spec
-        self._device, self._storage, self._clock = device, storage, clock
+        self._device, self._storage, self._clock, self._run = device, storage, clock, run
         self._learner = Learner(loss)
         self._producers = {r: Producer(r, record) for r, record in storage.producers(name).items()}
         # random, so that a trainer of an earlier session of this name cannot step in this one
@@ -100,16 +124,15 @@ class Session:
                     self.tally.replayed += 1
                     return Outcome(stored, True, waited)
                 producer.forget(batch.answered)  # now, for they may be as large as what is to come
-                with self._learner.stage(rank, batch.weight_events) as update:
-                    answer = self._answered(batch, update, rank, seq)
-                    producer.remember(seq, digest, answer)
+                # at its turn, not before: steps of one session would only take threads from one another
+                answer, optimizer_steps = self._run(lambda: self._carried_out(producer, seq, digest, batch))
             except (GradbankError, ValueError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 refusal = _refusal(error)
                 if refusal is None:
                     raise
                 self.tally.rejected += 1
                 raise refusal from None
-            self.tally.optimizer_steps += update.optimizer_steps
+            self.tally.optimizer_steps += optimizer_steps
             self.tally.stepped(None if batch.embeddings is None else answer.value, self._clock())
             return Outcome(answer, False, waited)
 
@@ -164,6 +187,13 @@ class Session:
     @property
     def weight_bytes(self) -> int:
         return sum(weight.nbytes for weight in self._learner.weights)
+
+    def _carried_out(self, producer: Producer, seq: int, digest: int, batch: Batch) -> tuple[Answer, int]:
+        """The answer of the step that is next, and how many steps of the optimizer it told of."""
+        with self._learner.stage(producer.rank, batch.weight_events) as update:
+            answer = self._answered(batch, update, producer.rank, seq)
+            producer.remember(seq, digest, answer)
+        return answer, update.optimizer_steps
 
     def _answered(self, batch: Batch, update: Update, rank: int, seq: int) -> Answer:
         """Computes a step with the updated weights, and commits it."""

@@ -16,7 +16,7 @@ def check_batch(
     Raises:
         ValueError: embeddings that are not `(B, D)` floats, or labels that are not `(B,)`.
     """
-    if embeddings.ndim != 2:
+    if embeddings.ndim != 2 or not embeddings.shape[1]:
         raise ValueError(f"{name} must be (batch, dimension), got shape {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {embeddings.dtype}; call .float() first")

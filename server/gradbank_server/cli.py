@@ -58,19 +58,21 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
         return _failed(_refused(error))
     configure(settings.log_format, settings.log_level)
     _find_beside(settings)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
     try:
         server = Server(settings)
         server.start()
     except (GradbankError, OSError) as error:
         return _failed(error)
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     _announce(server)
     ended.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
     server.stop()
+    if server.computes:  # beyond the time to drain, for nobody
+        os._exit(1)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Trainers on the server's machine, through memory that it shares with them."""
 
+import errno
 import mmap
 import os
 import random
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -436,3 +438,29 @@ def test_another_users_process_is_refused_should_it_get_at_the_socket() -> None:
         made = subprocess.run(words, user=65534, group=65534, extra_groups=[], capture_output=True, text=True)
         assert "only processes of the server" in made.stdout
         assert running.service.boot_id not in made.stdout
+
+
+def test_trainers_are_accepted_again_once_there_are_descriptors(name: str) -> None:
+    class Exhausted:
+        """A listener of which the first call fails, as it does in a process that has too many files open."""
+
+        def __init__(self, listener: socket.socket) -> None:
+            self.listener, self.failed = listener, 0
+
+        def accept(self) -> object:
+            if not self.failed:
+                self.failed += 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self.listener.accept()
+
+        def shutdown(self, how: int) -> None:
+            self.listener.shutdown(how)
+
+    with Server(ServerSettings(port=0, metrics_port=-1, shared_memory=True)) as running:
+        shared: Any = running._shared
+        for turn in range(3):  # the first is accepted by the call that was under way before
+            with gradbank.connect(running.address, timeout=20, via="shm") as client:
+                client.open(f"{name}-{turn}", losses.NTXentLoss())(torch.randn(8, 4), torch.arange(8) // 2)
+            if not turn:
+                shared._listener = exhausted = Exhausted(shared._listener)
+        assert exhausted.failed == 1

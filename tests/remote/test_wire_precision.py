@@ -116,3 +116,13 @@ def test_another_dtype_is_refused(anyway: gradbank.Client, name: str) -> None:
     step = step_pb2.StepInput(embeddings=message, gradient_dtype=tensor_pb2.DTYPE_INT32)
     with pytest.raises(InvalidRequest, match="gradient_dtype must be bfloat16 or float16"):
         there.producer.result(there.producer.submit(step, [data], NO_NEWS))
+
+
+def test_gradients_that_no_factor_brings_near_stay_finite_in_float16(client: gradbank.Client, name: str) -> None:
+    rows, labels = batch(0)
+    rows.requires_grad_()
+    loss = losses.MultipleLosses([losses.ContrastiveLoss()], weights=[1e-36])
+    client.open(name, loss, wire=torch.float16)(rows, labels).backward()
+    assert rows.grad is not None
+    assert bool(rows.grad.isfinite().all())
+    assert bool(rows.grad.any())

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import gradbank
 from gradbank import losses
 from gradbank.errors import LimitExceeded, ServerUnavailable
+from gradbank.v1 import session_pb2, session_pb2_grpc, stats_pb2, stats_pb2_grpc
 from gradbank_server.service import Server
 from gradbank_server.service.gate import Gate
 from gradbank_server.settings import ServerSettings
@@ -101,3 +102,47 @@ def test_a_large_session_in_the_making_does_not_hold_up_another(server: Server) 
         sessions._build = build
         sessions.close("gate-small")
         sessions.close("gate-large")
+
+
+@pytest.mark.parametrize("interval_s", [600, float("inf")])
+def test_a_watch_that_was_given_up_gives_its_place_back(one_stream: Server, interval_s: float) -> None:
+    with (
+        gradbank.connect(one_stream.address, timeout=5) as client,
+        grpc.insecure_channel(one_stream.address) as channel,
+    ):
+        loss_fn = client.open("a", losses.ContrastiveLoss())
+        request = stats_pb2.WatchStatsRequest(session="a", interval_s=interval_s)
+        call = stats_pb2_grpc.StatsServiceStub(channel).WatchStats(request)
+        assert next(call).stats.session == "a"
+        call.cancel()
+        answered(loss_fn)
+
+
+def test_a_watch_ends_with_its_session_however_long_its_interval(one_stream: Server) -> None:
+    with (
+        gradbank.connect(one_stream.address, timeout=5) as client,
+        grpc.insecure_channel(one_stream.address) as channel,
+    ):
+        client.open("a", losses.ContrastiveLoss())
+        request = stats_pb2.WatchStatsRequest(session="a", interval_s=600)
+        call = stats_pb2_grpc.StatsServiceStub(channel).WatchStats(request, timeout=20)
+        next(call)
+        client.close_session("a")
+        assert list(call) == []
+
+
+def test_calls_that_say_nothing_do_not_keep_a_server_from_answering(one_stream: Server) -> None:
+    silent = threading.Event()
+
+    def says_nothing() -> Iterator[session_pb2.CreateSessionRequest]:
+        silent.wait(20)
+        yield from ()
+
+    with grpc.insecure_channel(one_stream.address) as channel:
+        stub = session_pb2_grpc.SessionServiceStub(channel)
+        calls = [stub.CreateSession.future(says_nothing()) for _ in range(40)]
+        refused = [call for call in calls[1:] if call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED]
+        assert len(refused) >= 38  # all but one, whichever that is
+        status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5).status
+        assert status == health_pb2.HealthCheckResponse.SERVING
+        silent.set()

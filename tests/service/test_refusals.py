@@ -220,3 +220,33 @@ def test_more_calls_than_a_server_takes_are_refused_by_name() -> None:
             there(*batch())
         with pytest.raises(LimitExceeded, match=r"all 2 streams are taken; .*--max-streams"):
             open_losses[2](*batch())
+
+
+def test_a_refusal_that_quotes_a_long_argument_arrives(client: gradbank.Client, name: str) -> None:
+    kept = losses.MultipleLosses([losses.NTXentLoss() for _ in range(200)], weights=[0.125] * 200)
+    client.open(name, kept)
+    other = losses.MultipleLosses([losses.NTXentLoss() for _ in range(200)], weights=[0.25] * 199 + ["x" * 20_000])
+    with pytest.raises((SessionConflict, InvalidComponent, InvalidRequest)) as caught:
+        client.open(name, other)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        (torch.zeros((), dtype=torch.int64),) * 3,
+        (torch.zeros((2, 1), dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)),
+    ],
+    ids=["a number", "a column"],
+)
+def test_indices_of_another_shape_are_refused_as_the_trainers(
+    client: gradbank.Client, name: str, indices: tuple[torch.Tensor, ...]
+) -> None:
+    loss_fn = client.open(name, losses.TripletMarginLoss())
+    with pytest.raises(InvalidRequest, match="indices_tuple must hold tensors of one dimension"):
+        loss_fn(*batch(), indices)
+
+
+def test_embeddings_of_no_dimension_are_refused(client: gradbank.Client, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"must be \(batch, dimension\), got shape \(8, 0\)"):
+        client.open(name, losses.NTXentLoss())(torch.zeros(8, 0), torch.arange(8))

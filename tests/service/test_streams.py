@@ -236,6 +236,7 @@ def test_a_step_without_anything_in_it_is_refused_or_does_nothing(wire: Wire) ->
         {"labels": tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_FLOAT64, shape=[8])},
         {"enqueue_mask": tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_BOOL, shape=[0])},
         {"indices": [tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_INT64, shape=[0])]},
+        {"answered_seq": 1},
         {"trainer_timings": step_pb2.TrainerTimings(network_s=-1e-9)},
         {"trainer_timings": step_pb2.TrainerTimings(client_decode_s=float("nan"))},
         {"trainer_timings": step_pb2.TrainerTimings(client_encode_s=float("inf"))},

@@ -1,5 +1,7 @@
 """The protocol of a session: who may step, in which order, once each; and what a server may hold."""
 
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -293,3 +295,28 @@ def test_a_state_is_taken_over_bit_by_bit(sessions: Sessions) -> None:
     session, _ = sessions.create("run", memory().spec(), dict(FULL.state_dict()))
     expected, held = FULL.state_dict(), session.state()
     assert {name: value.tolist() for name, value in held.items()} == {n: v.tolist() for n, v in expected.items()}
+
+
+def test_a_name_is_free_once_the_trainers_that_waited_for_its_session_are_refused(
+    sessions: Sessions, storage: MemoryStorage
+) -> None:
+    session, _ = sessions.create("run", losses.ContrastiveLoss().spec(), {})
+    refused: list[SessionNotFound] = []
+
+    def attach() -> None:
+        try:
+            session.attach(0, 1, b"a")
+        except SessionNotFound as error:
+            refused.append(error)
+
+    waiting = [threading.Thread(target=attach), threading.Thread(target=sessions.close, args=("run",))]
+    with session._turn:  # as a step has it
+        for each in waiting:
+            each.start()
+            time.sleep(0.05)
+    for each in waiting:
+        each.join(10)
+    again, created = sessions.create("run", losses.ContrastiveLoss().spec(), {})
+    assert created
+    assert storage.producers("run") == {}, "who held the old session's ranks is remembered"
+    assert again.ranks == []

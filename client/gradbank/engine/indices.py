@@ -10,13 +10,15 @@ def as_pairs(indices: Indices, device: torch.device) -> Indices:
     """An `indices_tuple` of either form as `(a1, p, a2, n)` on `device`: a triplet is a pair of each kind.
 
     Raises:
-        ValueError: neither three nor four tensors, or a tensor that does not hold integers.
+        ValueError: neither three nor four tensors, or a tensor that does not hold integers in one dimension.
     """
     if len(indices) not in (3, 4):
         raise ValueError(f"indices_tuple must be (a, p, n) or (a1, p, a2, n), got {len(indices)} tensors")
     for index in indices:
         if index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"indices_tuple must hold integers, got {index.dtype}")
+        if index.ndim != 1:
+            raise ValueError(f"indices_tuple must hold tensors of one dimension, got shape {tuple(index.shape)}")
     here = tuple(index.to(device, torch.int64) for index in indices)
     return (here[0], here[1], here[0], here[2]) if len(here) == 3 else here
 

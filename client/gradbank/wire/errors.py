@@ -17,8 +17,13 @@ from gradbank.v1 import error_pb2 as v1
 ERROR_TRAILER = "gradbank-error-bin"
 
 
+_LONGEST = 1500  # characters, of which a peer may have chosen most; gRPC drops a call whose trailer is too long
+
+
 def error_message(error: GradbankError) -> v1.Error:
-    return v1.Error(type=type(error).__name__, code=error.code, message=str(error))
+    said = str(error)
+    said = said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} [...] {said[-_LONGEST // 2 :]}"
+    return v1.Error(type=type(error).__name__, code=error.code, message=said)
 
 
 def status_of(error: GradbankError) -> grpc.StatusCode:

@@ -102,6 +102,11 @@ class Server:
         host = self.settings.host
         return f"{_bracketed('127.0.0.1' if host in ('0.0.0.0', '') else '::1' if host == '::' else host)}:{self.port}"
 
+    @property
+    def computes(self) -> bool:
+        """Whether a step is under way."""
+        return not all(session.wait(0) for session in self.service.sessions.all())
+
     def start(self) -> None:
         settings = self.settings
         if settings.metrics_port >= 0:

@@ -37,6 +37,7 @@ from gradbank_server.stats import Metrics
 from gradbank_server.storage import MemoryStorage, Storage
 
 Payload = list[memoryview]
+_LOOKS_EVERY_S = 0.5  # whether what is watched, or who watches it, is still there
 M = TypeVar("M", step_pb2.Timings, step_pb2.TrainerTimings)
 
 
@@ -188,8 +189,10 @@ class Service:
         session = self.sessions[request.session]
         while not session.closed:
             yield stats_pb2.WatchStatsResponse(stats=self._stats(session))
-            if pause(request.interval_s):
-                return
+            until = time.monotonic() + request.interval_s
+            while (left := until - time.monotonic()) > 0 and not session.closed:
+                if pause(min(left, _LOOKS_EVERY_S)):
+                    return
 
     def get_server(self, request: stats_pb2.GetServerRequest) -> stats_pb2.GetServerResponse:
         return stats_pb2.GetServerResponse(

@@ -38,6 +38,7 @@ from gradbank_server.threads import let_helpers_go
 
 log = structlog.get_logger()
 
+_DETAILS = 300  # characters for who does not read the trailer; both together may take 8 KiB
 _HERE = ("unix:", "ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")  # peers on the server's machine, as gRPC has them
 
 
@@ -48,7 +49,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def CreateSession(
         self, request_iterator: Iterator[session_pb2.CreateSessionRequest], context: grpc.ServicerContext
     ) -> session_pb2.CreateSessionResponse:
-        with _status(context):
+        with _status(context), self._gate.stream():
             self._gate.check()
             header = next(request_iterator, None)
             if header is None:
@@ -80,7 +81,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def PullState(
         self, request: session_pb2.PullStateRequest, context: grpc.ServicerContext
     ) -> Iterator[session_pb2.PullStateResponse]:
-        with _status(context):
+        with _status(context), self._gate.stream():
             state, payload = self._service.pull_state(request)
             for i, part in enumerate(chunks(payload)):
                 yield session_pb2.PullStateResponse(state=state if i == 0 else [], payload=b"".join(part))
@@ -201,10 +202,11 @@ class StatsServicer(stats_pb2_grpc.StatsServiceServicer):
         self, request: stats_pb2.WatchStatsRequest, context: grpc.ServicerContext
     ) -> Iterator[stats_pb2.WatchStatsResponse]:
         with _status(context), self._gate.stream():
-            for response in self._service.watch_stats(request, self._gate.closing.wait):
-                if not context.is_active():
-                    return
-                yield response
+
+            def pause(seconds: float) -> bool:
+                return self._gate.closing.wait(seconds) or not context.is_active()
+
+            yield from self._service.watch_stats(request, pause)
 
     def GetServer(
         self, request: stats_pb2.GetServerRequest, context: grpc.ServicerContext
@@ -244,4 +246,4 @@ def _status(context: grpc.ServicerContext) -> Iterator[None]:
 
 def _abort(context: grpc.ServicerContext, error: GradbankError) -> NoReturn:
     context.set_trailing_metadata(((ERROR_TRAILER, error_message(error).SerializeToString()),))
-    context.abort(status_of(error), str(error))
+    context.abort(status_of(error), str(error)[:_DETAILS])

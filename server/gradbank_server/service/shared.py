@@ -26,6 +26,7 @@ from gradbank_server.service.steps import Arrived
 
 log = structlog.get_logger()
 
+_PAUSE_S = 0.1  # before a trainer is accepted again
 _CREDENTIALS = struct.Struct("3i")  # of struct ucred: process, user, group
 
 
@@ -51,7 +52,11 @@ class SharedMemory:
         """The path of the socket."""
         self._folder = tempfile.mkdtemp(prefix="gradbank-")  # of mode 0700
         path = str(Path(self._folder, "shared"))
-        self._listener.bind(path)
+        try:
+            self._listener.bind(path)
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise OSError(f"cannot listen for shared memory at {path}: {error}; set TMPDIR to another folder") from None
         self._listener.listen(64)
         threading.Thread(target=self._accept, name="gradbank-shared", daemon=True).start()
         return path
@@ -69,8 +74,10 @@ class SharedMemory:
             while not self._gate.closing.is_set():
                 try:
                     connection, _ = self._listener.accept()
-                except OSError:
-                    return
+                except OSError as error:  # stopped; or there are no more descriptors, and soon may be again
+                    if not self._gate.closing.wait(_PAUSE_S):
+                        log.warning("cannot accept a trainer to shared memory", error=str(error))
+                    continue
                 threading.Thread(target=self._serve, args=(connection,), name="gradbank-shared", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:

@@ -99,8 +99,11 @@ def check_header(step: step_pb2.StepInput) -> None:
     """Refuses what no trainer can mean.
 
     Raises:
-        InvalidRequest: gradients in a dtype that they are not rounded to, or times that no clock shows.
+        InvalidRequest: gradients in a dtype that they are not rounded to, an answer to a step that is to come, or times
+            that no clock shows.
     """
+    if step.answered_seq and step.answered_seq >= step.seq:
+        raise InvalidRequest(f"answered_seq is {step.answered_seq}, and this is step {step.seq}: it can have none yet")
     told = step.trainer_timings
     if not all(0 <= spent < math.inf for spent in (told.client_encode_s, told.network_s, told.client_decode_s)):
         raise InvalidRequest("trainer_timings must be finite and not negative")
@@ -129,8 +132,9 @@ def _rounded(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """The gradient in half precision, and the exponent of 2 that it is to be multiplied by."""
     if dtype == torch.bfloat16 or not gradient.numel():
         return gradient.to(dtype), 0
-    # float16 has few exponents: the largest entry is brought near the upper end of them
+    # float16 has few exponents: the largest entry is brought near the upper end of them, as far as a factor can
     exponent = math.frexp(float(torch.linalg.vector_norm(gradient, torch.inf)))[1] - _HIGHEST
+    exponent = max(exponent, math.frexp(torch.finfo(gradient.dtype).tiny)[1])
     return (gradient * 2.0**-exponent).to(dtype), exponent
 
 

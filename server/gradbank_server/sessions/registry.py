@@ -53,7 +53,7 @@ class Sessions:
         self._build, self._device, self._limits = build, device, limits
         self._storage, self._clock, self._run = storage, clock, run
         self._open: dict[str, Session] = {}
-        self._coming: set[str] = set()  # names of sessions that are being made
+        self._coming: set[str] = set()  # names of sessions that are being made, or ended
         self._changed = threading.Condition()
 
     def create(self, name: str, spec: Spec, state: dict[str, Tensor]) -> tuple[Session, bool]:
@@ -126,14 +126,20 @@ class Sessions:
             return [self._open[name] for name in sorted(self._open)]
 
     def close(self, name: str) -> bool:
-        """Ends a session; whether there was one."""
+        """Ends a session, once no step of it is under way; whether there was one."""
         with self._changed:
             session = self._open.pop(name, None)
-            if session is not None:
-                self._storage.drop(name)
-        if session is not None:
+            if session is None:
+                return False
+            self._coming.add(name)  # nobody may have the name before who holds this session's ranks is forgotten
+        try:
             session.close()
-        return session is not None
+            self._storage.drop(name)
+        finally:
+            with self._changed:
+                self._coming.discard(name)
+                self._changed.notify_all()
+        return True
 
 
 def check_size(spec: Spec, limit: int) -> None:

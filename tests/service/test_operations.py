@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import gradbank
 from gradbank import losses
-from gradbank.errors import InvalidRequest, ServerUnavailable
+from gradbank.errors import DeadlineExceeded, InvalidRequest, ServerUnavailable
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 
@@ -255,3 +255,14 @@ def test_health_is_an_exit_code(server: Server) -> None:
     ill = run("health", "--address", address, "--timeout", "0.5")
     assert ill.returncode == 1
     assert address in ill.stdout + ill.stderr
+
+
+def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(serve: Callable[..., Process]) -> None:
+    process = serve("--drain-seconds", "0.5")
+    with gradbank.connect(process.address, timeout=2) as client:
+        loss_fn = client.open("long", losses.NTXentLoss())
+        with pytest.raises((DeadlineExceeded, ServerUnavailable)):  # 10,000 million pairs
+            loss_fn(torch.randn(100_000, 1), torch.arange(100_000) // 2)
+        code, seconds, _ = process.end()
+    assert code == 1
+    assert seconds < 8

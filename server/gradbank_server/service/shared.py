@@ -131,6 +131,7 @@ class _Conversation:
                     if request.next_is_worth_reading:
                         requests.read()
                     self._answer(request)
+                    del request  # before the next one comes, for it may be large
         finally:
             self._leave_rooms()
 

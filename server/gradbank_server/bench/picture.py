@@ -71,4 +71,4 @@ def _steps(axis: Any, course: Course) -> None:
             value, color=_INK, linewidth=1, linestyle="-" if name == "p50" else "--", label=f"{name} {value:.2f} ms"
         )
     axis.set(title="every step", xlabel="step", ylabel="ms", ylim=(0, None))
-    axis.legend(fontsize=8, frameon=False, loc="upper right")
+    axis.legend(fontsize=8, frameon=False, loc="lower right")

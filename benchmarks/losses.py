@@ -88,7 +88,7 @@ def time_of(case: Case, result: Measured | str | None) -> str:
     if not isinstance(result, Measured):
         return result or ""
     if result.ratio is None:
-        return f"{result.seconds:.2f} s"
+        return f"{result.seconds:.2f} s" if result.seconds >= 0.1 else f"{1e3 * result.seconds:.2f} ms"
     return f"{result.ratio:.2f}x {'floor' if isinstance(case.beside, Floor) else 'per row'}"
 
 

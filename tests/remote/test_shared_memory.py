@@ -9,7 +9,9 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -464,3 +466,26 @@ def test_trainers_are_accepted_again_once_there_are_descriptors(name: str) -> No
             if not turn:
                 shared._listener = exhausted = Exhausted(shared._listener)
         assert exhausted.failed == 1
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def folder(name: str, age_s: float) -> tuple[Path, socket.socket]:
+        made = tmp_path / name
+        made.mkdir()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(made / "shared"))
+        os.utime(made, (time.time() - age_s,) * 2)
+        return made, listener
+
+    folder("gradbank-left", 3600)[1].close()
+    (starting, about_to), (alive, listening) = folder("gradbank-starting", 1), folder("gradbank-alive", 3600)
+    other, ended = folder("somebody-else", 3600)
+    listening.listen()
+    with Server(ServerSettings(port=0, metrics_port=-1, shared_memory=True)) as running:
+        own = Path(running._nearer.shared_memory_socket).parent
+        assert set(tmp_path.iterdir()) == {starting, alive, other, own}
+    assert set(tmp_path.iterdir()) == {starting, alive, other}
+    for each in (about_to, listening, ended):
+        each.close()

@@ -66,7 +66,8 @@ class World:
 
     def twin(self) -> "World":
         """A copy of everything, with a lock of its own."""
-        return copy.deepcopy(self, {id(self.session._turn): threading.RLock()})
+        locks = {id(self.session._turn): threading.RLock(), id(self.session._tallying): threading.Lock()}
+        return copy.deepcopy(self, locks)
 
     def batch(self, seq: int, news: tuple = ()) -> Batch:
         random = torch.Generator().manual_seed(seq)

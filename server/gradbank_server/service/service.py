@@ -170,7 +170,7 @@ class Service:
         output.timings.CopyFrom(step_pb2.Timings(**{f"{phase}_s": spent for phase, spent in seconds.items()}))
         if step.HasField("trainer_timings") and not replayed:
             seconds |= seconds_of(step.trainer_timings)
-        session.tally.timed(seconds, step.payload_bytes, output.payload_bytes)
+        session.timed(seconds, step.payload_bytes, output.payload_bytes)
         self.metrics.stepped(session.spec.title(), "replayed" if replayed else "ok")
         self.metrics.timed(seconds, step.payload_bytes, output.payload_bytes)
         return output, data

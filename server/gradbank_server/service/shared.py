@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import stat
 import struct
 import tempfile
 import threading
@@ -26,6 +27,8 @@ from gradbank_server.service.steps import Arrived
 
 log = structlog.get_logger()
 
+_PREFIX = "gradbank-"
+_FRESH_S = 60.0  # for so long a server may be about to listen
 _PAUSE_S = 0.1  # before a trainer is accepted again
 _CREDENTIALS = struct.Struct("3i")  # of struct ucred: process, user, group
 
@@ -50,7 +53,8 @@ class SharedMemory:
 
     def start(self) -> str:
         """The path of the socket."""
-        self._folder = tempfile.mkdtemp(prefix="gradbank-")  # of mode 0700
+        _remove_left_behind(Path(tempfile.gettempdir()))
+        self._folder = tempfile.mkdtemp(prefix=_PREFIX)  # of mode 0700
         path = str(Path(self._folder, "shared"))
         try:
             self._listener.bind(path)
@@ -210,6 +214,22 @@ class _Conversation:
 
     def _send(self, response: shared_pb2.SharedResponse) -> None:
         self._connection.sendall(response.SerializeToString())
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Removes what servers of this user left in a folder when they were killed."""
+    for each in folder.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # it went meanwhile, or is not what it seems
+            found, place = each.lstat(), each / "shared"
+            fresh = time.time() - found.st_mtime < _FRESH_S
+            if fresh or found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode) or not place.is_socket():
+                continue
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                probe.settimeout(1)
+                try:
+                    probe.connect(str(place))
+                except ConnectionRefusedError:  # nobody listens
+                    shutil.rmtree(each, ignore_errors=True)
 
 
 def _read(packet: bytearray, size: int) -> shared_pb2.SharedRequest:

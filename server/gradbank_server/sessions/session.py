@@ -79,7 +79,7 @@ class Session:
         self._nobody = ProducerRecord(epoch=secrets.randbits(48), incarnation=-1, nonce=b"")
         self._turn = threading.RLock()
         self.closed = False
-        self.tally = Tally(created=clock())
+        self.tally, self._tallying = Tally(created=clock()), threading.Lock()
 
     def attach(self, rank: int, incarnation: int, nonce: bytes, previous_nonce: bytes = b"") -> Attachment:
         """Makes a trainer the producer of a rank; see `Producer.attached`.
@@ -135,6 +135,11 @@ class Session:
             self.tally.optimizer_steps += optimizer_steps
             self.tally.stepped(None if batch.embeddings is None else answer.value, self._clock())
             return Outcome(answer, False, waited)
+
+    def timed(self, seconds: dict[str, float], received: int, sent: int) -> None:
+        """Counts what a step took, which is known when its turn is over and that of another may have begun."""
+        with self._tallying:
+            self.tally.timed(seconds, received, sent)
 
     def configure(self, spec: OptimizerSpec) -> OptimizerSpec:
         """Gives the weights an optimizer; asking again for the same is answered with the one there is.

@@ -40,6 +40,10 @@ class Proxy:
         """Breaks the connection once `count` more bytes have passed in a direction."""
         self._left[direction] = count
 
+    def spare(self) -> None:
+        """Does not break the connection that it was told to."""
+        self._left = {UP: None, DOWN: None}
+
     def cut(self) -> None:
         """Breaks all connections; the next will be well."""
         self.cuts += 1

@@ -1,5 +1,6 @@
 """A client ends every call in time, and says what is wrong; trainers of a session do not get in each other's way."""
 
+import gc
 import os
 import queue
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,16 @@ def test_closing_a_client_whose_session_is_gone_is_no_error(either: gradbank.Cli
 # -- forks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def settled() -> Iterator[None]:
+    """Keeps a child from collecting what earlier tests left of gRPC, whose locks it has in whatever state they were."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("settled")
 def test_a_forked_child_is_told_and_the_parent_goes_on(near: gradbank.Client, name: str) -> None:
     there, here = near.open(name, memory()), memory()
     assert torch.equal(there(*batch()), here(*batch()))
@@ -230,6 +241,7 @@ class Careless(Dataset):
             return str(error), time.monotonic() - begun
 
 
+@pytest.mark.usefixtures("settled")
 def test_a_loss_in_a_worker_of_a_data_loader_fails_at_once(near: gradbank.Client, name: str) -> None:
     there, here = near.open(name, memory()), memory()
     assert torch.equal(there(*batch()), here(*batch()))

@@ -18,7 +18,6 @@ class Step(NamedTuple):
     forward: Callable[[], Any]
     leaves: list[Tensor]
     loss: nn.Module | None = None  # with its bank, if there is one
-    labels: Tensor | None = None
 
     def __call__(self) -> None:
         for leaf in self.leaves:
@@ -46,14 +45,14 @@ def make(case: Case, library: str) -> Step:
         bank = losses.CrossBatchMemory(loss, case.dimension, memory_size=case.bank, miner=miner)
         for row_labels, rows in _data(case, case.bank, seed=2):
             bank.add_to_memory(rows, row_labels, len(rows))
-        return Step(lambda: bank(embeddings, labels), leaves, bank, labels)
+        return Step(lambda: bank(embeddings, labels), leaves, bank)
     if case.component == "ManifoldLoss":  # takes no labels, but the proxy of each embedding
         own = torch.arange(case.batch) % loss.K
         return Step(lambda: loss(embeddings, indices_tuple=own), leaves)
     if case.component == "VICRegLoss":  # takes another view
         view = next(_data(case, case.batch, seed=2))[1]
         return Step(lambda: loss(embeddings, ref_emb=view), leaves)
-    return Step(lambda: loss(embeddings, labels), leaves, loss, labels)
+    return Step(lambda: loss(embeddings, labels), leaves, loss)
 
 
 def batches(case: Case, number: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -71,8 +71,10 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
     server.stop()
-    if server.computes:  # beyond the time to drain, for nobody
-        os._exit(1)
+    if server.computes:
+        _failed("a step outlasted --drain-seconds, and was given up")
+        sys.stderr.flush()
+        os._exit(1)  # its thread would keep the process
     return 0
 
 
@@ -140,7 +142,10 @@ def bench(
     console.print(table)
     console.print(f"\n{course.advice()}", highlight=False)
     if picture is not None:
-        draw(picture, course, f"{workload}\n{address}: {server}")
+        try:
+            draw(picture, course, f"{workload}\n{address}: {server}")
+        except OSError as error:
+            return _failed(f"the picture cannot be saved: {error}")
         console.print(f"\nsaved {picture}", highlight=False)
     return 0
 

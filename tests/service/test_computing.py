@@ -1,5 +1,6 @@
 """Which threads compute, and what becomes of torch's helpers."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -32,6 +33,16 @@ print(*(count - counts[0] for count in counts), os.environ["GOMP_SPINCOUNT"])
 """
 
 
+def let_go(**environment: str | None) -> list[str]:
+    """What the program prints, in an environment with these variables, or without those that are None."""
+    known = {**os.environ, **environment}
+    env = {name: value for name, value in known.items() if value is not None and name != "OMP_WAIT_POLICY"}
+    run = subprocess.run(
+        [sys.executable, "-c", LET_GO], env=env, capture_output=True, text=True, timeout=60, check=True
+    )
+    return run.stdout.split()
+
+
 @pytest.fixture
 def computing() -> Computing:
     return Computing(torch.device("cpu"))
@@ -39,8 +50,12 @@ def computing() -> Computing:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_helpers_that_are_let_go_end_and_others_start_when_they_are_needed() -> None:
-    made = subprocess.run([sys.executable, "-c", LET_GO], capture_output=True, text=True, timeout=60, check=True)
-    assert made.stdout.split() == ["0", "2", "0", "2", "10000"]
+    assert let_go(GOMP_SPINCOUNT=None) == ["0", "2", "0", "2", "10000"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_how_helpers_wait_is_left_to_the_environment_where_it_says() -> None:
+    assert let_go(GOMP_SPINCOUNT="77")[-1] == "77"
 
 
 def test_steps_of_all_threads_are_computed_by_one(computing: Computing) -> None:

@@ -38,6 +38,7 @@ def test_a_server_full_of_streams_is_still_healthy_and_tells_its_statistics(one_
         status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5).status
         assert status == health_pb2.HealthCheckResponse.SERVING
         assert client.stats("a").steps == 1
+        assert isinstance(first.local(), losses.ContrastiveLoss)  # and hands out what was learned
 
 
 def test_closing_a_session_gives_its_stream_back(one_stream: Server) -> None:

@@ -263,6 +263,7 @@ def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(serve:
         loss_fn = client.open("long", losses.NTXentLoss())
         with pytest.raises((DeadlineExceeded, ServerUnavailable)):  # 10,000 million pairs
             loss_fn(torch.randn(100_000, 1), torch.arange(100_000) // 2)
-        code, seconds, _ = process.end()
+        code, seconds, errors = process.end()
     assert code == 1
+    assert errors.endswith("gradbank: a step outlasted --drain-seconds, and was given up\n")
     assert seconds < 8

@@ -23,6 +23,8 @@ from gradbank_server.build import build_loss
 from gradbank_server.sessions import Batch, Limits, Sessions
 from gradbank_server.storage import MemoryStorage
 
+from .conftest import Trainer
+
 Hosted = Callable[..., object]
 Make = Callable[..., Batch]
 NAN = float("nan")
@@ -320,3 +322,28 @@ def test_a_name_is_free_once_the_trainers_that_waited_for_its_session_are_refuse
     assert created
     assert storage.producers("run") == {}, "who held the old session's ranks is remembered"
     assert again.ranks == []
+
+
+def test_steps_of_a_session_are_never_computed_side_by_side(batch: Callable[..., Batch]) -> None:
+    under_way, most = 0, 0
+
+    def run(call: Callable[[], object]) -> object:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        time.sleep(0.01)
+        made = call()
+        under_way -= 1
+        return made
+
+    clock, limits = (lambda: 0.0), Limits()
+    sessions = Sessions(build_loss, torch.device("cpu"), limits, MemoryStorage(), clock, run)  # type: ignore[arg-type]
+    session, _ = sessions.create("run", losses.ContrastiveLoss().spec(), {})
+    trainers = [Trainer(session, rank, nonce=bytes([rank])) for rank in range(4)]
+    threads = [threading.Thread(target=lambda t=t: [t.step(batch(seed)) for seed in range(3)]) for t in trainers]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(20)
+    assert session.tally.steps == 12
+    assert most == 1

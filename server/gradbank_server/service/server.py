@@ -67,9 +67,10 @@ class Server:
         self._metrics_server: Any = None
         self.metrics_port: int | None = None
         self._grpc = grpc.server(
-            # streams hold a thread each; the rest is for short calls, so that a full server still says it is healthy
-            futures.ThreadPoolExecutor(settings.max_streams + SHORT_CALLS, thread_name_prefix="gradbank"),
-            maximum_concurrent_rpcs=settings.max_streams + 4 * SHORT_CALLS,
+            # streams and transfers hold a thread each, for as long as their peer likes; the rest is for short calls, so
+            # that a full server still says it is healthy
+            futures.ThreadPoolExecutor(2 * settings.max_streams + SHORT_CALLS, thread_name_prefix="gradbank"),
+            maximum_concurrent_rpcs=2 * settings.max_streams + 4 * SHORT_CALLS,
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.max_send_message_length", -1),

@@ -49,7 +49,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def CreateSession(
         self, request_iterator: Iterator[session_pb2.CreateSessionRequest], context: grpc.ServicerContext
     ) -> session_pb2.CreateSessionResponse:
-        with _status(context), self._gate.stream():
+        with _status(context), self._gate.transfer():
             self._gate.check()
             header = next(request_iterator, None)
             if header is None:
@@ -81,7 +81,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def PullState(
         self, request: session_pb2.PullStateRequest, context: grpc.ServicerContext
     ) -> Iterator[session_pb2.PullStateResponse]:
-        with _status(context), self._gate.stream():
+        with _status(context), self._gate.transfer():
             state, payload = self._service.pull_state(request)
             for i, part in enumerate(chunks(payload)):
                 yield session_pb2.PullStateResponse(state=state if i == 0 else [], payload=b"".join(part))

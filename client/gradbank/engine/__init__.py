@@ -29,6 +29,7 @@ from gradbank.engine.named import listed_distances, of_triplets
 from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, Pairs
 from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
+from gradbank.engine.room import room
 from gradbank.engine.separable import Separable
 from gradbank.engine.statistics import Running, Statistic
 from gradbank.engine.sums import Each, Number, Sum
@@ -78,6 +79,7 @@ __all__ = [
     "listed_distances",
     "look",
     "named_weight",
+    "room",
     "sweep",
     "triplets_of",
     "using",
@@ -158,7 +160,7 @@ def evaluate_triplets(
 def _is_small(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> bool:
     """Whether the matrix is worth holding whole: a larger one is not where a statistic would hold more than that."""
     entries = len(embeddings) * len(references) * references.vectors
-    if entries <= 2**12 or entries > 2**18:
+    if entries <= 2**12 or entries > room(2**18, embeddings.device):
         return entries <= 2**12
     none = embeddings.new_zeros(0)
     nothing, place = Positives(none, none.long(), none, none.long()), slice(0, len(embeddings))

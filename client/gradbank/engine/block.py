@@ -14,6 +14,7 @@ from gradbank.engine.near import distances_of
 from gradbank.engine.negatives import Holes, Masked, Negatives, Weighted
 from gradbank.engine.pairs import Pairs, TilePairs
 from gradbank.engine.references import References
+from gradbank.engine.room import room
 from gradbank.engine.statistics import Running
 from gradbank.engine.tile import Tile
 
@@ -203,7 +204,7 @@ class Block:
                 queries, anchor, s, of_positives, lambda w: self.references.sums(other, anchor, w * inverse, self.size)
             )
             return done.add_(pulled)
-        step = max(1, _GATHERED_AT_ONCE // max(queries.shape[1], 1))
+        step = max(1, room(_GATHERED_AT_ONCE, queries.device) // max(queries.shape[1], 1))
         for anchor, other, gradient in zip(
             *(torch.split(each, step) for each in (self.positives.anchor, self.positives.other, of_positives))
         ):

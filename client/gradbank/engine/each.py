@@ -38,7 +38,7 @@ def every_positive(pairs: Pairs, anchors: int, references: References) -> tuple[
 
 def _whole_rows(pairs: Pairs, anchors: int, references: References) -> Iterator[tuple[slice, TilePairs]]:
     """A few anchors at a time against all references."""
-    step = max(1, Bounds().tile // max(len(references), 1))
+    step = max(1, Bounds.on(references.pieces[0].device).tile // max(len(references), 1))
     for start in range(0, max(anchors, 1), step):
         rows = slice(start, min(start + step, anchors))
         yield rows, pairs.tile(rows, slice(0, len(references)))

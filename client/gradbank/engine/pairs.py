@@ -119,8 +119,9 @@ class LabelledPairs(Pairs):
         start = size.cumsum(0) - size
         times = size[of_met]
         column = met.repeat_interleave(times)
-        within = torch.arange(len(column), device=column.device) - (times.cumsum(0) - times).repeat_interleave(times)
-        row = order[start[of_met].repeat_interleave(times) + within]
+        total = len(column)
+        first = (start[of_met] - times.cumsum(0) + times).repeat_interleave(times, output_size=total)
+        row = order[first + torch.arange(total, device=column.device)]
         own = None if self.own is None else column == self.own[rows][row]
         own = own if self.names_positives else torch.ones_like(column, dtype=torch.bool)
         return Listing.of(row, column, own, edges)
@@ -204,12 +205,12 @@ def _places(known: Tensor, labels: Tensor) -> Tensor:
     """`(M,)` int64: where each label stands among the known, which are distinct and ascending; -1 where it does not."""
     if not len(known):
         return torch.full_like(labels, -1, dtype=torch.int64)
-    low, span = known[0].item(), known[-1].item() - known[0].item()
-    whole = not (known.is_floating_point() or labels.is_floating_point())
-    if whole and span <= len(labels):  # looked up at once, rather than searched for
-        table, low = torch.full((int(span) + 3,), -1, device=known.device), int(low)
-        table[known.long() - low + 1] = torch.arange(len(known), device=known.device)
-        return table.index_select(0, (labels.long() - low + 1).clamp_(0, len(table) - 1))
+    if not (known.is_floating_point() or labels.is_floating_point()):
+        low, high = map(int, torch.stack([known[0], known[-1]]).tolist())  # a GPU is waited for once
+        if high - low <= len(labels):  # looked up at once, rather than searched for
+            table = torch.full((high - low + 3,), -1, device=known.device)
+            table[known.long() - low + 1] = torch.arange(len(known), device=known.device)
+            return table.index_select(0, (labels.long() - low + 1).clamp_(0, len(table) - 1))
     place = torch.searchsorted(known, labels).clamp_(max=len(known) - 1)
     return torch.where(known[place] == labels, place, -1)
 

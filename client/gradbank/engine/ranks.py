@@ -14,6 +14,7 @@ from torch import Tensor
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.eager import refuse_second_derivatives
 from gradbank.engine.negatives import Negatives
+from gradbank.engine.room import room
 from gradbank.engine.statistics import Running, Statistic
 from gradbank.engine.tile import Tile
 
@@ -60,7 +61,7 @@ class _RunningRanks(Running):
     def _before(self, s: Tensor, negatives: Negatives) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         """Some positives at a time: which ones, their anchors, whether each column lies before them, and how often."""
         near, times = -negatives.beyond(-s), negatives.times()
-        for part in torch.split(self.order, max(1, _AT_ONCE // max(s.shape[1], 1))):
+        for part in torch.split(self.order, max(1, room(_AT_ONCE, s.device) // max(s.shape[1], 1))):
             anchor = self.positives.anchor[part]
             before = near[anchor].sub_(self.positives.s[part, None]).div_(self.temperature).sigmoid_()
             yield part, anchor, before, None if times is None else times[anchor]
@@ -128,7 +129,7 @@ class _Table(NamedTuple):
     def before(self, s: Tensor, temperature: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Some positives at a time: which ones, their rows, and whether each of the row lies before them."""
         near = s[self.place].masked_fill_(~self.inside, -torch.inf)
-        step = max(1, _AT_ONCE // self.place.shape[1])
+        step = max(1, room(_AT_ONCE, s.device) // self.place.shape[1])
         rows = self.inside.nonzero(as_tuple=True)[0]
         for some, row in zip(torch.split(self.members, step), torch.split(rows, step)):
             yield some, row, near[row].sub_(s[some, None]).div_(temperature).sigmoid_()
@@ -143,7 +144,7 @@ def _tables(anchor: Tensor, anchors: int) -> Iterator[_Table]:
     sizes, start = number.tolist(), 0
     while start < anchors and sizes[start]:
         most = sizes[start]
-        some = slice(start, start + max(1, _AT_ONCE // most))
+        some = slice(start, start + max(1, room(_AT_ONCE, anchor.device) // most))
         column = torch.arange(most, device=anchor.device)
         inside = column < number[some, None]
         yield _Table(by_anchor[torch.where(inside, first[order[some], None] + column, 0)], inside)

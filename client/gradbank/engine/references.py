@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradbank.distances import Distance
+from gradbank.engine.room import room
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _sums(piece: Tensor, index: Tensor, group: Tensor, weight: Tensor, total: Te
     another dtype, which are converted a few at a time."""
     if piece.dtype != weight.dtype:
         whole = torch.arange(len(index), device=index.device)
-        for few in torch.split(whole, max(1, _CONVERTED_AT_ONCE // piece.shape[1])):
+        for few in torch.split(whole, max(1, room(_CONVERTED_AT_ONCE, piece.device) // piece.shape[1])):
             rows = piece.index_select(0, index[few]).to(weight.dtype)
             _sums(rows, torch.arange(len(few), device=few.device), group[few], weight[few], total)
         return total

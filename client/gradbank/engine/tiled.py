@@ -17,6 +17,7 @@ from gradbank.engine.declaration import Declaration
 from gradbank.engine.gradients import Gradients
 from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
+from gradbank.engine.room import room
 from gradbank.reducers import Ratio
 
 # glibc returns a freed block to the system unless it has seen one as large freed before, and what tiles are made of
@@ -35,6 +36,8 @@ class Bounds:
             written one at a time, each (but for a single anchor) with no more than these.
         kept: entries of the distance matrix, at most, that are kept from a first sweep for a second one.
         ready: numbers of the references that are normalised once for all blocks, at most.
+
+    The defaults are for a CPU.
     """
 
     tile: int = 2**19
@@ -42,6 +45,11 @@ class Bounds:
     positives: int = 3 * 2**19
     kept: int = 2**23
     ready: int = 2**21
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Bounds":
+        """The bounds that suit a device."""
+        return cls(tile=room(cls.tile, device), rows=room(cls.rows, device))
 
     def blocks(self, pairs: Pairs, anchors: int, references: int) -> Iterator[slice]:
         """Blocks of anchors; those of a block have room for as many positives as the richest has."""
@@ -73,7 +81,7 @@ def tiled(
         learned: the parameters of the loss.
         needed: whether a gradient is wanted of the embeddings, of each piece of the references, and of each parameter.
     """
-    bounds = bounds or Bounds()
+    bounds = bounds or Bounds.on(embeddings.device)
     embeddings, references = embeddings.detach(), references.detach()
     keeps = len(embeddings) * len(references) <= bounds.positives
     keeps = keeps or not pairs.names_positives or int(pairs.most_positives().sum()) <= bounds.positives

@@ -8,6 +8,7 @@ from torch import Tensor
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.each import triplets_of
 from gradbank.engine.negatives import Negatives
+from gradbank.engine.room import room
 from gradbank.engine.statistics import EveryPair, Running, Statistic
 from gradbank.engine.tile import Tile
 from gradbank.reducers import MeanReducer, Reducer, counted
@@ -90,7 +91,7 @@ class RunningTriplets(Running):
     def add(self, tile: Tile, negatives: Negatives) -> None:
         of_s, of_row = torch.zeros_like(tile.s), None if self.row is None else torch.zeros_like(self.row)
         far = negatives.beyond(tile.s.detach())  # what is no negative may be infinite, and inf - inf is no number
-        for part in torch.split(self.order, max(1, _AT_ONCE // max(tile.s.shape[1], 1))):
+        for part in torch.split(self.order, max(1, room(_AT_ONCE, far.device) // max(far.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             with torch.enable_grad():
                 leaves = [self.positives.s[part, None].requires_grad_(), far[anchor].requires_grad_()]
@@ -121,7 +122,7 @@ class RunningTriplets(Running):
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         total, far = torch.zeros_like(s[:, 0]), negatives.beyond(s)
-        for part in torch.split(self.order, max(1, _AT_ONCE // max(s.shape[1], 1))):
+        for part in torch.split(self.order, max(1, room(_AT_ONCE, s.device) // max(s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             losses = self.triplets.losses(anchor, self.positives.s[part, None], far[anchor], self.row)
             weight = negatives.weighed(torch.ones_like(s))[anchor] * times[:, None]

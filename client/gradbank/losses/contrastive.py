@@ -21,6 +21,7 @@ from gradbank.engine import (
     Sum,
     evaluate,
     full_precision,
+    room,
 )
 from gradbank.losses.pair import PairLoss
 from gradbank.reducers import AvgNonZeroReducer, MeanReducer, Reducer
@@ -159,7 +160,7 @@ def _mean_of_negatives(distance: Distance, embeddings: Tensor, references: Refer
     queries = distance.prepare(embeddings).double()
     of_group = queries.new_zeros(groups, queries.shape[1]).index_add(0, of_anchor, queries)
     everything, weight = queries.new_zeros(queries.shape[1]), embeddings.new_ones(len(references))
-    for columns, _, _ in references.tiles(2**11):
+    for columns, _, _ in references.tiles(room(2**11, embeddings.device)):
         rows, inverse, _ = references.prepared(distance, columns, embeddings.dtype)
         if inverse is not None:
             weight[columns] = inverse.squeeze(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradbank.component import component
-from gradbank.engine import Indices, widened
+from gradbank.engine import Indices, room, widened
 from gradbank.miners.base import Miner, check_unit_euclidean
 from gradbank.miners.listing import PairList, TripletList
 from gradbank.miners.rows import ENTRIES, blocks, kinds
@@ -51,7 +51,7 @@ class AngularMiner(Miner):
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         anchors, others = widened(embeddings.detach()), widened(ref_emb.detach())
         near = PairList(len(others), anchors.device)
-        for rows in blocks(len(anchors), len(others)):
+        for rows in blocks(len(anchors), len(others), anchors.device):
             near.add(kinds(labels, ref_labels, rows)[0].view(-1).nonzero().squeeze(1), rows.start)
         pairs, squares = near.pairs(), (others + EPSILON).square().sum(1)
 
@@ -65,7 +65,8 @@ class AngularMiner(Miner):
 
         found, seen = TripletList(anchors.device), []
         counts = torch.empty_like(pairs[0])  # one piece: small ones would scatter what is free in between
-        chunk = max(1, ENTRIES // 4 // max(len(others), 1))  # pairs at a time, each with several numbers per entry
+        # pairs at a time, each with several numbers per entry
+        chunk = max(1, room(ENTRIES // 4, anchors.device) // max(len(others), 1))
         for start in range(0, len(counts), chunk):
             a, p, counted = (each[start : start + chunk] for each in (*pairs, counts))
             angles, wide, negatives = angles_of(a, p)

@@ -59,7 +59,7 @@ class MultiSimilarityMiner(PairMiner):
         references = references.detach()
         nearest_negative = queries.new_full((len(queries),), -torch.inf)
         farthest_positive = queries.new_full((len(queries),), torch.inf)
-        bounds = Bounds()
+        bounds = Bounds.on(queries.device)
         for rows in bounds.blocks(pairs, len(queries), len(references)):
             for s, positives, negatives in sweep(distance, queries[rows], references, pairs, rows, bounds.width(rows)):
                 near = negatives.logged(distance.closeness(s)).amax(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbank.distances import Distance
-from gradbank.engine import full_precision, widened
+from gradbank.engine import full_precision, room, widened
 
 ENTRIES = 2**18  # of the matrix held at a time, unless a single row has more
 
@@ -21,9 +21,9 @@ class Rows(NamedTuple):
     negatives: Tensor  # (b, M) bool
 
 
-def blocks(anchors: int, references: int) -> Iterator[slice]:
-    """Blocks of anchors whose rows, at full width, have `ENTRIES` together."""
-    step = max(1, ENTRIES // max(references, 1))
+def blocks(anchors: int, references: int, device: torch.device) -> Iterator[slice]:
+    """Blocks of anchors whose rows, at full width, have `ENTRIES` together, or more on a GPU."""
+    step = max(1, room(ENTRIES, device) // max(references, 1))
     for start in range(0, anchors if references else 0, step):
         yield slice(start, min(start + step, anchors))
 
@@ -46,7 +46,7 @@ def matrix(
     with torch.no_grad(), full_precision(device):
         queries = distance.prepare(widened(embeddings))
         references = queries if ref_emb is embeddings else distance.prepare(widened(ref_emb))
-    for rows in blocks(len(queries), len(references)):
+    for rows in blocks(len(queries), len(references), device):
         with torch.no_grad(), full_precision(device):
             d = distance.matrix(queries[rows], references)
         yield Rows(rows, d, *kinds(labels, ref_labels, rows))

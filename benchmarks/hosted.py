@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 import steps
 import torch
 from cases import SECTIONS, Case, Sizes
+from floors import seconds as seconds_of
 from transport.echo import EchoLoss
 from transport.served import served
 
@@ -43,7 +44,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name has it")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long each case is measured")
-    parser.add_argument("--gib", type=float, default=16.0, help="what a step may allocate")
+    parser.add_argument("--gib", type=float, default=16.0, help="what a step may allocate, on a CPU")
+    parser.add_argument("--device", default="cpu", help="of the trainer; the server has a GPU if there is one")
     arguments = parser.parse_args()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for the processes to come
     print(f"gradbank {gradbank.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
@@ -54,14 +56,14 @@ def main() -> None:
             sizes = Sizes(batch=arguments.batch, bank=rows, labels=min(1000, rows // 8))
             for case in SECTIONS["bank"](sizes):
                 if re.search(arguments.only, case.name):
-                    print(_line(case.name, _apart(case, address, arguments.seconds, arguments.gib)), flush=True)
+                    print(_line(case.name, _apart(case, address, arguments)), flush=True)
 
 
-def _apart(case: Case, address: str, seconds: float, gib: float) -> Times:
+def _apart(case: Case, address: str, arguments: argparse.Namespace) -> Times:
     """The times of a case, measured in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(theirs, case, address, seconds, gib))
+    child = context.Process(target=_child, args=(theirs, case, address, arguments))
     child.start()
     theirs.close()
     times: Times = ours.recv()
@@ -69,12 +71,16 @@ def _apart(case: Case, address: str, seconds: float, gib: float) -> Times:
     return times
 
 
-def _child(pipe: Connection, case: Case, address: str, seconds: float, gib: float) -> None:
+def _child(pipe: Connection, case: Case, address: str, arguments: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (int(gib * 2**30),) * 2)
-    local = steps.make(replace(case, beside=None), "gradbank")
+    device, seconds = arguments.device, arguments.seconds
+    if device == "cpu":  # a GPU's driver reserves more addresses than there is memory
+        resource.setrlimit(resource.RLIMIT_AS, (int(arguments.gib * 2**30),) * 2)
+    local = steps.make(replace(case, beside=None), "gradbank", device)
     assert isinstance(local.loss, gradbank.losses.Loss)
-    batches = list(steps.batches(case, 16))  # of one alone, the bank would soon be full, and every row a positive
+    batches = list(
+        steps.batches(case, 16, device)
+    )  # of one alone, the bank would soon be full, and every row a positive
     with (
         gradbank.connect(address, 120, via="tcp") as far,
         gradbank.connect(address, 120, via="shm") as near,
@@ -90,12 +96,12 @@ def _child(pipe: Connection, case: Case, address: str, seconds: float, gib: floa
         begun = time.perf_counter()
         while len(measured[_ECHO]) < 5 or time.perf_counter() - begun < seconds:
             for name, run in runs.items():
-                measured[name].append(_seconds(run))
+                measured[name].append(seconds_of(run))
         times |= {name: statistics.median(each) for name, each in measured.items()}
         for client in (far, near):
             for session in client.sessions():
                 client.close_session(session.name)
-    times[_PML] = _of_pml(case, batches, seconds)
+    times[_PML] = _of_pml(case, batches, arguments)
     pipe.send(times)
 
 
@@ -107,16 +113,16 @@ def _step(loss_fn: torch.nn.Module, batches: Iterator[tuple[torch.Tensor, torch.
     loss_fn(embeddings, labels).backward()
 
 
-def _of_pml(case: Case, batches: Batches, seconds: float) -> float | str:
+def _of_pml(case: Case, batches: Batches, arguments: argparse.Namespace) -> float | str:
     """The median of PML's step, of the same batches in turn, or what became of it."""
     try:
-        loss = steps.make(case, "pytorch_metric_learning").loss
+        loss = steps.make(case, "pytorch_metric_learning", arguments.device).loss
         assert loss is not None  # it has a bank
         step = partial(_step, loss, itertools.cycle(batches))
-        first = _seconds(step)
-        if first > seconds:
+        first = seconds_of(step)
+        if first > arguments.seconds:
             return first
-        return statistics.median(_seconds(step) for _ in range(max(3, int(seconds / first))))
+        return statistics.median(seconds_of(step) for _ in range(max(3, int(arguments.seconds / first))))
     except (RuntimeError, MemoryError) as error:
         asked = re.search(r"allocate (\d+) bytes", str(error))
         return f"asks for {int(asked[1]) / 2**30:,.1f} GiB" if asked and int(asked[1]) > 2**30 else "out of memory"
@@ -135,12 +141,6 @@ def _line(name: str, times: Times) -> str:
     ratio = "-" if isinstance(pml, str) else f"{remote / pml:.2f}x"
     cells = [name, cell(local), cell(remote), cell(local + 1.1 * echo), cell(times[_SHARED]), cell(pml), ratio]
     return "| " + " | ".join(cells) + " |"
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Each measurement is a process of its own, in which the step (the loss and its gradient, in float32) and what it is
 compared with take turns: the floor (see `floors.py`), or for the large bank the same step on the smaller one, row for
-row. Memory is what the step adds (see `measure.py`). Linux only, which keeps the mark of peak memory.
+row. Memory is what the step adds (see `measure.py`), of the process, for which this needs Linux, or of the GPU.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name has it")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each case runs, three times at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="where it is computed, as in --device cuda")
     parser.add_argument("--pml", action="store_true", help="pytorch-metric-learning too")
     parser.add_argument("--gib", type=float, default=16.0, help="what a step may allocate, of either library")
     parser.add_argument("--pml-seconds", type=float, default=60.0, help="after which PML is stopped")
@@ -38,9 +39,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, which say nothing but that this runs")
     arguments = parser.parse_args()
     sizes, memory = SMALL if arguments.small else Sizes(), int(arguments.gib * 2**30)
-    of_ours = Limits(arguments.seconds, 1800, memory, arguments.threads)
-    of_pml = Limits(arguments.seconds, arguments.pml_seconds, memory, arguments.threads)
-    print(f"gradbank {version('gradbank')}, torch {torch.__version__}, {arguments.threads} threads, float32")
+    of_ours = Limits(arguments.seconds, 1800, memory, arguments.threads, arguments.device)
+    of_pml = Limits(arguments.seconds, arguments.pml_seconds, memory, arguments.threads, arguments.device)
+    print(f"gradbank {version('gradbank')}, torch {torch.__version__}, {_device(arguments)}, float32")
     missed = 0
     for section in [arguments.section] if arguments.section else SECTIONS:
         chosen = [case for case in SECTIONS[section](sizes) if re.search(arguments.only, case.name)]
@@ -57,6 +58,12 @@ def main() -> None:
                 cells += [time_of(case, theirs), memory_of(theirs), difference(ours, theirs)]
             print(row(*cells), flush=True)
     sys.exit(1 if arguments.check and missed else 0)
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    if arguments.device == "cpu":
+        return f"{arguments.threads} threads"
+    return torch.cuda.get_device_name(arguments.device)
 
 
 def row(*cells: str) -> str:

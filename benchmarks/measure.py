@@ -22,7 +22,7 @@ import numpy as np
 import steps
 import torch
 from cases import Case
-from floors import Floor
+from floors import Floor, seconds
 
 ROUNDS = 3  # at least, of a step and what is beside it
 
@@ -35,12 +35,14 @@ class Limits:
         rounds: for how many seconds rounds of it are run.
         process: after how many seconds it is ended.
         memory: how many bytes a step may allocate at once.
+        device: where it is computed.
     """
 
     rounds: float
     process: float
     memory: int
     threads: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -84,62 +86,71 @@ def _child(pipe: Connection, case: Case, library: str, limits: Limits) -> None:
     except MemoryError:
         pipe.send("out of memory")
     except RuntimeError as error:
-        asked = re.search(r"allocate (\d+) bytes", str(error))
-        words = f"out of memory, asks for {int(asked[1]) / 2**30:,.1f} GiB" if asked else str(error)
+        asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ GiB)", str(error))
+        gib = asked and (asked[2] or f"{int(asked[1]) / 2**30:,.1f} GiB")
+        words = f"out of memory, asks for {gib}" if asked else str(error)
         pipe.send(words.split("\n")[0][:80])
 
 
 def _measure(case: Case, library: str, limits: Limits) -> Measured:
     torch.set_num_threads(limits.threads)
     torch.manual_seed(0)
-    Floor(256, 4096, case.dimension, both=True).best()()
-    steps.make(steps.smaller(case), library)()
-    step = steps.make(case, library)
+    device = limits.device
+    Floor(256, 4096, case.dimension, both=True).best(device)()
+    steps.make(steps.smaller(case), library, device)()
+    step = steps.make(case, library, device)
     scale, beside = 1.0, None
     if isinstance(case.beside, Case):
-        scale, beside = case.bank / case.beside.bank, steps.make(case.beside, library)
+        scale, beside = case.bank / case.beside.bank, steps.make(case.beside, library, device)
     for leaf in step.leaves:
         leaf.grad = torch.ones_like(leaf)  # zeros would not be in memory yet
-    before = _start_of_peak()
-    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + limits.memory,) * 2)
-    first = _seconds(step)
-    extra = max(0, _status("VmHWM") - before)
+    peak = _peak_of_process(limits.memory) if device == "cpu" else _peak_of_gpu(limits.memory)
+    first = seconds(step)
+    extra = max(0, peak())
     gradient = step.leaves[0].grad.numpy(force=True).copy() if step.leaves else None
     if isinstance(case.beside, Floor):
-        beside = case.beside.best()
-    seconds, others = _rounds(step, beside, limits.rounds, first)
-    ratio = seconds / others / scale if others else None
-    return Measured(seconds, ratio, extra / 2**20, gradient)
+        beside = case.beside.best(device)
+    own, others = _rounds(step, beside, limits.rounds, first)
+    ratio = own / others / scale if others else None
+    return Measured(own, ratio, extra / 2**20, gradient)
 
 
 def _rounds(
-    step: Callable[[], None], beside: Callable[[], None] | None, seconds: float, first: float
+    step: Callable[[], None], beside: Callable[[], None] | None, least: float, first: float
 ) -> tuple[float, float]:
     """The median times of a step and of what is beside it, by turns. What takes ten times the seconds runs once."""
     begun, times, others = time.perf_counter(), [], []
-    if first > 10 * seconds:
-        return first, _seconds(beside) if beside else 0.0
+    if first > 10 * least:
+        return first, seconds(beside) if beside else 0.0
     while True:
-        others.append(_seconds(beside) if beside else 0.0)
-        times.append(_seconds(step))
+        others.append(seconds(beside) if beside else 0.0)
+        times.append(seconds(step))
         elapsed = time.perf_counter() - begun
-        if elapsed > 10 * seconds or (elapsed > seconds and len(times) >= ROUNDS):
+        if elapsed > 10 * least or (elapsed > least and len(times) >= ROUNDS):
             return statistics.median(times), statistics.median(others)
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    step()
-    return time.perf_counter() - begun
-
-
-def _start_of_peak() -> int:
-    """Resets the mark of peak memory, and says what is held: only what is in use, without what was freed before."""
+def _peak_of_process(limit: int) -> Callable[[], int]:
+    """Resets the mark of peak memory and limits what is allocated beyond what is in use; then tells by how much the
+    mark has risen above that."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not in use
     with open("/proc/self/clear_refs", "w") as marks:
         marks.write("5")
-    return _status("VmRSS")
+    before = _status("VmRSS")
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + limit,) * 2)
+    return lambda: _status("VmHWM") - before
+
+
+def _peak_of_gpu(limit: int) -> Callable[[], int]:
+    """The same of a GPU's memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    whole = torch.cuda.get_device_properties().total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + limit) / whole))
+    return lambda: torch.cuda.max_memory_allocated() - before
 
 
 def _status(key: str) -> int:

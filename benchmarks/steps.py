@@ -27,38 +27,41 @@ class Step(NamedTuple):
             made.backward()
 
 
-def make(case: Case, library: str) -> Step:
+def make(case: Case, library: str, device: str = "cpu") -> Step:
     """The step of a case: `library` is "gradbank" or "pytorch_metric_learning"."""
     losses, miners = (importlib.import_module(f"{library}.{name}") for name in ("losses", "miners"))
     kind = getattr(miners if case.section == "miners" else losses, case.component, None)
     if kind is None:
         raise NotImplementedError("has none")
-    labels, embeddings = next(_data(case, case.batch, seed=1))
+    labels, embeddings = next(_data(case, case.batch, 1, device))
     if case.section == "miners":
         miner = kind(**case.arguments)
         return Step(lambda: miner(embeddings, labels), [])
     loss = kind(**case.arguments)
     _fill(loss)
+    loss.to(device)
     leaves = [embeddings.requires_grad_(), *loss.parameters()]
     if case.bank:
         miner = getattr(miners, case.miner)() if case.miner else None
         bank = losses.CrossBatchMemory(loss, case.dimension, memory_size=case.bank, miner=miner)
-        for row_labels, rows in _data(case, case.bank, seed=2):
+        if library == "pytorch_metric_learning":  # whose bank goes where it belongs by a step only
+            bank.embedding_memory, bank.label_memory = bank.embedding_memory.to(device), bank.label_memory.to(device)
+        for row_labels, rows in _data(case, case.bank, 2, device):
             bank.add_to_memory(rows, row_labels, len(rows))
         return Step(lambda: bank(embeddings, labels), leaves, bank)
     if case.component == "ManifoldLoss":  # takes no labels, but the proxy of each embedding
-        own = torch.arange(case.batch) % loss.K
+        own = torch.arange(case.batch, device=device) % loss.K
         return Step(lambda: loss(embeddings, indices_tuple=own), leaves)
     if case.component == "VICRegLoss":  # takes another view
-        view = next(_data(case, case.batch, seed=2))[1]
+        view = next(_data(case, case.batch, 2, device))[1]
         return Step(lambda: loss(embeddings, ref_emb=view), leaves)
     return Step(lambda: loss(embeddings, labels), leaves, loss)
 
 
-def batches(case: Case, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(case: Case, number: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
     """Labels and embeddings of so many different batches, for a case with a bank."""
     for seed in range(number):
-        labels, embeddings = next(_data(case, case.batch, seed=3 + seed))
+        labels, embeddings = next(_data(case, case.batch, 3 + seed, device))
         yield labels, embeddings.requires_grad_()
 
 
@@ -75,7 +78,7 @@ def smaller(case: Case) -> Case:
     return replace(case, **few, arguments=arguments)
 
 
-def _data(case: Case, number: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _data(case: Case, number: int, seed: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
     """Labels and embeddings, a piece at a time for a bank: cosine about 0.2 within a class, about 0 across classes; or,
     collapsed, about 0.99 throughout."""
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +90,8 @@ def _data(case: Case, number: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
         else:
             labels = torch.randint(case.labels, (size,), generator=generator)
         noise = torch.randn(size, case.dimension, generator=generator)
-        yield labels, centres[:1] + 0.1 * noise if case.collapsed else 0.5 * centres[labels % len(centres)] + noise
+        rows = centres[:1] + 0.1 * noise if case.collapsed else 0.5 * centres[labels % len(centres)] + noise
+        yield labels.to(device), rows.to(device)
 
 
 def _fill(loss: nn.Module) -> None:

@@ -14,6 +14,7 @@ from gradbank.engine import Bounds
 from gradbank.evaluation import AccuracyCalculator
 
 B, M, D, C = 18, 26, 8, 5
+HERE = torch.empty(0).device  # as --device has it
 DTYPES = [torch.bfloat16, torch.float16]
 SCALE = 1024.0  # as a GradScaler has one, so that small gradients survive in half precision
 PAIR_LOSSES: dict[str, dict[str, Any]] = {
@@ -149,7 +150,7 @@ def answer(make: Make, call: Call, dtype: torch.dtype, widened: bool, cast_by: t
     torch.manual_seed(0)
     narrow, _ = cast(call, dtype)
     given, leaves = cast(tuple(narrow), torch.float32) if widened else cast(call, dtype)
-    with nullcontext() if cast_by is None else torch.autocast("cpu", dtype=cast_by):
+    with nullcontext() if cast_by is None else torch.autocast(HERE.type, dtype=cast_by):
         value = loss(*given)
     (value * SCALE).backward()
     learned = list(loss.parameters())
@@ -246,7 +247,7 @@ def test_miners_list_the_same_under_autocast(name: str, references: bool, dtype:
     assert len(wanted[0])
     for cast_by in (None, *DTYPES):
         torch.manual_seed(0)
-        with nullcontext() if cast_by is None else torch.autocast("cpu", dtype=cast_by):
+        with nullcontext() if cast_by is None else torch.autocast(HERE.type, dtype=cast_by):
             found = MINERS[name]()(*batch, *others)
         for mine, other in zip(found, wanted, strict=True):
             assert torch.equal(mine, other)
@@ -259,7 +260,7 @@ def test_accuracy_of_half_precision_is_that_of_the_same_rows_in_float32(dtype: t
         query.float(), labels(0), reference.float(), labels(4, M)
     )
     for cast_by in (None, *DTYPES):
-        with nullcontext() if cast_by is None else torch.autocast("cpu", dtype=cast_by):
+        with nullcontext() if cast_by is None else torch.autocast(HERE.type, dtype=cast_by):
             found = AccuracyCalculator(
                 include=("precision_at_1", "r_precision", "mean_average_precision")
             ).get_accuracy(query, labels(0), reference, labels(4, M))

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradbank import distances, engine, losses, miners
 from gradbank.engine import Bounds, Each, Limits, Linear, LogSumExp, MinedPairs, Ramp, Sloped
 
+HERE = torch.empty(0).device  # as --device has it
 KNOWN: list[distances.Distance] = [
     distances.LpDistance(),
     distances.LpDistance(power=2),
@@ -70,7 +71,7 @@ def test_known_lengths_change_no_distance(distance: distances.Distance, cast_to:
     references = engine.References((others,), squares=(others.square().sum(1),))
     queries = distance.prepare(rows(0, 30))
     wanted = distance.matrix(queries, distance.prepare(others))
-    with torch.no_grad(), torch.autocast("cpu", cast_to, enabled=cast_to is not None):
+    with torch.no_grad(), torch.autocast(HERE.type, cast_to, enabled=cast_to is not None):
         near, _, squares = references.prepared(distance, slice(0, 40), torch.float64)
         torch.testing.assert_close(distance.tile(queries, near, squares), wanted, rtol=1e-12, atol=1e-12)
 

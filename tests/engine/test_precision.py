@@ -10,6 +10,7 @@ from gradbank.engine import Anchors, Each, LogSumExp, Part, Statistic
 from gradbank.losses import PairLoss
 from gradbank.losses.pair import softplus
 
+HERE = torch.empty(0).device  # as --device has it
 LOSSES = [
     losses.NTXentLoss(),
     losses.ContrastiveLoss(),
@@ -29,7 +30,7 @@ def test_autocast_is_kept_out(loss_fn: losses.Loss, forced: str) -> None:
     results = []
     for enabled in (False, True):
         fresh, (embeddings, labels) = loss_fn.rebuilt(), batch()
-        with engine.using(forced), torch.autocast("cpu", enabled=enabled):
+        with engine.using(forced), torch.autocast(HERE.type, enabled=enabled):
             loss = fresh(embeddings, labels)
         loss.backward()
         results.append((loss.detach(), embeddings.grad))

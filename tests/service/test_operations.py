@@ -258,7 +258,7 @@ def test_health_is_an_exit_code(server: Server) -> None:
 
 
 def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(serve: Callable[..., Process]) -> None:
-    process = serve("--drain-seconds", "0.5")
+    process = serve("--drain-seconds", "0.5", "--device", "cpu")  # a GPU would be done in time
     with gradbank.connect(process.address, timeout=2) as client:
         loss_fn = client.open("long", losses.NTXentLoss())
         with pytest.raises((DeadlineExceeded, ServerUnavailable)):  # 10,000 million pairs

@@ -13,6 +13,7 @@ from gradbank_server.sessions import Answer, Batch, Limits, Session, Sessions
 from gradbank_server.storage import MemoryStorage
 
 DIMENSION = 8
+HERE = torch.empty(0).device  # as --device has it
 
 
 @dataclass
@@ -59,7 +60,7 @@ def storage() -> MemoryStorage:
 
 @pytest.fixture
 def sessions(storage: MemoryStorage, clock: HandClock) -> Sessions:
-    return Sessions(build_loss, torch.device("cpu"), Limits(sessions=4, session_bytes=2**20), storage, clock)
+    return Sessions(build_loss, HERE, Limits(sessions=4, session_bytes=2**20), storage, clock)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from gradbank_server.sessions import (
 from gradbank_server.storage import MemoryStorage
 
 RANK = 0
+HERE = torch.empty(0).device  # as --device has it
 SGD = OptimizerSpec("SGD", {"lr": 0.1, "momentum": 0.9})
 ADAM = OptimizerSpec("Adam", {"lr": 0.1})
 NEWS = (Backward(3, 1.0), OptimizerStep(0.5, {"lr": 0.05}), ZeroGradient(), Backward(2, 2.0))
@@ -54,7 +55,7 @@ class World:
         torch.manual_seed(0)
         loss = make()
         weights = {name: value.detach() for name, value in loss.named_parameters()}
-        open_sessions = Sessions(build_loss, torch.device("cpu"), Limits(), MemoryStorage(), lambda: 0.0)
+        open_sessions = Sessions(build_loss, HERE, Limits(), MemoryStorage(), lambda: 0.0)
         self.session = open_sessions.create("run", loss.spec(), weights)[0]
         self.epoch = self.session.attach(RANK, 1, b"a").epoch
         self.learns = optimizer is not None

@@ -15,6 +15,7 @@ from gradbank_server.sessions import Batch, Limits, Sessions
 from gradbank_server.storage import MemoryStorage
 
 SLOTS, KEPT, RANKS = 7, 5, (0, 1)
+HERE = torch.empty(0).device  # as --device has it
 
 
 class Model:
@@ -70,7 +71,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.storage, self.numbers = MemoryStorage(), itertools.count(1)
-        self.sessions = Sessions(build_loss, torch.device("cpu"), Limits(), self.storage, lambda: 0.0)
+        self.sessions = Sessions(build_loss, HERE, Limits(), self.storage, lambda: 0.0)
         self.model: Model | None = None
         self.given: set[tuple[int, int]] = set()
         self.create()

@@ -28,6 +28,7 @@ from .conftest import Trainer
 Hosted = Callable[..., object]
 Make = Callable[..., Batch]
 NAN = float("nan")
+HERE = torch.empty(0).device  # as --device has it
 
 
 def memory(rows: int = 16, temperature: float = 0.07) -> losses.CrossBatchMemory:
@@ -36,7 +37,7 @@ def memory(rows: int = 16, temperature: float = 0.07) -> losses.CrossBatchMemory
 
 def another(sessions: Sessions, storage: MemoryStorage, **limits: int) -> Sessions:
     """Sessions as they are after the process was started again, over the same storage."""
-    return Sessions(build_loss, torch.device("cpu"), Limits(**limits), storage, lambda: 0.0)
+    return Sessions(build_loss, HERE, Limits(**limits), storage, lambda: 0.0)
 
 
 # -- numbers and answers --------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ def test_steps_of_a_session_are_never_computed_side_by_side(batch: Callable[...,
         return made
 
     clock, limits = (lambda: 0.0), Limits()
-    sessions = Sessions(build_loss, torch.device("cpu"), limits, MemoryStorage(), clock, run)  # type: ignore[arg-type]
+    sessions = Sessions(build_loss, HERE, limits, MemoryStorage(), clock, run)  # type: ignore[arg-type]
     session, _ = sessions.create("run", losses.ContrastiveLoss().spec(), {})
     trainers = [Trainer(session, rank, nonce=bytes([rank])) for rank in range(4)]
     threads = [threading.Thread(target=lambda t=t: [t.step(batch(seed)) for seed in range(3)]) for t in trainers]

@@ -42,7 +42,7 @@ def test_one_that_was_taken_over_cannot_renew() -> None:
 
 
 def answer(value: float) -> Answer:
-    return Answer(torch.tensor(value), value, None, None, 0)
+    return Answer(torch.tensor(value), value, None, None, 0, {})
 
 
 def test_answers_are_kept_until_the_trainer_says_that_it_has_them() -> None:

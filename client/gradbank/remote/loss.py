@@ -13,6 +13,7 @@ from gradbank.engine.eager import refuse_second_derivatives, scaled
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
 from gradbank.memory import enqueue_mask_of
+from gradbank.recorder import Statistics
 from gradbank.remote.future import StepFuture
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import NO_NEWS, Producer, Ticket
@@ -43,7 +44,7 @@ class RemoteLoss(nn.Module):
         self._untold: step_pb2.TrainerTimings | None = None  # of the last step, for the server's statistics
         self._signature = inspect.signature(loss.forward)
         # in a tuple, so that its parameters and buffers are not this module's: they live on the server
-        self._hosted = (loss,)
+        self._hosted, self._statistics = (loss,), Statistics(loss)
         self._optimizer: RemoteOptimizer | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,6 +98,7 @@ class RemoteLoss(nn.Module):
         if output.HasField("ref_emb_gradient"):
             gradients[1] = _wide(reader.take(output.ref_emb_gradient), output.ref_emb_gradient_exponent)
         reader.finish()
+        self._statistics.write(output.statistics)
         loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
         seen, token = None, None
         if self._optimizer is not None:
@@ -135,7 +137,8 @@ class RemoteLoss(nn.Module):
 
     @property
     def hosted(self) -> Loss:
-        """What the server was asked to host, as it was here when it was opened."""
+        """What the server was asked to host, as it was here when it was opened, with the statistics that it and its
+        parts collect of the step whose result came last: `loss_fn.hosted.distance.final_avg_query_norm`."""
         return self._hosted[0]
 
     def flush(self) -> None:

@@ -373,6 +373,26 @@ class StepOutput(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class StatisticsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SEQ_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
@@ -385,6 +405,7 @@ class StepOutput(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     EMBEDDINGS_GRADIENT_EXPONENT_FIELD_NUMBER: _builtins.int
     REF_EMB_GRADIENT_EXPONENT_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """The step's number."""
     payload_bytes: _builtins.int
@@ -419,6 +440,10 @@ class StepOutput(_message.Message):
     def timings(self) -> Global___Timings:
         """Where the server's time went."""
 
+    @_builtins.property
+    def statistics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the loss and its parts wrote down of the step, by the way to the part: "distance.final_avg_query_norm"."""
+
     def __init__(
         self,
         *,
@@ -434,10 +459,11 @@ class StepOutput(_message.Message):
         timings: Global___Timings | None = ...,
         embeddings_gradient_exponent: _builtins.int = ...,
         ref_emb_gradient_exponent: _builtins.int = ...,
+        statistics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings_gradient", b"embeddings_gradient", "error", b"error", "ref_emb_gradient", b"ref_emb_gradient", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_rows", b"bank_rows", "embeddings_gradient", b"embeddings_gradient", "embeddings_gradient_exponent", b"embeddings_gradient_exponent", "error", b"error", "loss", b"loss", "loss_dtype", b"loss_dtype", "payload_bytes", b"payload_bytes", "ref_emb_gradient", b"ref_emb_gradient", "ref_emb_gradient_exponent", b"ref_emb_gradient_exponent", "replayed", b"replayed", "seq", b"seq", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_rows", b"bank_rows", "embeddings_gradient", b"embeddings_gradient", "embeddings_gradient_exponent", b"embeddings_gradient_exponent", "error", b"error", "loss", b"loss", "loss_dtype", b"loss_dtype", "payload_bytes", b"payload_bytes", "ref_emb_gradient", b"ref_emb_gradient", "ref_emb_gradient_exponent", b"ref_emb_gradient_exponent", "replayed", b"replayed", "seq", b"seq", "statistics", b"statistics", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

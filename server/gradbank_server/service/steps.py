@@ -114,7 +114,9 @@ def check_header(step: step_pb2.StepInput) -> None:
 def answer_message(answer: Answer, rounded: int) -> tuple[step_pb2.StepOutput, list[memoryview]]:
     """An answer, and the bytes of its tensors: gradients rounded to a dtype of the wire, or as they are for 0."""
     dtype = wire_dtype(answer.loss.dtype)
-    output = step_pb2.StepOutput(loss=answer.value, loss_dtype=dtype, bank_rows=answer.bank_rows)
+    output = step_pb2.StepOutput(
+        loss=answer.value, loss_dtype=dtype, bank_rows=answer.bank_rows, statistics=answer.statistics
+    )
     payload = []
     for field in ("embeddings_gradient", "ref_emb_gradient"):
         gradient = getattr(answer, field)

@@ -67,6 +67,7 @@ class Answer(NamedTuple):
         loss: a scalar of float32 or float64, and value: the same as a number.
         embeddings_gradient: `(B, D)`, and ref_emb_gradient: `(M, D)`, where they were asked for.
         bank_rows: rows in the bank after the step.
+        statistics: what the loss and its parts wrote down of it, by the way to the part.
     """
 
     loss: Tensor
@@ -74,10 +75,11 @@ class Answer(NamedTuple):
     embeddings_gradient: Tensor | None
     ref_emb_gradient: Tensor | None
     bank_rows: int
+    statistics: dict[str, float]
 
     @staticmethod
     def nothing(bank_rows: int) -> "Answer":
-        return Answer(torch.zeros(()), 0.0, None, None, bank_rows)
+        return Answer(torch.zeros(()), 0.0, None, None, bank_rows, {})
 
 
 class Outcome(NamedTuple):

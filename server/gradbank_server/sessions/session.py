@@ -23,6 +23,7 @@ from gradbank.errors import (
 )
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
+from gradbank.recorder import Statistics
 from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec, Outcome
 from gradbank_server.sessions.learner import Learner, Update
 from gradbank_server.sessions.producers import Attachment, Producer
@@ -73,7 +74,7 @@ class Session:
     ) -> None:
         self.name, self.loss, self.spec = name, loss, spec
         self._device, self._storage, self._clock, self._run = device, storage, clock, run
-        self._learner = Learner(loss)
+        self._learner, self._statistics = Learner(loss), Statistics(loss)
         self._producers = {r: Producer(r, record) for r, record in storage.producers(name).items()}
         # random, so that a trainer of an earlier session of this name cannot step in this one
         self._nobody = ProducerRecord(epoch=secrets.randbits(48), incarnation=-1, nonce=b"")
@@ -238,6 +239,7 @@ class Session:
             next(gradients).cpu() if batch.embeddings_need_gradient else None,
             next(gradients).cpu() if batch.ref_emb is not None and batch.ref_emb_needs_gradient else None,
             0,
+            self._statistics.read(),
         )
         _check_result(answer, made[len(wanted) :])
         if weights:

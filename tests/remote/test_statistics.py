@@ -68,6 +68,16 @@ def test_they_are_written_to_the_loss_that_was_opened(client: gradbank.Client, n
     assert loss.distance.final_avg_query_norm == pytest.approx(1)
 
 
+def test_anybody_may_ask_for_the_last_ones(client: gradbank.Client, name: str) -> None:
+    there = client.open(name, in_a_memory())
+    for seed in range(3):
+        there(*batch(seed))
+    with gradbank.connect(client.address, timeout=20) as other:
+        told = other.stats(name).statistics
+    assert told == Statistics(there.hosted).read()
+    assert told["loss.distance.final_avg_query_norm"] == pytest.approx(1)
+
+
 def test_what_is_not_collected_is_not_sent(client: gradbank.Client, name: str) -> None:
     there = client.open(name, losses.NTXentLoss())
     there(*batch(0))

@@ -15,6 +15,8 @@ class SessionStats:
     Attributes:
         last_loss, mean_loss: NaN before the first step; the mean runs over about 100 steps.
         mean_seconds: of a step, by the phases of `RemoteLoss.timings`, in their order.
+        statistics: what the loss and its parts collected of the last step, by the way to each:
+            "distance.final_avg_query_norm".
         idle_s: seconds since the last step; NaN before the first.
     """
 
@@ -34,16 +36,17 @@ class SessionStats:
     age_s: float
     idle_s: float
     mean_seconds: dict[str, float]
+    statistics: dict[str, float]
 
     @staticmethod
     def of(message: stats_pb2.SessionStats) -> "SessionStats":
         plain: dict[str, Any] = {
             each.name: getattr(message, each.name)
             for each in message.DESCRIPTOR.fields
-            if not each.name.endswith("_timings")
+            if not each.name.endswith("_timings") and each.name != "statistics"
         }
         seconds = seconds_of_both(message.mean_trainer_timings, message.mean_timings)
-        return SessionStats(**plain, mean_seconds=seconds)
+        return SessionStats(**plain, mean_seconds=seconds, statistics=dict(message.statistics))
 
 
 @dataclass(frozen=True)

@@ -25,27 +25,31 @@ _sym_db = _symbol_database.Default()
 from gradbank.v1 import step_pb2 as gradbank_dot_v1_dot_step__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17gradbank/v1/stats.proto\x12\x0bgradbank.v1\x1a\x16gradbank/v1/step.proto\"\x97\x03\n\x0cSessionStats\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x04\x12\x10\n\x08rejected\x18\x04 \x01(\x04\x12\x17\n\x0foptimizer_steps\x18\x05 \x01(\x04\x12\x11\n\tlast_loss\x18\x06 \x01(\x01\x12\x11\n\tmean_loss\x18\x07 \x01(\x01\x12\x11\n\tbank_rows\x18\x08 \x01(\x04\x12\x15\n\rbank_capacity\x18\t \x01(\x04\x12\x12\n\nbank_bytes\x18\n \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x0c \x01(\x04\x12\x12\n\nsent_bytes\x18\r \x01(\x04\x12\r\n\x05\x61ge_s\x18\x0e \x01(\x01\x12\x0e\n\x06idle_s\x18\x0f \x01(\x01\x12*\n\x0cmean_timings\x18\x10 \x01(\x0b\x32\x14.gradbank.v1.Timings\x12\x39\n\x14mean_trainer_timings\x18\x11 \x01(\x0b\x32\x1b.gradbank.v1.TrainerTimings\"\"\n\x0fGetStatsRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"<\n\x10GetStatsResponse\x12(\n\x05stats\x18\x01 \x01(\x0b\x32\x19.gradbank.v1.SessionStats\"8\n\x11WatchStatsRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\ninterval_s\x18\x02 \x01(\x01\">\n\x12WatchStatsResponse\x12(\n\x05stats\x18\x01 \x01(\x0b\x32\x19.gradbank.v1.SessionStats\"\x12\n\x10GetServerRequest\"\xea\x01\n\x11GetServerResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x14\n\x0cmax_sessions\x18\x04 \x01(\x04\x12\x19\n\x11max_session_bytes\x18\x05 \x01(\x04\x12\x16\n\x0emax_step_bytes\x18\x06 \x01(\x04\x12\x10\n\x08sessions\x18\x07 \x01(\x04\x12\x15\n\rtorch_version\x18\x08 \x01(\t\x12\x13\n\x0bunix_socket\x18\t \x01(\t\x12\x1c\n\x14shared_memory_socket\x18\n \x01(\t2\xf4\x01\n\x0cStatsService\x12G\n\x08GetStats\x12\x1c.gradbank.v1.GetStatsRequest\x1a\x1d.gradbank.v1.GetStatsResponse\x12O\n\nWatchStats\x12\x1e.gradbank.v1.WatchStatsRequest\x1a\x1f.gradbank.v1.WatchStatsResponse0\x01\x12J\n\tGetServer\x12\x1d.gradbank.v1.GetServerRequest\x1a\x1e.gradbank.v1.GetServerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17gradbank/v1/stats.proto\x12\x0bgradbank.v1\x1a\x16gradbank/v1/step.proto\"\x89\x04\n\x0cSessionStats\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x04\x12\x10\n\x08rejected\x18\x04 \x01(\x04\x12\x17\n\x0foptimizer_steps\x18\x05 \x01(\x04\x12\x11\n\tlast_loss\x18\x06 \x01(\x01\x12\x11\n\tmean_loss\x18\x07 \x01(\x01\x12\x11\n\tbank_rows\x18\x08 \x01(\x04\x12\x15\n\rbank_capacity\x18\t \x01(\x04\x12\x12\n\nbank_bytes\x18\n \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x0c \x01(\x04\x12\x12\n\nsent_bytes\x18\r \x01(\x04\x12\r\n\x05\x61ge_s\x18\x0e \x01(\x01\x12\x0e\n\x06idle_s\x18\x0f \x01(\x01\x12*\n\x0cmean_timings\x18\x10 \x01(\x0b\x32\x14.gradbank.v1.Timings\x12\x39\n\x14mean_trainer_timings\x18\x11 \x01(\x0b\x32\x1b.gradbank.v1.TrainerTimings\x12=\n\nstatistics\x18\x12 \x03(\x0b\x32).gradbank.v1.SessionStats.StatisticsEntry\x1a\x31\n\x0fStatisticsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\"\n\x0fGetStatsRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"<\n\x10GetStatsResponse\x12(\n\x05stats\x18\x01 \x01(\x0b\x32\x19.gradbank.v1.SessionStats\"8\n\x11WatchStatsRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\ninterval_s\x18\x02 \x01(\x01\">\n\x12WatchStatsResponse\x12(\n\x05stats\x18\x01 \x01(\x0b\x32\x19.gradbank.v1.SessionStats\"\x12\n\x10GetServerRequest\"\xea\x01\n\x11GetServerResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x14\n\x0cmax_sessions\x18\x04 \x01(\x04\x12\x19\n\x11max_session_bytes\x18\x05 \x01(\x04\x12\x16\n\x0emax_step_bytes\x18\x06 \x01(\x04\x12\x10\n\x08sessions\x18\x07 \x01(\x04\x12\x15\n\rtorch_version\x18\x08 \x01(\t\x12\x13\n\x0bunix_socket\x18\t \x01(\t\x12\x1c\n\x14shared_memory_socket\x18\n \x01(\t2\xf4\x01\n\x0cStatsService\x12G\n\x08GetStats\x12\x1c.gradbank.v1.GetStatsRequest\x1a\x1d.gradbank.v1.GetStatsResponse\x12O\n\nWatchStats\x12\x1e.gradbank.v1.WatchStatsRequest\x1a\x1f.gradbank.v1.WatchStatsResponse0\x01\x12J\n\tGetServer\x12\x1d.gradbank.v1.GetServerRequest\x1a\x1e.gradbank.v1.GetServerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradbank.v1.stats_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SESSIONSTATS_STATISTICSENTRY']._loaded_options = None
+  _globals['_SESSIONSTATS_STATISTICSENTRY']._serialized_options = b'8\001'
   _globals['_SESSIONSTATS']._serialized_start=65
-  _globals['_SESSIONSTATS']._serialized_end=472
-  _globals['_GETSTATSREQUEST']._serialized_start=474
-  _globals['_GETSTATSREQUEST']._serialized_end=508
-  _globals['_GETSTATSRESPONSE']._serialized_start=510
-  _globals['_GETSTATSRESPONSE']._serialized_end=570
-  _globals['_WATCHSTATSREQUEST']._serialized_start=572
-  _globals['_WATCHSTATSREQUEST']._serialized_end=628
-  _globals['_WATCHSTATSRESPONSE']._serialized_start=630
-  _globals['_WATCHSTATSRESPONSE']._serialized_end=692
-  _globals['_GETSERVERREQUEST']._serialized_start=694
-  _globals['_GETSERVERREQUEST']._serialized_end=712
-  _globals['_GETSERVERRESPONSE']._serialized_start=715
-  _globals['_GETSERVERRESPONSE']._serialized_end=949
-  _globals['_STATSSERVICE']._serialized_start=952
-  _globals['_STATSSERVICE']._serialized_end=1196
+  _globals['_SESSIONSTATS']._serialized_end=586
+  _globals['_SESSIONSTATS_STATISTICSENTRY']._serialized_start=537
+  _globals['_SESSIONSTATS_STATISTICSENTRY']._serialized_end=586
+  _globals['_GETSTATSREQUEST']._serialized_start=588
+  _globals['_GETSTATSREQUEST']._serialized_end=622
+  _globals['_GETSTATSRESPONSE']._serialized_start=624
+  _globals['_GETSTATSRESPONSE']._serialized_end=684
+  _globals['_WATCHSTATSREQUEST']._serialized_start=686
+  _globals['_WATCHSTATSREQUEST']._serialized_end=742
+  _globals['_WATCHSTATSRESPONSE']._serialized_start=744
+  _globals['_WATCHSTATSRESPONSE']._serialized_end=806
+  _globals['_GETSERVERREQUEST']._serialized_start=808
+  _globals['_GETSERVERREQUEST']._serialized_end=826
+  _globals['_GETSERVERRESPONSE']._serialized_start=829
+  _globals['_GETSERVERRESPONSE']._serialized_end=1063
+  _globals['_STATSSERVICE']._serialized_start=1066
+  _globals['_STATSSERVICE']._serialized_end=1310
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from gradbank.v1 import step_pb2 as _step_pb2
 import builtins as _builtins
 import sys
@@ -23,6 +25,26 @@ class SessionStats(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class StatisticsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SESSION_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
@@ -40,6 +62,7 @@ class SessionStats(_message.Message):
     IDLE_S_FIELD_NUMBER: _builtins.int
     MEAN_TIMINGS_FIELD_NUMBER: _builtins.int
     MEAN_TRAINER_TIMINGS_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's name."""
     steps: _builtins.int
@@ -78,6 +101,10 @@ class SessionStats(_message.Message):
     def mean_trainer_timings(self) -> _step_pb2.TrainerTimings:
         """And outside of it, as its trainers told."""
 
+    @_builtins.property
+    def statistics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the loss and its parts wrote down of the last step, as in StepOutput."""
+
     def __init__(
         self,
         *,
@@ -98,10 +125,11 @@ class SessionStats(_message.Message):
         idle_s: _builtins.float = ...,
         mean_timings: _step_pb2.Timings | None = ...,
         mean_trainer_timings: _step_pb2.TrainerTimings | None = ...,
+        statistics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mean_timings", b"mean_timings", "mean_trainer_timings", b"mean_trainer_timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "bank_bytes", b"bank_bytes", "bank_capacity", b"bank_capacity", "bank_rows", b"bank_rows", "idle_s", b"idle_s", "last_loss", b"last_loss", "mean_loss", b"mean_loss", "mean_timings", b"mean_timings", "mean_trainer_timings", b"mean_trainer_timings", "optimizer_steps", b"optimizer_steps", "received_bytes", b"received_bytes", "rejected", b"rejected", "replayed", b"replayed", "sent_bytes", b"sent_bytes", "session", b"session", "steps", b"steps", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "bank_bytes", b"bank_bytes", "bank_capacity", b"bank_capacity", "bank_rows", b"bank_rows", "idle_s", b"idle_s", "last_loss", b"last_loss", "mean_loss", b"mean_loss", "mean_timings", b"mean_timings", "mean_trainer_timings", b"mean_trainer_timings", "optimizer_steps", b"optimizer_steps", "received_bytes", b"received_bytes", "rejected", b"rejected", "replayed", b"replayed", "sent_bytes", b"sent_bytes", "session", b"session", "statistics", b"statistics", "steps", b"steps", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

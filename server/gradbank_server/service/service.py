@@ -229,6 +229,7 @@ class Service:
             idle_s=math.nan if math.isnan(tally.last_step) else now - tally.last_step,
             mean_timings=_means(tally, step_pb2.Timings),
             mean_trainer_timings=_means(tally, step_pb2.TrainerTimings),
+            statistics=tally.statistics,
         )
 
 

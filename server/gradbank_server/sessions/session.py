@@ -134,7 +134,8 @@ class Session:
                 self.tally.rejected += 1
                 raise refusal from None
             self.tally.optimizer_steps += optimizer_steps
-            self.tally.stepped(None if batch.embeddings is None else answer.value, self._clock())
+            loss = None if batch.embeddings is None else answer.value
+            self.tally.stepped(loss, answer.statistics, self._clock())
             return Outcome(answer, False, waited)
 
     def timed(self, seconds: dict[str, float], received: int, sent: int) -> None:

@@ -13,6 +13,7 @@ class Tally:
     Attributes:
         created: when, on the clock that the session was given; last_step: when it last stepped.
         seconds: time spent, by phase, and in how many steps.
+        statistics: what the loss and its parts wrote down of the last step.
     """
 
     created: float
@@ -26,12 +27,14 @@ class Tally:
     received_bytes: int = 0
     sent_bytes: int = 0
     seconds: dict[str, tuple[float, int]] = field(default_factory=dict)
+    statistics: dict[str, float] = field(default_factory=dict)
 
-    def stepped(self, loss: float | None, now: float) -> None:
+    def stepped(self, loss: float | None, statistics: dict[str, float], now: float) -> None:
+        """Counts a step, whose loss is None if it had no batch."""
         self.steps += 1
         self.last_step = now
         if loss is not None:
-            self.last_loss = loss
+            self.last_loss, self.statistics = loss, statistics
             self.mean_loss = loss if math.isnan(self.mean_loss) else loss + _MEMORY * (self.mean_loss - loss)
 
     def timed(self, seconds: dict[str, float], received: int, sent: int) -> None:

@@ -11,6 +11,7 @@ from gradbank.engine.declaration import Declaration
 from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
 from gradbank.engine.statistics import EveryPair
+from gradbank.reducers import Ratio
 
 LISTED_AT_MOST = 2**26  # losses that a reducer which wants a list may be given
 
@@ -23,8 +24,8 @@ def dense(loss: Declaration, embeddings: Tensor, references: References, pairs: 
         wanted.reduced_by(loss.reducer.of(name))
         found[name] = wanted.dense(s, negatives, anchors.positives)
     anchors = replace(anchors, found=found)
-    parts = [anchors.reduce(part, loss.reducer.of(name)).value() for name, part in loss.terms(anchors).items()]
-    return torch.stack(parts).sum().to(embeddings.dtype)
+    parts = (anchors.reduce(part, loss.reducer.of(name)) for name, part in loss.terms(anchors).items())
+    return Ratio.total(parts).to(embeddings.dtype)
 
 
 def listed(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> Any:

@@ -107,6 +107,10 @@ class LabelledPairs(Pairs):
         return Groups(len(known), of_anchor, met, place.index_select(0, met))
 
     def most_positives(self) -> Tensor:
+        return self._most_positives
+
+    @cached_property
+    def _most_positives(self) -> Tensor:
         groups = self.groups
         return torch.bincount(groups.of_met, minlength=groups.number)[groups.of_anchor]
 

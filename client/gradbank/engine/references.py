@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -120,15 +121,14 @@ class References:
 
     def sums(self, index: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tensor:
         """The rows at some places, `(N,)`, weighted and added up by group: `(groups, D)`, of the weights' dtype."""
-        order = group.argsort()
-        index, group, weight = index[order], group[order], weight[order]
-        total, offset = weight.new_zeros(groups, self.pieces[0].shape[1]), 0
-        for piece in self.pieces:
-            if len(self.pieces) == 1:
-                return _sums(piece, index, group, weight, total)
-            inside = ((index >= offset) & (index < offset + len(piece))).nonzero().squeeze(1)
-            _sums(piece, index[inside] - offset, group[inside], weight[inside], total)
-            offset += len(piece)
+        ends = list(accumulate(map(len, self.pieces)))
+        lies_in = torch.bucketize(index, torch.tensor(ends, device=index.device), right=True)
+        order = torch.argsort(lies_in * groups + group)
+        sizes = torch.bincount(lies_in, minlength=len(ends)).tolist()
+        each = (torch.split(x[order], sizes) for x in (index, group, weight))
+        total = weight.new_zeros(groups, self.pieces[0].shape[1])
+        for piece, end, places, own, times in zip(self.pieces, ends, *each):
+            _sums(piece, places - (end - len(piece)), own, times, total)
         return total
 
 

@@ -125,7 +125,7 @@ class _Written:
             for name, ratio in terms.items():
                 self.parts[name] = ratio if name not in self.parts else self.parts[name].plus(ratio)
         with torch.set_grad_enabled(len(self.groups) == 1):
-            self.goal = torch.stack([part.value() for part in self.parts.values()]).sum()
+            self.goal = Ratio.total(self.parts.values())
         return self.goal.detach()
 
     def gradients(self, into: Gradients) -> Iterator[tuple[Block, Tensor | None, dict[str, Tensor]]]:
@@ -136,7 +136,7 @@ class _Written:
                 with torch.enable_grad():
                     own = self._write(group)
                     shares = [Ratio(each.numerator, self.parts[name].denominator) for name, each in own.items()]
-                    goal = torch.stack([share.value() for share in shares]).sum()
+                    goal = Ratio.total(shares)
             if goal.requires_grad:
                 yield from self._of(group, goal, into)
 

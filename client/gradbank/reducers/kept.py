@@ -1,6 +1,7 @@
 """What is left of losses while they are reduced: sums and counts by anchor, then a ratio."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,11 @@ class Ratio(NamedTuple):
 
     numerator: Tensor  # () float64, differentiable
     denominator: Tensor | None  # () float64, a constant; None where nothing is divided by
+
+    @staticmethod
+    def total(parts: "Iterable[Ratio]") -> Tensor:
+        """What several parts are worth together."""
+        return reduce(torch.add, (part.value() for part in parts))
 
     def value(self) -> Tensor:
         """What the part is worth: 0 (which backpropagates zeros) where nothing was left to reduce."""
@@ -44,6 +50,11 @@ class Kept(NamedTuple):
 class Weighing(Protocol):
     """What says which losses count: a reducer."""
 
+    @property
+    def bounds(self) -> Bounds:
+        """The losses that count lie strictly between these; None is no bound."""
+        ...
+
     def weigh(self, losses: Tensor, weight: Tensor | None = None) -> Tensor:
         """`weight` (None is 1), with 0 in place of each loss that does not count."""
         ...
@@ -70,8 +81,11 @@ def add_up(
         times: `(N,)` how often each one counts, or None for once.
         anchor: `(N,)` whose loss each one is, in `0 .. size - 1`, or None where the losses are one per anchor.
     """
-    weight = reducer.weigh(losses.detach(), times)
-    sums, counts = counted(losses, weight).double(), weight.double()
+    if times is None and reducer.bounds == (None, None):  # all of them count, once
+        sums, counts = losses.double(), torch.ones_like(losses, dtype=torch.float64)
+    else:
+        weight = reducer.weigh(losses.detach(), times)
+        sums, counts = counted(losses, weight).double(), weight.double()
     if anchor is not None:
         sums, counts = (x.new_zeros(size).index_add(0, anchor, x) for x in (sums, counts))
     return Kept(sums, counts, kind, labels, divisor)

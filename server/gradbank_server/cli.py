@@ -33,13 +33,15 @@ app = App(
 # off a terminal, a table is as wide as it needs to be: somebody's grep is reading
 console = Console() if sys.stdout.isatty() else Console(width=200)
 
+_LOST_DEVICE = 70  # what a supervisor starts again
+
 Address = Annotated[str, Parameter(help="host:port of the server, or unix:///path.")]
 Timeout = Annotated[float, Parameter(help="Seconds to wait for an answer.")]
 
 
 @app.command
 def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = None) -> int:
-    """Start a server, and serve until SIGTERM or Ctrl-C.
+    """Start a server, and serve until SIGTERM or Ctrl-C; ends with 70 if a GPU is lost to it.
 
     Every flag can be given as an environment variable: --max-sessions as GRADBANK_MAX_SESSIONS.
     """
@@ -58,11 +60,16 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
         return _failed(_refused(error))
     configure(settings.log_format, settings.log_level)
     _find_beside(settings)
-    ended = threading.Event()
+    ended, lost = threading.Event(), threading.Event()
+
+    def give_up() -> None:
+        lost.set()
+        ended.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     try:
-        server = Server(settings)
+        server = Server(settings, give_up)
         server.start()
     except (GradbankError, OSError) as error:
         return _failed(error)
@@ -71,6 +78,10 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
     server.stop()
+    if lost.is_set():
+        _failed(f"{server.service.device} failed, and this process cannot use it any more: start the server again")
+        sys.stderr.flush()
+        os._exit(_LOST_DEVICE)  # what it left on the device could keep the process
     if server.computes:
         _failed("a step outlasted --drain-seconds, and was given up")
         sys.stderr.flush()

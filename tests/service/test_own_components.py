@@ -19,7 +19,7 @@ import torch
 import gradbank
 from gradbank import losses
 from gradbank.component import Spec, component, components
-from gradbank.errors import InvalidComponent, InvalidRequest, LimitExceeded
+from gradbank.errors import InternalError, InvalidComponent, InvalidRequest, LimitExceeded
 from gradbank_server import cli
 from gradbank_server.build import build_loss, import_components
 from gradbank_server.service import Server
@@ -46,6 +46,18 @@ class PullLoss(losses.Loss):
         return (torch.cdist(embeddings, embeddings)[same] - self.floor).relu().mean()
 '''
 
+LOST = '''
+import torch
+from gradbank import component, losses
+
+@component
+class LostLoss(losses.Loss):
+    """Raises what torch does once a GPU has failed an assertion."""
+
+    def forward(self, embeddings, labels):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+'''
+
 DISTANCE = '''
 from dataclasses import field
 import torch
@@ -66,7 +78,8 @@ class ScaledDistance(distances.Distance):
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a package `my_losses`; this process forgets afterwards that it was there."""
     (tmp_path / "my_losses").mkdir()
-    (tmp_path / "my_losses" / "__init__.py").write_text("from my_losses import distances, pull\n")
+    (tmp_path / "my_losses" / "__init__.py").write_text("from my_losses import distances, lost, pull\n")
+    (tmp_path / "my_losses" / "lost.py").write_text(LOST)
     (tmp_path / "my_losses" / "pull.py").write_text(LOSS)
     (tmp_path / "my_losses" / "distances.py").write_text(DISTANCE)
     monkeypatch.setattr(importlib.import_module("gradbank.component"), "_REGISTRY", components())
@@ -78,18 +91,20 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @contextmanager
-def serving(folder: Path, *flags: str, **variables: str) -> Iterator[str]:
-    """The address of a server in a process of its own, started in `folder`."""
+def serving(
+    folder: Path, *flags: str, stderr: int = subprocess.DEVNULL, **variables: str
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a server in a process of its own, started in `folder`, and the process."""
     command = [sys.executable, "-P", "-m", "gradbank_server", "serve", "--port", "0", "--metrics-port", "-1", *flags]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GRADBANK_")}
     clean["OMP_NUM_THREADS"] = "1"  # as in this process: sums depend on how many there are
     with subprocess.Popen(
-        command, cwd=folder, env=clean | variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, cwd=folder, env=clean | variables, stdout=subprocess.PIPE, stderr=stderr, text=True
     ) as process:
         assert process.stdout is not None
         try:
             found = (re.search(r'connect\("(.+?)"\)', line) for line in process.stdout)
-            yield next(each[1] for each in found if each)
+            yield next(each[1] for each in found if each), process
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(20)
@@ -122,7 +137,7 @@ def own_losses() -> list[losses.Loss]:
 def test_a_server_process_hosts_the_package_that_it_was_told(package: Path, told: str) -> None:
     flags, variables = (["--components", "my_losses"], {}) if told == "by a flag" else ([], {"COMPONENTS": "my_losses"})
     with (
-        serving(package, *flags, **{f"GRADBANK_{name}": value for name, value in variables.items()}) as address,
+        serving(package, *flags, **{f"GRADBANK_{name}": value for name, value in variables.items()}) as (address, _),
         gradbank.connect(address, timeout=20) as client,
     ):
         for i, loss in enumerate(own_losses()):
@@ -130,6 +145,20 @@ def test_a_server_process_hosts_the_package_that_it_was_told(package: Path, told
         (info,) = [info for info in client.catalog() if info.name == "PullLoss"]
         assert (info.kind, info.paper) == ("loss", 'Doe et al., "Pulling Without Pushing", JOURNAL 2024.')
         assert ("floor", "float", "0.1") in info.arguments
+
+
+def test_a_server_that_lost_its_gpu_ends_and_says_so(package: Path) -> None:
+    """Nothing in its process could use the GPU again, and a supervisor starts another."""
+    lost = importlib.import_module("my_losses").lost.LostLoss()
+    with (
+        serving(package, "--components", "my_losses", stderr=subprocess.PIPE) as (address, process),
+        gradbank.connect(address, timeout=20) as client,
+    ):
+        with pytest.raises(InternalError, match="the server failed"):
+            client.open("run", lost)(torch.randn(4, 4), torch.arange(4))
+        assert process.wait(20) == 70
+        assert process.stderr is not None
+        assert "cpu failed, and this process cannot use it any more: start the server again" in process.stderr.read()
 
 
 def test_so_does_the_embedded_server(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +170,7 @@ def test_so_does_the_embedded_server(package: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_server_without_it_names_the_setting(package: Path) -> None:
-    with serving(package) as address, gradbank.connect(address, timeout=20) as client:
+    with serving(package) as (address, _), gradbank.connect(address, timeout=20) as client:
         for loss in own_losses():
             with pytest.raises(
                 InvalidComponent, match=r"no component is named .* --components \(GRADBANK_COMPONENTS\)"

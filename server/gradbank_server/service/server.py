@@ -1,6 +1,7 @@
 """A server: the service behind gRPC, with health, reflection and /metrics, and an orderly end."""
 
 import time
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
@@ -50,6 +51,7 @@ class Server:
 
     Args:
         settings: where, and how much; port 0 picks a free one, which `port` then tells.
+        lost: called when the device failed in such a way that this process cannot use it any more.
 
     Raises:
         InvalidRequest: a device that is not there, an address beyond loopback without `insecure`, or a unix socket
@@ -57,12 +59,12 @@ class Server:
         OSError: an address that cannot be listened on.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, lost: Callable[[], None] = lambda: None) -> None:
         check_exposure(settings)
         self.settings = settings
         device = device_named(settings.device)
         self._computing = Computing(device)
-        self.service = Service(settings, device, run=self._computing.run)
+        self.service = Service(settings, device, run=self._computing.run, lost=lost)
         self._health = health.HealthServicer()
         self._metrics_server: Any = None
         self.metrics_port: int | None = None

@@ -46,13 +46,19 @@ class Service:
 
     Args:
         run: has steps computed.
+        lost: called when the device failed in such a way that this process cannot use it any more.
     """
 
     def __init__(
-        self, settings: ServerSettings, device: torch.device, storage: Storage | None = None, run: Run = here
+        self,
+        settings: ServerSettings,
+        device: torch.device,
+        storage: Storage | None = None,
+        run: Run = here,
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
         import_components(settings.components)
-        self.settings, self.device, self._run = settings, device, run
+        self.settings, self.device, self._run, self._lost = settings, device, run, lost
         self.boot_id = secrets.token_hex(8)
         limits = Limits(settings.max_sessions, settings.max_session_bytes)
         self.sessions = Sessions(build_loss, device, limits, storage or MemoryStorage(), time.monotonic, run)
@@ -151,6 +157,8 @@ class Service:
             return self.step(arrived)
         except Exception as error:
             self.metrics.stepped("unknown", "failed")
+            if isinstance(error, torch.AcceleratorError):  # as each one after it would, whoever's it is
+                self._lost()
             return step_pb2.StepOutput(seq=arrived.step.seq, error=error_message(fault(error))), []
 
     def _stepped(self, session: Session, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:

@@ -3,6 +3,8 @@
 import os
 import socket
 import stat
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,28 @@ def test_a_socket_that_was_left_behind_is_replaced(place: Path) -> None:
         left.bind(str(place))
     with Server(settings(place)), gradbank.connect(f"unix://{place}", timeout=10) as client:
         assert client.sessions() == []
+
+
+def test_of_servers_that_find_one_left_behind_a_single_one_replaces_it(place: Path) -> None:
+    for _ in range(10):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(place))
+        together, started = threading.Barrier(4), []
+
+        def start(together: threading.Barrier = together, started: list[Server] = started) -> None:
+            together.wait()
+            with suppress(OSError):
+                started.append(Server(settings(place)))
+
+        threads = [threading.Thread(target=start) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        (server,) = started
+        with server, gradbank.connect(f"unix://{place}", timeout=10) as client:
+            assert client.sessions() == []
+        assert not place.exists()
 
 
 def test_what_is_in_use_or_no_socket_is_left_alone(place: Path) -> None:

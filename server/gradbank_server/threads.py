@@ -64,9 +64,24 @@ class Computing:
     def __init__(self, device: "torch.device") -> None:
         self._thread, self._free = ThreadPoolExecutor(1, thread_name_prefix="gradbank-compute"), threading.Lock()
         self._hands_over = device.type == "cpu"
+        self._under_way, self._counting = 0, threading.Lock()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step is under way."""
+        return self._under_way > 0
 
     def run(self, step: Callable[[], T]) -> T:
         """What `step` gives."""
+        with self._counting:
+            self._under_way += 1
+        try:
+            return self._ran(step)
+        finally:
+            with self._counting:
+                self._under_way -= 1
+
+    def _ran(self, step: Callable[[], T]) -> T:
         if not self._hands_over or not self._free.acquire(blocking=False):
             try:
                 return step()

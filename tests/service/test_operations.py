@@ -257,12 +257,18 @@ def test_health_is_an_exit_code(server: Server) -> None:
     assert address in ill.stdout + ill.stderr
 
 
-def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(serve: Callable[..., Process]) -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(
+    serve: Callable[..., Process], closed: bool
+) -> None:
     process = serve("--drain-seconds", "0.5", "--device", "cpu")  # a GPU would be done in time
     with gradbank.connect(process.address, timeout=2) as client:
         loss_fn = client.open("long", losses.NTXentLoss())
         with pytest.raises((DeadlineExceeded, ServerUnavailable)):  # 10,000 million pairs
             loss_fn(torch.randn(100_000, 1), torch.arange(100_000) // 2)
+        if closed:
+            with pytest.raises((DeadlineExceeded, ServerUnavailable)):
+                client.close_session("long")
         code, seconds, errors = process.end()
     assert code == 1
     assert errors.endswith("gradbank: a step outlasted --drain-seconds, and was given up\n")

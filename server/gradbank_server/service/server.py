@@ -107,8 +107,8 @@ class Server:
 
     @property
     def computes(self) -> bool:
-        """Whether a step is under way."""
-        return not all(session.wait(0) for session in self.service.sessions.all())
+        """Whether a step is under way, be it of a session that is being closed."""
+        return self._computing.is_busy
 
     def start(self) -> None:
         settings = self.settings

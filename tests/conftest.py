@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device = torch.device(config.getoption("--device"))
+    os.environ["GRADBANK_DEVICE"] = str(device)  # where servers compute, too: not on a GPU because there is one
     if device.type != "cpu":
         _make_tensors_on(device)
     torch.set_num_threads(1)  # the tests run side by side

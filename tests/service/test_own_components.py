@@ -96,7 +96,8 @@ def serving(
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of a server in a process of its own, started in `folder`, and the process."""
     command = [sys.executable, "-P", "-m", "gradbank_server", "serve", "--port", "0", "--metrics-port", "-1", *flags]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("GRADBANK_")}
+    ours = [name for name in os.environ if name.startswith("GRADBANK_") and name != "GRADBANK_DEVICE"]
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
     clean["OMP_NUM_THREADS"] = "1"  # as in this process: sums depend on how many there are
     with subprocess.Popen(
         command, cwd=folder, env=clean | variables, stdout=subprocess.PIPE, stderr=stderr, text=True

@@ -75,6 +75,7 @@ __all__ = [
     "every_pair",
     "every_positive",
     "first_not_above",
+    "forced",
     "full_precision",
     "listed_distances",
     "look",
@@ -103,6 +104,11 @@ def using(engine: str, bounds: Bounds | None = None) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced() -> str:
+    """Which engine `using` forces here, or "auto"."""
+    return _forced.get()[0]
 
 
 def evaluate(

@@ -20,6 +20,7 @@ from gradbank.engine import (
     Statistic,
     Sum,
     evaluate,
+    forced,
     full_precision,
     room,
 )
@@ -144,13 +145,17 @@ class IntraPairVarianceLoss(PairLoss):
             return self.regularized(evaluate(declared, embeddings, references, pairs, [mean]), embeddings)  # type: ignore[no-any-return]
 
 
+_FEW = 2**14  # entries of a matrix that is made sooner than the sums that stand for it
+
+
 def _mean_of_negatives(distance: Distance, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
     """The mean distance of all negative pairs, `()`.
 
-    That of products needs no matrix: the sum over all pairs is the product of two sums, and so is that over the pairs
-    of each label.
+    That of products needs no matrix, which only a small one is worth: the sum over all pairs is the product of two
+    sums, and so is that over the pairs of each label.
     """
-    if not distance.is_product or not isinstance(pairs, LabelledPairs):
+    few = len(embeddings) * len(references) <= _FEW and forced() != "tiled"
+    if few or not distance.is_product or not isinstance(pairs, LabelledPairs):
         mean: Tensor = evaluate(_MeanOfNegatives(distance), embeddings, references, pairs)
         return mean
     groups, of_anchor, met, of_met = pairs.groups

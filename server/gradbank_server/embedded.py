@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -96,7 +97,9 @@ class EmbeddedTransport:
         if self._closed:
             raise ServerUnavailable("the connection to local:// was closed, and its sessions with it")
         try:
-            with torch.inference_mode(False):  # the modes of the trainer's thread are not the server's
+            # the modes of the trainer's thread are not the server's, nor is its default device
+            elsewhere = torch.get_default_device().type != "cpu"
+            with torch.inference_mode(False), torch.device("cpu") if elsewhere else nullcontext():
                 return call()
         except GradbankError:
             raise

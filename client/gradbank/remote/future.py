@@ -1,5 +1,6 @@
 """A loss that is still to come."""
 
+import threading
 from collections.abc import Callable
 
 from torch import Tensor
@@ -9,7 +10,7 @@ class StepFuture:
     """A batch that was submitted; see `RemoteLoss.submit`."""
 
     def __init__(self, finish: Callable[[], Tensor]) -> None:
-        self._finish = finish
+        self._finish, self._asking = finish, threading.Lock()
         self._loss: Tensor | None = None
 
     def result(self) -> Tensor:
@@ -18,6 +19,7 @@ class StepFuture:
         Raises:
             GradbankError: the step was refused, or not answered in time; asking again says the same.
         """
-        if self._loss is None:
-            self._loss = self._finish()
-        return self._loss
+        with self._asking:  # two losses of one answer would share its gradients
+            if self._loss is None:
+                self._loss = self._finish()
+            return self._loss

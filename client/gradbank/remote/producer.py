@@ -11,7 +11,16 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from gradbank.errors import GradbankError, InvalidRequest, InvalidUpdate, LimitExceeded, ServerUnavailable
+from gradbank.errors import (
+    GradbankError,
+    InternalError,
+    InvalidRequest,
+    InvalidUpdate,
+    LimitExceeded,
+    ServerUnavailable,
+    SessionNotFound,
+    StepConflict,
+)
 from gradbank.remote.transport import Steps, Transport, answer_of
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import WINDOW, TensorReader, error_of
@@ -115,6 +124,8 @@ class Producer:
             previous_nonce=previous_nonce,
         )
         held = self._transport().call("AttachSession", request, self.timeout)
+        if previous_nonce and held.epoch != self.epoch + 1:  # which is what a session that knows the nonce makes of it
+            raise SessionNotFound(f"session {self.session!r} ended, and another has its name now: open it again")
         self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
 
     def submit(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> Ticket:
@@ -201,6 +212,8 @@ class Producer:
             if isinstance(oldest.error, InvalidUpdate):
                 oldest.drop_news()  # sending them again would be refused again
             self._doubts = [_Doubt(doubt.ticket, None) for doubt in self._doubts[1:]]
+            if isinstance(oldest.error, InternalError | StepConflict):  # its number may be used nonetheless
+                self._doubts.insert(0, _Doubt(oldest, None))
             renumbered = True
             self._renumber(deadline)
         except BaseException as error:

@@ -2,6 +2,7 @@
 
 import math
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -177,7 +178,8 @@ class GrpcTransport:
         except queue.Empty:
             raise DeadlineExceeded(f"nothing was heard of {self.address} for {timeout:.3g} s") from None
         finally:
-            call.cancel()
+            if not sys.is_finalizing():  # gRPC's threads have stopped then, maybe with the lock that this takes
+                call.cancel()
 
 
 class GrpcSteps:

@@ -39,7 +39,7 @@ class Assembly:
     """
 
     def __init__(self, size: int) -> None:
-        self._buffer, self._held = torch.empty(size, dtype=torch.uint8), 0
+        self._buffer, self._held = torch.empty(size, dtype=torch.uint8, device="cpu"), 0
         self._bytes = self._buffer.numpy().data
 
     def add(self, part: bytes | memoryview) -> None:

@@ -1,0 +1,119 @@
+"""What a trainer's process or its server may do at a moment that does not suit."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradbank
+from gradbank import losses
+from gradbank.errors import InternalError, ServerUnavailable, SessionNotFound
+from gradbank_server.service import Server, service
+from gradbank_server.settings import ServerSettings
+
+D = 8
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(12, D, generator=generator), torch.arange(12) % 4
+
+
+def memory() -> losses.CrossBatchMemory:
+    return losses.CrossBatchMemory(losses.NTXentLoss(), D, 30)
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    before = torch.get_default_device()
+    yield
+    torch.set_default_device(before)
+
+
+def test_a_default_device_is_not_that_of_what_was_sent(anyway: gradbank.Client, name: str, elsewhere: None) -> None:
+    here, there = memory(), anyway.open(name, memory())
+    drawn = [batch(seed) for seed in range(3)]
+    wanted = [here(*each) for each in drawn]
+    torch.set_default_device("meta")  # which no number can be read from
+    made = [there(*each) for each in drawn]
+    copy = there.local()
+    torch.set_default_device("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+    assert torch.equal(copy.embedding_memory, here.embedding_memory)
+
+
+def test_after_a_fault_behind_a_step_the_trainer_goes_on(
+    client: gradbank.Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step was carried out, and its number used, when the server failed to answer."""
+    here, there = memory(), client.open(name, memory())
+    real = service.answer_message
+
+    def fails(*_: Any) -> None:
+        monkeypatch.setattr(service, "answer_message", real)
+        raise MemoryError
+
+    assert torch.equal(there(*batch(0)), here(*batch(0)))
+    monkeypatch.setattr(service, "answer_message", fails)
+    with pytest.raises(InternalError):
+        there(*batch(1))
+    here(*batch(1))
+    for seed in (2, 3):
+        assert torch.equal(there(*batch(seed)), here(*batch(seed)))
+    assert client.stats(name).steps == 4
+
+
+def test_a_trainer_in_doubt_does_not_go_on_in_a_new_session_of_that_name() -> None:
+    with Server(ServerSettings(port=0, metrics_port=-1, drain_seconds=1)) as first:
+        port, client = first.port, gradbank.connect(first.address, timeout=1)
+        there = client.open("run", memory(), rank=0)
+        there(*batch(0))
+    with pytest.raises(ServerUnavailable):
+        there(*batch(1))
+    settings = ServerSettings(port=port, metrics_port=-1, drain_seconds=1)
+    with Server(settings) as second, gradbank.connect(second.address, timeout=10) as other:
+        fresh = other.open("run", memory(), rank=1)
+        with pytest.raises(SessionNotFound, match="another has its name now: open it again"):
+            there(*batch(2))
+        fresh(*batch(0))
+        assert other.stats("run").steps == 1
+    client.close()
+
+
+def test_a_future_that_two_threads_ask_is_one_loss(client: gradbank.Client, name: str) -> None:
+    there = client.open(name, losses.NTXentLoss())
+    for seed in range(20):
+        embeddings, labels = batch(seed)
+        future, made = there.submit(embeddings.requires_grad_(), labels), list[Tensor]()
+        threads = [threading.Thread(target=lambda f=future, m=made: m.append(f.result())) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(20)
+        assert len(made) == 4
+        assert all(each is made[0] for each in made)
+
+
+WATCHES = """
+import sys, torch, gradbank
+from gradbank import losses
+client = gradbank.connect(sys.argv[1], via="tcp")
+loss_fn = client.open("watched", losses.NTXentLoss())
+loss_fn(torch.randn(8, 4), torch.arange(8) % 2)
+watching = client.watch("watched", 5.0)
+next(watching)
+"""
+
+
+def test_a_script_that_still_watches_can_end(client: gradbank.Client) -> None:
+    for _ in range(6):  # it used to hang in every second or third run
+        done = subprocess.run(
+            [sys.executable, "-c", WATCHES, client.address], timeout=30, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    client.close_session("watched")

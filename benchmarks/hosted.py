@@ -78,9 +78,8 @@ def _child(pipe: Connection, case: Case, address: str, arguments: argparse.Names
         resource.setrlimit(resource.RLIMIT_AS, (int(arguments.gib * 2**30),) * 2)
     local = steps.make(replace(case, beside=None), "gradbank", device)
     assert isinstance(local.loss, gradbank.losses.Loss)
-    batches = list(
-        steps.batches(case, 16, device)
-    )  # of one alone, the bank would soon be full, and every row a positive
+    # of one alone, the bank would soon be full, and every row a positive
+    batches = list(steps.batches(case, 16, device))
     with (
         gradbank.connect(address, 120, via="tcp") as far,
         gradbank.connect(address, 120, via="shm") as near,

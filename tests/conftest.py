@@ -18,8 +18,6 @@ from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 
 _numbers = itertools.count()
-
-
 _HERE = (str(Path(__file__).parent) + os.sep, str(Path(pytorch_metric_learning.__file__).parent) + os.sep)
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _MAKES = (
@@ -84,11 +82,6 @@ def embedded() -> Iterator[gradbank.Client]:
 def name() -> str:
     """A session's name that no other test uses."""
     return f"test-{next(_numbers)}"
-
-
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
 
 
 def _make_tensors_on(device: torch.device) -> None:

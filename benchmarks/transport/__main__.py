@@ -169,7 +169,7 @@ def _step(loss_fn: torch.nn.Module, embeddings: torch.Tensor, labels: torch.Tens
         loss_fn(embeddings, labels).backward()
 
     step()
-    if not torch.equal(embeddings.grad, embeddings):  # type: ignore[arg-type]
+    if not torch.equal(embeddings.grad, embeddings):  # type: ignore[arg-type]  # a backward pass made it
         raise RuntimeError("the echo is not what was sent")
     return step
 

@@ -14,7 +14,7 @@ class EchoLoss(Loss):
     """0, whose gradient is the embeddings."""
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        return _Echo.apply(embeddings)  # type: ignore[no-untyped-call, no-any-return]
+        return _Echo.apply(embeddings)  # type: ignore[no-untyped-call, no-any-return]  # torch's
 
 
 class _Echo(torch.autograd.Function):

@@ -114,7 +114,7 @@ def foundation(cls: type[C]) -> type[C]:
             each.metadata = MappingProxyType({**each.metadata, "default_factory": each.default_factory})
             each.default, each.default_factory = None, dataclasses.MISSING
     made = dataclasses.dataclass(eq=False, repr=False)(cls)
-    for each in dataclasses.fields(made):  # type: ignore[arg-type]
+    for each in dataclasses.fields(made):  # type: ignore[arg-type]  # the decorator made it one
         if each.init and each.name in made.__dict__:
             delattr(made, each.name)  # a default left on the class would hide a module assigned to the field
     return made
@@ -182,7 +182,7 @@ def same(a: Any, b: Any) -> bool:
 
 def argument_fields(cls: type[Component]) -> list["dataclasses.Field[Any]"]:
     """The fields that the constructor takes, positional ones first."""
-    taken = [each for each in dataclasses.fields(cls) if each.init]  # type: ignore[arg-type]
+    taken = [each for each in dataclasses.fields(cls) if each.init]  # type: ignore[arg-type]  # every component is one
     return sorted(taken, key=lambda each: bool(each.kw_only))
 
 

@@ -11,7 +11,7 @@ import gradbank
 from gradbank import losses
 from gradbank.errors import InvalidRequest, InvalidUpdate
 from gradbank.remote.optimizer import GRADIENTS_KEPT
-from gradbank.remote.producer import NO_NEWS
+from gradbank.remote.ticket import NO_NEWS
 from gradbank.v1 import step_pb2
 from gradbank.wire import describe
 from gradbank_server.sessions import learner

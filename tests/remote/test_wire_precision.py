@@ -8,7 +8,7 @@ import gradbank
 from gradbank import losses
 from gradbank.errors import InvalidRequest
 from gradbank.remote.loss import _narrowed
-from gradbank.remote.producer import NO_NEWS
+from gradbank.remote.ticket import NO_NEWS
 from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import describe
 

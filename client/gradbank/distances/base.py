@@ -152,7 +152,7 @@ class Distance(Recorder):
 
     def margin(self, x: "Tensor | float", y: "Tensor | float") -> Tensor:
         """How much farther `x` is than `y`: positive when it is."""
-        return y - x if self.is_inverted else x - y  # type: ignore[return-value]
+        return y - x if self.is_inverted else x - y  # type: ignore[return-value]  # a float of two floats
 
     def closeness(self, mat: Tensor) -> Tensor:
         """`mat` with larger meaning closer."""

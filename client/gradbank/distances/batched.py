@@ -33,7 +33,7 @@ class BatchedDistance(Distance):
         if self.collect_stats is None:
             self.collect_stats = self.distance.collect_stats
 
-    def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> None:  # type: ignore[override]
+    def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> None:  # type: ignore[override]  # as in PML
         """Calls `iter_fn` with the distances of each batch of `(B, D)` queries, and returns nothing."""
         ref_emb = query_emb if ref_emb is None else ref_emb
         for start in range(0, len(query_emb), self.batch_size):

@@ -16,7 +16,8 @@ from gradbank.memory import enqueue_mask_of
 from gradbank.recorder import Statistics
 from gradbank.remote.future import StepFuture
 from gradbank.remote.optimizer import RemoteOptimizer
-from gradbank.remote.producer import NO_NEWS, Producer, Ticket
+from gradbank.remote.producer import Producer
+from gradbank.remote.ticket import NO_NEWS, Ticket
 from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import TensorReader, describe, seconds_of, seconds_of_both, torch_dtype, wire_dtype
 

@@ -3,11 +3,10 @@
 import secrets
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from gradbank.errors import (
     SessionNotFound,
     StepConflict,
 )
+from gradbank.remote.ticket import NO_NEWS, News, Ticket
 from gradbank.remote.transport import Steps, Transport, answer_of
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import WINDOW, TensorReader, error_of
@@ -29,40 +29,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
 T = TypeVar("T")
-
-
-class News(Protocol):
-    """What the server is to be told of the learnable weights with the next step."""
-
-    events: list[step_pb2.WeightEvent]
-
-    def drop(self, count: int) -> None:
-        """Forgets the first `count` events: they were carried out, or never can be."""
-        ...
-
-
-class Ticket:
-    """A step that was sent, and what came of it.
-
-    Attributes:
-        step: as it was sent.
-        parts: the bytes of its tensors, which must stay as they are until it is answered.
-        outcome: its answer, and the bytes of the answer's tensors; None until then.
-        error: why there is none, and will not be.
-    """
-
-    def __init__(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> None:
-        self.step, self.parts, self._news = step, parts, news
-        self.outcome: tuple[step_pb2.StepOutput, Tensor] | None = None
-        self.error: Exception | None = None
-
-    @property
-    def settled(self) -> bool:
-        return self.outcome is not None or self.error is not None
-
-    def drop_news(self) -> None:
-        """What it told was carried out, or never can be."""
-        self._news.drop(len(self.step.weight_events))
 
 
 class _Doubt(NamedTuple):
@@ -201,8 +167,8 @@ class Producer:
             if not self._flight or self._flight[0] is not oldest:
                 return  # the loss was closed meanwhile
             self._flight.popleft()
-            oldest.parts = []
             if not output.HasField("error"):
+                oldest.parts = []
                 oldest.outcome, self.last_seq = (output, data), oldest.step.seq
                 oldest.drop_news()
                 if self._doubts:
@@ -213,7 +179,9 @@ class Producer:
                 oldest.drop_news()  # sending them again would be refused again
             self._doubts = [_Doubt(doubt.ticket, None) for doubt in self._doubts[1:]]
             if isinstance(oldest.error, InternalError | StepConflict):  # its number may be used nonetheless
-                self._doubts.insert(0, _Doubt(oldest, None))
+                again = isinstance(oldest.error, InternalError) and not self._flight  # else others may have it now
+                self._doubts.insert(0, _Doubt(oldest, oldest.asks if again else None))
+            oldest.parts = []
             renumbered = True
             self._renumber(deadline)
         except BaseException as error:
@@ -276,7 +244,7 @@ class Producer:
             ticket.error = told
         known = {id(doubt.ticket) for doubt in self._doubts}
         unknown = [ticket for ticket in self._flight if id(ticket) not in known]
-        self._doubts += [_Doubt(ticket, None if renumbered else _fingerprint(ticket)) for ticket in unknown]
+        self._doubts += [_Doubt(ticket, None if renumbered else ticket.asks) for ticket in unknown]
         for ticket in self._flight:
             ticket.parts = []
         self._flight.clear()
@@ -293,7 +261,7 @@ class Producer:
 
     def _again(self, step: step_pb2.StepInput, parts: list[memoryview]) -> Ticket | None:
         """The oldest step in doubt, if it is asked for again: it must be sent as it was to be known for the same."""
-        if not self._doubts or self._doubts[0].asked != _fingerprint(Ticket(step, parts, NO_NEWS)):
+        if not self._doubts or self._doubts[0].asked != Ticket(step, parts, NO_NEWS).asks:
             return None
         again = self._doubts[0].ticket
         again.parts, again.error = parts, None
@@ -350,29 +318,5 @@ class Producer:
             self._steps = None
 
 
-class _NoNews:
-    """Of a loss without an optimizer there is nothing to tell."""
-
-    events: list[step_pb2.WeightEvent] = []  # which nobody adds to
-
-    def drop(self, count: int) -> None:
-        pass
-
-
-NO_NEWS = _NoNews()
-
-
 def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.0)
-
-
-def _fingerprint(ticket: Ticket) -> int:
-    """Of what was asked, whatever its number."""
-    plain = step_pb2.StepInput()
-    plain.CopyFrom(ticket.step)
-    for field in ("session", "rank", "epoch", "seq", "weight_events", "answered_seq", "trainer_timings"):
-        plain.ClearField(field)
-    asked = zlib.crc32(plain.SerializeToString(deterministic=True))
-    for part in ticket.parts:
-        asked = zlib.crc32(part, asked)
-    return asked

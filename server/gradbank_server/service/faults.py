@@ -13,4 +13,4 @@ def fault(error: Exception) -> InternalError:
     """An id, under which the log has the rest."""
     name = uuid.uuid4().hex[:12]
     log.error("fault", id=name, exc_info=error)
-    return InternalError(f"the server failed; nothing was changed. Its log has the details under {name}")
+    return InternalError(f"the server failed, and its log has the details under {name}; asking again is safe")

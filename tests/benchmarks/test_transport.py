@@ -9,10 +9,16 @@ BESIDE = Path(__file__).parents[2] / "benchmarks" / "transport" / "beside.py"
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "transport"
 
 
+def printed(*words: str) -> str:
+    """What a program prints."""
+    made = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
+    assert made.returncode == 0, made.stderr
+    return made.stdout
+
+
 def test_a_line_for_each_payload_with_a_ratio_and_a_rate_for_each_way() -> None:
-    words = [sys.executable, str(BENCHMARK), "--payloads", "8x4,600x512", "--seconds", "1"]
-    made = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    lines = [line for line in made.stdout.splitlines() if line.startswith("| ")]
+    made = printed(str(BENCHMARK), "--payloads", "8x4,600x512", "--seconds", "1")
+    lines = [line for line in made.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines] == 2 * ["| batch", "| 8x4", "| 600x512"]
     trips, rates = lines[1:3], lines[4:]
     assert [line.count("x") - line.split(" | ")[0].count("x") for line in trips] == [4, 4]  # ratios
@@ -21,9 +27,7 @@ def test_a_line_for_each_payload_with_a_ratio_and_a_rate_for_each_way() -> None:
 
 
 def test_a_small_step_is_measured_alone_and_beside_a_large_one_here_and_elsewhere() -> None:
-    words = [sys.executable, str(BESIDE), "--batch", "64", "--bank", "1024", "--slices", "1"]
-    made = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    tcp, shm = made.stdout.splitlines()[2:]
+    tcp, shm = printed(str(BESIDE), "--batch", "64", "--bank", "1024", "--slices", "1").splitlines()[2:]
     for line, via in ((tcp, "tcp"), (shm, "shm")):
         assert line.startswith(f"| {via} | ")
         assert len(re.findall(r"\d ms", line)) == 8

@@ -45,11 +45,17 @@ class RemoteLoss:
         self._sending = ThreadPoolExecutor(1, thread_name_prefix="gradbank-aio")  # one, so that order is kept
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of a batch; see `gradbank.RemoteLoss`. A call that is cancelled may be carried out nonetheless."""
+        """The loss of a batch; see `gradbank.RemoteLoss`.
+
+        A call that is cancelled may be carried out nonetheless. Its tensors may then be read until the next call is
+        over: do not write to them before.
+        """
         recorded, loop = torch.is_grad_enabled(), asyncio.get_running_loop()
+        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+        stream = torch.cuda.current_stream() if on_gpu else None
 
         def sent() -> Callable[[], Tensor]:
-            with torch.set_grad_enabled(recorded):  # which is a thread's own
+            with torch.set_grad_enabled(recorded), torch.cuda.stream(stream):  # which are a thread's own
                 if self.remote.learns:  # then each step tells of the ones before it
                     made: Tensor = self.remote(*args, **kwargs)
                     return lambda: made
@@ -68,7 +74,6 @@ class RemoteLoss:
 
     async def close(self) -> None:
         await asyncio.to_thread(self.remote.close)
-        self._sending.shutdown(wait=False)
 
 
 class Client:
@@ -95,12 +100,12 @@ class Client:
         return await asyncio.to_thread(self._client.stats, name)
 
     async def watch(self, name: str, interval: float = 1.0) -> AsyncIterator[SessionStats]:
-        seen = self._client.watch(name, interval)
+        seen = await asyncio.to_thread(self._client.watch, name, interval)
         try:
             while (stats := await asyncio.to_thread(next, seen, None)) is not None:
                 yield stats
         finally:
-            await asyncio.to_thread(seen.close)
+            seen.close()
 
     async def server(self) -> ServerInfo:
         return await asyncio.to_thread(self._client.server)

@@ -1,8 +1,9 @@
 """A server inside this process: the same service, without a socket."""
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -71,15 +72,10 @@ class EmbeddedTransport:
 
         return self._guarded(pull)
 
-    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
-        def pause(seconds: float) -> bool:
-            time.sleep(seconds)
-            return self._closed
+    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> "EmbeddedWatch":
+        return self._guarded(lambda: EmbeddedWatch(self._service, request, lambda: self._closed))
 
-        self._guarded(lambda: None)
-        yield from self._service.watch_stats(request, pause)
-
-    def steps(self) -> "EmbeddedSteps":
+    def steps(self, timeout: float) -> "EmbeddedSteps":
         return EmbeddedSteps(self)
 
     def step(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> tuple[step_pb2.StepOutput, Tensor]:
@@ -105,6 +101,20 @@ class EmbeddedTransport:
             raise
         except Exception as error:
             raise InternalError(f"the embedded server failed; nothing was changed: {error}") from error
+
+
+class EmbeddedWatch:
+    """Statistics of an embedded server as they come, until `closed` holds."""
+
+    def __init__(self, service: Service, request: stats_pb2.WatchStatsRequest, closed: Callable[[], bool]) -> None:
+        self._over = threading.Event()
+        self._told = service.watch_stats(request, lambda seconds: self._over.wait(seconds) or closed())
+
+    def __next__(self) -> stats_pb2.WatchStatsResponse:
+        return next(self._told)
+
+    def close(self) -> None:
+        self._over.set()
 
 
 class EmbeddedSteps:

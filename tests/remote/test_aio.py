@@ -8,7 +8,7 @@ import torch
 
 import gradbank
 from gradbank import losses
-from gradbank.errors import NonFiniteError, SessionNotFound
+from gradbank.errors import NonFiniteError, ServerUnavailable, SessionNotFound
 from gradbank_server.service import Server
 
 
@@ -99,5 +99,42 @@ def test_errors_grad_modes_and_optimizers_are_those_of_the_client(nearby: Server
             assert await client.close_session(name)
             with pytest.raises(SessionNotFound):
                 await client.stats(name)
+
+    asyncio.run(train())
+
+
+@pytest.mark.parametrize("address", ["nearby", "local"])
+def test_a_watch_that_is_cancelled_ends(nearby: Server, name: str, address: str) -> None:
+    async def watch() -> None:
+        async with await gradbank.aio.connect(nearby.address if address == "nearby" else "local://") as client:
+            await client.open(name, memory())
+            seen: list[int] = []
+
+            async def look() -> None:
+                async for stats in client.watch(name, 30):
+                    seen.append(stats.steps)
+
+            looking = asyncio.create_task(look())
+            while not seen:
+                await asyncio.sleep(0.01)
+            looking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await looking
+
+    begun = time.monotonic()
+    asyncio.run(watch())
+    assert time.monotonic() - begun < 10  # the thread that waited for the next statistics does not go on to wait
+
+
+def test_a_loss_that_was_closed_can_be_called_again(nearby: Server, name: str) -> None:
+    async def train() -> None:
+        async with await gradbank.aio.connect(nearby.address) as client:
+            loss_fn = await client.open(name, memory())
+            first = await loss_fn(*batch(0))
+            await loss_fn.close()
+            assert (await loss_fn(*batch(1))).isfinite()
+        with pytest.raises(ServerUnavailable, match="was closed here: connect again"):
+            await loss_fn(*batch(2))
+        assert first.isfinite()
 
     asyncio.run(train())

@@ -120,3 +120,41 @@ def test_a_script_that_still_watches_can_end(client: gradbank.Client) -> None:
         )
         assert done.returncode == 0, done.stderr
     client.close_session("watched")
+
+
+def test_a_client_keeps_one_loss_of_a_session_and_rank(anyway: gradbank.Client, name: str) -> None:
+    for _ in range(20):
+        there = anyway.open(name, losses.NTXentLoss())
+        there(*batch(0))
+    anyway.open(name, losses.NTXentLoss(), rank=1)
+    assert len(anyway._open) == 2
+    anyway.close_session(name)
+    assert anyway._open == {}
+
+
+FORKS = """
+import os, sys, torch, gradbank
+from gradbank import losses
+client = gradbank.connect(sys.argv[1], via="shm")
+loss_fn = client.open(sys.argv[2], losses.NTXentLoss())
+batch = torch.randn(8, 4), torch.arange(8) % 2
+loss_fn(*batch)
+steps = loss_fn.producer._flight._steps
+child = os.fork()
+if child == 0:
+    loss_fn.close()
+    try:
+        client.close_session(sys.argv[2])
+    except gradbank.errors.ForkedClient:
+        os._exit(0)
+    os._exit(1)
+assert os.waitpid(child, 0)[1] == 0
+loss_fn(*batch)
+assert loss_fn.producer._flight._steps is steps, "the child cut its parent's stream"
+"""
+
+
+def test_a_forked_child_does_not_close_what_is_its_parents(nearby: Server, name: str) -> None:
+    words = [sys.executable, "-W", "ignore", "-c", FORKS, nearby.address, name]
+    done = subprocess.run(words, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -119,15 +119,16 @@ def test_a_queue_takes_no_references_from_any_client(embedded: gradbank.Client, 
         message, data = describe(tensor)
         getattr(step, field).CopyFrom(message)
         payload.append(data)
+    deadline = there.producer.deadline()
     with pytest.raises(InvalidRequest, match="takes no ref_emb or ref_labels"):
-        there.producer.result(there.producer.submit(step, payload, NO_NEWS))
+        there.producer.result(there.producer.submit(step, payload, NO_NEWS, deadline), deadline)
     assert there(embeddings, labels).isfinite()
 
 
 def test_a_deadline_that_passed_with_the_answer_does_not_fail_the_next_step(client: gradbank.Client, name: str) -> None:
     there, here = client.open(name, losses.NTXentLoss()), losses.NTXentLoss()
     there(*batch(0))
-    steps = there.producer._steps
+    steps = there.producer._flight._steps
     with steps._watch.until(time.monotonic()):  # type: ignore[union-attr]
         time.sleep(0.2)
     assert steps._watch.ended  # type: ignore[union-attr]

@@ -1,5 +1,8 @@
 """A loss on a server behaves under autograd as the same loss does here."""
 
+import copy
+import io
+import pickle
 import time
 from collections.abc import Callable
 
@@ -183,3 +186,31 @@ def test_a_step_says_where_its_time_went(pair: Pair) -> None:
     assert list(spent) == ["client_encode", "network", "queue", "decode", "compute", "encode", "client_decode"]
     assert all(seconds >= 0 for seconds in spent.values())
     assert 0 < sum(spent.values()) <= took
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps, lambda each: torch.save(each, io.BytesIO())])
+def test_what_lives_on_the_server_is_not_copied(
+    client: gradbank.Client, name: str, copied: Callable[[object], object]
+) -> None:
+    head = client.open(name, losses.ArcFaceLoss(4, 16))
+    optimizer = head.optimizer("SGD", lr=0.1)
+    with pytest.raises(TypeError, match=f"the hosted loss '{name}' is a connection"):
+        copied(head)
+    with pytest.raises(TypeError, match="is a connection"):
+        copied(torch.nn.Sequential(torch.nn.Linear(2, 2), head))
+    with pytest.raises(TypeError, match="the optimizer of a hosted loss can be neither copied nor pickled"):
+        copied(optimizer)
+
+
+def test_weights_on_the_server_are_one_group(client: gradbank.Client, name: str) -> None:
+    head = client.open(name, losses.ArcFaceLoss(4, 16))
+    optimizer = head.optimizer("SGD", lr=0.1)
+    with pytest.raises(InvalidRequest, match="give other parameters their own optimizer"):
+        optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_sparse_embeddings_are_refused_by_name(anyway: gradbank.Client, name: str) -> None:
+    there = anyway.open(name, losses.NTXentLoss())
+    with pytest.raises(InvalidRequest, match=r"layout torch.sparse_coo cannot be sent; make it dense"):
+        there(batch(0)[0].detach().to_sparse(), batch(0)[1])

@@ -207,11 +207,11 @@ def test_a_trainer_that_is_killed_in_the_middle_leaks_nothing(name: str) -> None
         before = len(os.listdir("/proc/self/fd")), running._shared._budget._left  # type: ignore[union-attr]
         info = client.server()
         script = (
-            "import os, sys\n"
+            "import os, sys, time\n"
             "from gradbank.remote.shared import SharedSteps\n"
             "from gradbank.v1.step_pb2 import StepInput\n"
             "steps = SharedSteps(*sys.argv[1:], 10)\n"
-            "steps._ask_for(StepInput(payload_bytes=2**20))\n"
+            "steps._ask_for(StepInput(payload_bytes=2**20), time.monotonic() + 10)\n"
             "steps._room[:4] = b'half'\n"
             "os.kill(os.getpid(), 9)\n"
         )

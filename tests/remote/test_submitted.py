@@ -107,7 +107,7 @@ def test_steps_behind_a_refused_one_are_fenced_if_their_stream_ends_before_they_
         assert_same(future.result(), leaf, here, seed)
     refused = there.submit(torch.full((12, 16), torch.nan), batch(0)[1])
     behind = submitted(there, 2, 3)
-    steps, epoch = there.producer._steps, there.producer.epoch
+    steps, epoch = there.producer._flight._steps, there.producer.epoch
     receive, answers = steps.receive, iter([True, False])  # type: ignore[union-attr]
 
     def cut(timeout: float) -> Any:

@@ -114,8 +114,9 @@ def test_another_dtype_is_refused(anyway: gradbank.Client, name: str) -> None:
     there = anyway.open(name, losses.NTXentLoss())
     message, data = describe(batch(0)[0])
     step = step_pb2.StepInput(embeddings=message, gradient_dtype=tensor_pb2.DTYPE_INT32)
+    deadline = there.producer.deadline()
     with pytest.raises(InvalidRequest, match="gradient_dtype must be bfloat16 or float16"):
-        there.producer.result(there.producer.submit(step, [data], NO_NEWS))
+        there.producer.result(there.producer.submit(step, [data], NO_NEWS, deadline), deadline)
 
 
 def test_gradients_that_no_factor_brings_near_stay_finite_in_float16(client: gradbank.Client, name: str) -> None:

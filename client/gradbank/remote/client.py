@@ -3,7 +3,6 @@
 import os
 import secrets
 import time
-from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from gradbank.memory import CrossBatchMemory
 from gradbank.remote.ladder import Via, transport_to
 from gradbank.remote.loss import RemoteLoss
 from gradbank.remote.producer import Producer
-from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats
-from gradbank.remote.transport import Transport
+from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats, StatsWatch
+from gradbank.remote.transport import Transport, left_until
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import component_message, describe
 
+_LONGEST_S = 10 * 365 * 24 * 3600.0  # of which clocks and locks know no end
 SLOWEST_BYTES_PER_S = 10 * 2**20  # what an upload of weights or of a bank is given time for
 
 
@@ -37,8 +37,11 @@ def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
         InvalidRequest: an address of neither form, or a way that the server does not offer to this process.
         ServerUnavailable: no server answers there in time.
     """
-    if not timeout > 0:
-        raise InvalidRequest(f"timeout must be above 0 seconds, got {timeout}")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise InvalidRequest(
+            f"timeout must be above 0 seconds, got {timeout!r}; math.inf waits for as long as it takes"
+        )
+    timeout = min(timeout, _LONGEST_S)
     return Client(transport_to(address, timeout, via), address, timeout)
 
 
@@ -56,7 +59,8 @@ class Client:
         self.address, self.timeout = address, timeout
         self._transport = transport
         self._process = os.getpid()
-        self._open: list[RemoteLoss] = []
+        self._closed = False
+        self._open: dict[tuple[str, int], RemoteLoss] = {}  # by session and rank, which one of them holds at a time
 
     @property
     def via(self) -> str:
@@ -104,7 +108,9 @@ class Client:
         producer = Producer(self._checked, name, rank, secrets.token_bytes(16), time.time_ns(), self.timeout)
         producer.attach()
         remote = RemoteLoss(producer, loss, created.created, wire)
-        self._open.append(remote)
+        replaced, self._open[name, rank] = self._open.get((name, rank)), remote
+        if replaced is not None:
+            replaced.close()
         return remote
 
     def sessions(self) -> list[SessionInfo]:
@@ -114,9 +120,9 @@ class Client:
 
     def close_session(self, name: str) -> bool:
         """Ends a session and frees what it holds, for all its trainers; whether there was one."""
-        for remote in [remote for remote in self._open if remote.name == name]:
-            remote.close()
-            self._open.remove(remote)
+        self._checked()
+        for held in [held for held in self._open if held[0] == name]:
+            self._open.pop(held).close()
         return bool(self._call("CloseSession", session_pb2.CloseSessionRequest(session=name)).existed)
 
     def stats(self, name: str) -> SessionStats:
@@ -127,11 +133,10 @@ class Client:
         """
         return SessionStats.of(self._call("GetStats", stats_pb2.GetStatsRequest(session=name)).stats)
 
-    def watch(self, name: str, interval: float = 1.0) -> Generator[SessionStats, None, None]:
+    def watch(self, name: str, interval: float = 1.0) -> StatsWatch:
         """The same every `interval` seconds, until the session ends or the iterator is closed."""
         request = stats_pb2.WatchStatsRequest(session=name, interval_s=interval)
-        for response in self._checked().watch(request, self.timeout):
-            yield SessionStats.of(response.stats)
+        return StatsWatch(self._checked().watch(request, self.timeout))
 
     def server(self) -> ServerInfo:
         """What the server is and what it allows."""
@@ -145,21 +150,23 @@ class Client:
     def close(self) -> None:
         """Tells the server what optimizers still have to tell it, and ends the connection. Sessions live on.
 
+        It takes no longer than any call may, however many optimizers there are.
+
         Raises:
             GradbankError: an optimizer's last step could not be carried out; everything is closed nonetheless.
         """
-        if os.getpid() != self._process:
+        if os.getpid() != self._process or self._closed:
             return
-        failures = []
-        for remote in self._open:
+        failures, deadline = [], time.monotonic() + self.timeout
+        for remote in self._open.values():
             try:
-                remote.flush()
+                remote.flush(left_until(deadline))
             except (ServerUnavailable, SessionNotFound):
                 pass  # nobody is left to tell
             except GradbankError as error:
                 failures.append(error)
             remote.close()
-        self._open = []
+        self._open, self._closed = {}, True
         self._transport.close()
         if failures:
             raise failures[0]
@@ -178,13 +185,15 @@ class Client:
         return self._checked().call(method, request, self.timeout)
 
     def _checked(self) -> Transport:
-        """The transport, if this is the process it belongs to."""
+        """The transport, if it is open and this is the process it belongs to."""
         if os.getpid() != self._process:
             raise ForkedClient(
                 f"the connection to {self.address} was made in process {self._process} and is used in its child "
                 f"{os.getpid()}, where gRPC would hang; call the loss in the main process, and not in a DataLoader "
                 "worker, or connect in the child"
             )
+        if self._closed:
+            raise ServerUnavailable(f"the connection to {self.address} was closed here: connect again")
         return self._transport
 
 

@@ -10,7 +10,8 @@ class StepFuture:
     """A batch that was submitted; see `RemoteLoss.submit`."""
 
     def __init__(self, finish: Callable[[], Tensor]) -> None:
-        self._finish, self._asking = finish, threading.Lock()
+        self._finish: Callable[[], Tensor] | None = finish
+        self._asking = threading.Lock()
         self._loss: Tensor | None = None
 
     def result(self) -> Tensor:
@@ -20,6 +21,7 @@ class StepFuture:
             GradbankError: the step was refused, or not answered in time; asking again says the same.
         """
         with self._asking:  # two losses of one answer would share its gradients
-            if self._loss is None:
-                self._loss = self._finish()
+            if self._finish is not None:
+                self._loss, self._finish = self._finish(), None  # which holds the batch as it was sent
+            assert self._loss is not None  # it is finished
             return self._loss

@@ -1,13 +1,14 @@
 """Ways to a server, and which of them a client takes: the fastest that the server offers to its process."""
 
 import stat
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
 from gradbank.errors import GradbankError, InvalidRequest, ServerUnavailable
 from gradbank.remote.shared import SharedSteps
-from gradbank.remote.transport import GrpcTransport, Steps, Transport
+from gradbank.remote.transport import GrpcTransport, Steps, Transport, left_until
 from gradbank.v1 import stats_pb2
 
 Via = Literal["auto", "shm", "unix", "tcp"]
@@ -22,7 +23,7 @@ def transport_to(address: str, timeout: float, via: Via) -> Transport:
     """
     if via not in ("auto", "shm", "unix", "tcp"):
         raise InvalidRequest(f"via must be auto, shm, unix or tcp, got {via!r}")
-    first = _at(address)
+    first, deadline = _at(address), time.monotonic() + timeout
     try:
         told: stats_pb2.GetServerResponse = first.call("GetServer", stats_pb2.GetServerRequest(), timeout)
         if not isinstance(first, GrpcTransport):
@@ -33,17 +34,17 @@ def transport_to(address: str, timeout: float, via: Via) -> Transport:
             return first
         if via == "tcp":
             raise InvalidRequest(f"{address} is a socket of this machine: for via='tcp', connect to host:port")
-        return _climbed(first, told, timeout, via)
+        return _climbed(first, told, deadline, via)
     except BaseException:
         first.close()
         raise
 
 
-def _climbed(first: GrpcTransport, told: stats_pb2.GetServerResponse, timeout: float, via: Via) -> Transport:
+def _climbed(first: GrpcTransport, told: stats_pb2.GetServerResponse, deadline: float, via: Via) -> Transport:
     """The way that is wanted, in place of the first one."""
     if via != "unix" and told.shared_memory_socket:
         try:
-            SharedSteps(told.shared_memory_socket, told.boot_id, timeout).close()
+            SharedSteps(told.shared_memory_socket, told.boot_id, left_until(deadline)).close()
         except GradbankError as error:
             if via == "shm":
                 raise InvalidRequest(
@@ -51,10 +52,10 @@ def _climbed(first: GrpcTransport, told: stats_pb2.GetServerResponse, timeout: f
                 ) from None
         else:
             first.close()
-            return SharedTransport(first.address, timeout, insists=via == "shm")
+            return SharedTransport(first.address, insists=via == "shm")
     if via != "shm" and first.via == "tcp" and told.unix_socket:
         nearer = GrpcTransport(f"unix://{told.unix_socket}")
-        if _is_socket(told.unix_socket) and _is_at(nearer, told.boot_id, timeout):
+        if _is_socket(told.unix_socket) and _is_at(nearer, told.boot_id, left_until(deadline)):
             first.close()
             return nearer
         nearer.close()
@@ -74,22 +75,23 @@ class SharedTransport(GrpcTransport):
         insists: whether not to go any other way should it offer that no more.
     """
 
-    def __init__(self, address: str, timeout: float, insists: bool) -> None:
+    def __init__(self, address: str, insists: bool) -> None:
         super().__init__(address)
-        self._timeout, self._insists, self._otherwise = timeout, insists, self.via
+        self._insists, self._otherwise = insists, self.via
         self.via = "shm"
 
-    def steps(self) -> Steps:
-        told = self.call("GetServer", stats_pb2.GetServerRequest(), self._timeout)
+    def steps(self, timeout: float) -> Steps:
+        deadline = time.monotonic() + timeout
+        told = self.call("GetServer", stats_pb2.GetServerRequest(), timeout)
         try:
             if not told.shared_memory_socket:
                 raise ServerUnavailable(f"the server at {self.address} shares no memory any more")
-            made = SharedSteps(told.shared_memory_socket, told.boot_id, self._timeout)
+            made = SharedSteps(told.shared_memory_socket, told.boot_id, left_until(deadline))
         except ServerUnavailable:
             if self._insists:
                 raise
             self.via = self._otherwise
-            return super().steps()
+            return super().steps(timeout)
         self.via = "shm"
         return made
 

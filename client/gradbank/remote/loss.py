@@ -3,7 +3,7 @@
 import inspect
 import time
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from gradbank.recorder import Statistics
 from gradbank.remote.future import StepFuture
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import Producer
-from gradbank.remote.ticket import NO_NEWS, Ticket
+from gradbank.remote.ticket import NO_NEWS, News, Ticket
 from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import TensorReader, describe, seconds_of, seconds_of_both, torch_dtype, wire_dtype
 
@@ -29,6 +29,9 @@ _SENT = {"embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels", "enqu
 
 class RemoteLoss(nn.Module):
     """A loss hosted by a server; call it as you would call the loss itself.
+
+    Its weights and its bank are the server's: they are not among this module's parameters nor in its `state_dict`, and
+    `local` brings them here. It is a connection, so it can be neither copied nor pickled.
 
     Attributes:
         name: the session's.
@@ -55,7 +58,13 @@ class RemoteLoss(nn.Module):
             GradbankError: the step was refused or not answered in time; the session is then as it was, and calling
                 again is safe.
         """
-        return self._submitted(args, kwargs).result()
+        call, ticket, deadline = self._call(args, kwargs), None, self.producer.deadline()
+        try:
+            ticket = self.producer.submit(call.step, call.payload, self._news, deadline)
+            return self._loss(call, ticket, deadline)
+        except BaseException as error:
+            self.producer.abandon(ticket, error)
+            raise
 
     def submit(self, *args: Any, **kwargs: Any) -> StepFuture:
         """Sends a batch, with the arguments that the hosted loss takes, and does not wait for its loss.
@@ -73,9 +82,16 @@ class RemoteLoss(nn.Module):
                 "a loss whose weights are learned by loss_fn.optimizer is called, not submitted: each step tells the "
                 "server of the ones before it"
             )
-        return self._submitted(args, kwargs)
+        call, ticket = self._call(args, kwargs), None
+        try:
+            ticket = self.producer.submit(call.step, call.payload, self._news, self.producer.deadline())
+            return StepFuture(partial(self._loss, call, ticket))
+        except BaseException as error:
+            self.producer.abandon(ticket, error)
+            raise
 
-    def _submitted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepFuture:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
+        """What is to be sent for a call, and what is to be known once it is answered."""
         begun = time.perf_counter()
         step, payload, inputs = self._request(self._signature.bind(*args, **kwargs).arguments)
         if self._optimizer is not None:
@@ -84,14 +100,17 @@ class RemoteLoss(nn.Module):
         if untold is not None:
             step.trainer_timings.CopyFrom(untold)
         encoded = time.perf_counter()
-        ticket = self.producer.submit(step, payload, self._optimizer or NO_NEWS)
-        return StepFuture(partial(self._loss, ticket, inputs, torch.is_grad_enabled(), encoded - begun, encoded))
+        return _Call(step, payload, inputs, torch.is_grad_enabled(), encoded - begun, encoded)
 
-    def _loss(self, ticket: Ticket, inputs: Inputs, recorded: bool, encoding: float, sent: float) -> Tensor:
+    @property
+    def _news(self) -> News:
+        return self._optimizer or NO_NEWS
+
+    def _loss(self, call: "_Call", ticket: Ticket, deadline: float | None = None) -> Tensor:
         """The loss of a step, once it is answered, which backpropagates to the inputs if the call was recorded."""
-        output, data = self.producer.result(ticket)
+        output, data = self.producer.result(ticket, self.producer.deadline() if deadline is None else deadline)
         answered = time.perf_counter()
-        embeddings, ref_emb = inputs
+        embeddings, ref_emb = call.inputs
         reader = TensorReader(data)
         gradients: list[Tensor | None] = [None, None]
         if output.HasField("embeddings_gradient"):
@@ -107,11 +126,11 @@ class RemoteLoss(nn.Module):
             if ticket.step.weights_need_gradient:
                 seen = (self._optimizer, output.seq)
                 self._optimizer.will_keep(output.seq)
-        with torch.set_grad_enabled(recorded):
+        with torch.set_grad_enabled(call.recorded):
             made: Tensor = _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
         self._untold = step_pb2.TrainerTimings(
-            client_encode_s=encoding,
-            network_s=max(answered - sent - sum(seconds_of(output.timings).values()), 0.0),
+            client_encode_s=call.encode_s,
+            network_s=max(answered - call.sent - sum(seconds_of(output.timings).values()), 0.0),
             client_decode_s=time.perf_counter() - answered,
         )
         self.timings = seconds_of_both(self._untold, output.timings)
@@ -142,10 +161,15 @@ class RemoteLoss(nn.Module):
         parts collect of the step whose result came last: `loss_fn.hosted.distance.final_avg_query_norm`."""
         return self._hosted[0]
 
-    def flush(self) -> None:
-        """Has the server carry out what the optimizer still has to tell it, without waiting for the next batch."""
+    def flush(self, timeout: float | None = None) -> None:
+        """Has the server carry out what the optimizer still has to tell it, without waiting for the next batch.
+
+        Args:
+            timeout: seconds that this may take; None is as long as the client gives any call.
+        """
         if self._optimizer is not None and self._optimizer.events:
-            self.producer.result(self.producer.submit(step_pb2.StepInput(), [], self._optimizer))
+            deadline = self.producer.deadline(timeout)
+            self.producer.result(self.producer.submit(step_pb2.StepInput(), [], self._optimizer, deadline), deadline)
 
     def local(self) -> Loss:
         """A copy of the hosted loss as it is on the server, weights and bank included, that computes here."""
@@ -157,6 +181,12 @@ class RemoteLoss(nn.Module):
     def close(self) -> None:
         """Ends this trainer's stream of steps; the session lives on, and calling the loss opens another."""
         self.producer.close()
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            f"the hosted loss {self.name!r} is a connection, and can be neither copied nor pickled: keep it outside "
+            "the module that is, or take loss_fn.local(), which is a loss with its weights and bank"
+        )
 
     def extra_repr(self) -> str:
         rounded = "" if self.wire is None else f", in {self.wire} on the wire"
@@ -197,6 +227,18 @@ class RemoteLoss(nn.Module):
         """The embeddings as they are sent."""
         floats = isinstance(rows, Tensor) and rows.is_floating_point()
         return rows if self.wire is None or not floats else rows.detach().to(self.wire)
+
+
+class _Call(NamedTuple):
+    """A call of a loss, ready to be sent: whether gradients were recorded, how long it took to encode, and since when
+    it is on its way."""
+
+    step: step_pb2.StepInput
+    payload: list[memoryview]
+    inputs: Inputs
+    recorded: bool
+    encode_s: float
+    sent: float
 
 
 class _Answered(torch.autograd.Function):

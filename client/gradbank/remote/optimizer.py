@@ -36,17 +36,34 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._seen = 0.0  # the sum of what backward passes brought since the last zero_grad
         self._kept: deque[int] = deque(maxlen=GRADIENTS_KEPT)  # steps whose weight gradients the server keeps
         self.events: list[step_pb2.WeightEvent] = []
+        self.told = 0  # how many there were before these
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise InvalidRequest(
+                "the weights of a hosted loss are one group; give other parameters their own optimizer"
+            )
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            "the optimizer of a hosted loss can be neither copied nor pickled, for its state is the server's: "
+            "state_dict() has its options"
+        )
 
     def spec(self) -> session_pb2.Optimizer:
         return session_pb2.Optimizer(name=self.name, options=argument_messages(self.options, self.name))
 
-    def drop(self, count: int) -> None:
-        """Forgets the first `count` events: they were carried out, or never can be."""
-        del self.events[:count]
+    def drop(self, told: int) -> None:
+        """Forgets all but what came after the first `told` events: they were carried out, or never can be."""
+        if told > self.told:
+            count, self.told = told - self.told, told
+            del self.events[:count]
 
     def will_keep(self, seq: int) -> None:
         """Notes that the server keeps the weight gradient of step `seq`."""
-        self._kept.append(seq)
+        if seq not in self._kept:  # as it is if the call was interrupted, and the step asked for again
+            self._kept.append(seq)
 
     def saw(self, seq: int, scale: float) -> None:
         """Notes a backward pass through the loss of step `seq`.

@@ -1,31 +1,32 @@
 """One trainer of one session: it numbers the steps, and sends a step again until it is answered."""
 
+import os
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from gradbank.errors import (
+    DeadlineExceeded,
     GradbankError,
     InternalError,
-    InvalidRequest,
     InvalidUpdate,
     LimitExceeded,
     ServerUnavailable,
     SessionNotFound,
     StepConflict,
 )
+from gradbank.remote.flight import Flight
 from gradbank.remote.ticket import NO_NEWS, News, Ticket
-from gradbank.remote.transport import Steps, Transport, answer_of
+from gradbank.remote.transport import Transport, left_until
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import WINDOW, TensorReader, error_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_INTERRUPTED = "the wait for its answer was interrupted; asking for the same batch again is safe"
 
 
 T = TypeVar("T")
@@ -45,6 +46,10 @@ class Producer:
     same number and bytes, until it is answered or time is up. Several may be in flight; they are answered in order, and
     whoever waits for an answer reads those before it.
 
+    Whatever waits for the server is done by one thread at a time, which does not hold the lock; the others wait for it,
+    and look again at what is to be done. Ctrl-C may come between any two lines: what is noted of an answer can be noted
+    twice.
+
     Args:
         transport: gives the transport, or raises if this process may not use it.
         incarnation: greater than that of any trainer that held the rank before.
@@ -62,15 +67,14 @@ class Producer:
     ) -> None:
         self.session, self.rank, self.timeout = session, rank, timeout
         self._transport, self._nonce, self._incarnation = transport, nonce, incarnation
+        self._process = os.getpid()
         self._renewed = b""
-        self._steps: Steps | None = None
-        self._changed = threading.Condition()  # and the lock of all of this, but while an answer is read
-        self._reading = False
-        self._flight: deque[Ticket] = deque()
+        self._lock = threading.RLock()  # taken by itself: a Condition that is interrupted as it is taken stays taken
+        self._changed = threading.Condition(self._lock)
+        self._busy = False  # whether a thread waits for the server
+        self._flight = Flight(self._lock)
         self._doubts: list[_Doubt] = []
-        self.epoch = 0
-        self.last_seq = 0
-        self.max_step_bytes = 0
+        self.epoch = self.last_seq = self.max_step_bytes = 0
 
     def attach(self) -> None:
         """Becomes the session's producer of this rank; asking again changes nothing.
@@ -79,9 +83,10 @@ class Producer:
             Fenced: a newer trainer holds it.
             SessionNotFound: the session is gone.
         """
-        self._attach(self._nonce, b"")
+        held = self._attached(self._nonce, b"", self.timeout)
+        self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
 
-    def _attach(self, nonce: bytes, previous_nonce: bytes) -> None:
+    def _attached(self, nonce: bytes, previous_nonce: bytes, timeout: float) -> session_pb2.AttachSessionResponse:
         request = session_pb2.AttachSessionRequest(
             session=self.session,
             rank=self.rank,
@@ -89,12 +94,14 @@ class Producer:
             nonce=nonce,
             previous_nonce=previous_nonce,
         )
-        held = self._transport().call("AttachSession", request, self.timeout)
-        if previous_nonce and held.epoch != self.epoch + 1:  # which is what a session that knows the nonce makes of it
-            raise SessionNotFound(f"session {self.session!r} ended, and another has its name now: open it again")
-        self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
+        held: session_pb2.AttachSessionResponse = self._transport().call("AttachSession", request, timeout)
+        return held
 
-    def submit(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> Ticket:
+    def deadline(self, timeout: float | None = None) -> float:
+        """When a call that begins now is to be over, as `time.monotonic` will say."""
+        return time.monotonic() + (self.timeout if timeout is None else timeout)
+
+    def submit(self, step: step_pb2.StepInput, parts: list[memoryview], news: News, deadline: float) -> Ticket:
         """Sends a step, once there are fewer than `WINDOW` in flight; one that tells news, once there are none.
 
         Args:
@@ -106,148 +113,149 @@ class Producer:
             GradbankError: it was not sent.
         """
         transport = self._transport()  # before the lock, which a fork may have copied while it was held
-        with self._changed:
-            step.payload_bytes = sum(len(part) for part in parts)
-            if step.payload_bytes > self.max_step_bytes:  # the server would say so too, once it has been sent
-                raise LimitExceeded(
-                    f"the step's tensors take {step.payload_bytes:,} bytes, and the server takes "
-                    f"{self.max_step_bytes:,} a step; send smaller batches, or start it with a larger --max-step-bytes"
-                )
-            deadline = time.monotonic() + self.timeout
-            most = 1 if news.events or self._doubts else WINDOW
-            self._until(lambda: len(self._flight) < most, transport, deadline)
-            if self._steps is not None and not self._steps.takes(step):
-                self._until(lambda: not self._flight, transport, deadline)
-            ticket = self._again(step, parts)
-            if ticket is None:
-                if self._doubts:
-                    self._until(lambda: not self._flight, transport, deadline)
-                    self._retried(lambda: self._settle_doubts(), deadline)
-                ticket = Ticket(self._numbered(step, news), parts, news)
-            if self._steps is None and not self._flight:
-                with suppress(ServerUnavailable):
-                    self._steps = transport.steps()
-            self._flight.append(ticket)
-            if self._steps is not None:  # else whoever waits for the answer sends it
-                self._send(self._steps, ticket, deadline)
-            return ticket
+        step.payload_bytes = sum(len(part) for part in parts)
+        if step.payload_bytes > self.max_step_bytes:  # the server would say so too, once it has been sent
+            raise LimitExceeded(
+                f"the step's tensors take {step.payload_bytes:,} bytes, and the server takes "
+                f"{self.max_step_bytes:,} a step; send smaller batches, or start it with a larger --max-step-bytes"
+            )
+        while True:
+            with self._lock:
+                again = self._asked_again(step, parts, news)
+                first = self._before(step, news, again is not None)
+                if first is None:
+                    ticket = Ticket(self._numbered(step, news) if again is None else again, parts, news)
+                    self._send(ticket, deadline)
+                    return ticket
+            self._alone(first, transport, deadline)
 
-    def result(self, ticket: Ticket) -> tuple[step_pb2.StepOutput, Tensor]:
+    def result(self, ticket: Ticket, deadline: float) -> tuple[step_pb2.StepOutput, Tensor]:
         """The answer of a step, and the bytes of its tensors; waits for it.
 
         Raises:
             GradbankError: the step was refused (the session is as it was), or could not be answered in time.
         """
         transport = self._transport()
-        with self._changed:
-            self._until(lambda: ticket.settled, transport, time.monotonic() + self.timeout)
+        while not ticket.settled:
+            self._alone(self._read, transport, deadline)
+            with self._lock:
+                if not ticket.settled and not self._flight:  # interrupted twice, as the first one was seen to
+                    ticket.error = ServerUnavailable(_INTERRUPTED)
         if ticket.error is not None:
             raise ticket.error
         assert ticket.outcome is not None  # it is settled
         return ticket.outcome
 
-    def _until(self, holds: Callable[[], bool], transport: Transport, deadline: float) -> None:
-        """Reads answers until a condition holds, or there are none to come. What goes wrong is in the tickets."""
-        while not holds() and self._flight:
-            if self._reading:  # another thread is
-                self._changed.wait()
-                continue
-            self._reading = True
-            try:
-                self._read(transport, deadline)
-            finally:
-                self._reading = False
-                self._changed.notify_all()
+    def abandon(self, ticket: Ticket | None, error: BaseException) -> None:
+        """Of a call that was interrupted nobody has the answer: should it be asked again, it is answered from store.
+
+        Args:
+            ticket: what `submit` gave; None if it did not come to that.
+        """
+        if isinstance(error, GradbankError):
+            return
+        with self._lock:
+            self._give_up(error)
+            if ticket is not None and ticket.outcome is not None and ticket.step.seq == self.last_seq:
+                self._doubts.insert(0, _Doubt(ticket, ticket.asks))
+                ticket.parts = []
+
+    def _before(self, step: step_pb2.StepInput, news: News, again: bool) -> Callable[[Transport, float], None] | None:
+        """What is to be done before a step can be sent."""
+        if self._doubts and not again:
+            return self._read if self._flight else self._settle_doubts
+        most = 1 if news.events or self._doubts else WINDOW
+        if len(self._flight) >= most or not self._flight.takes(step):
+            return self._read
+        if not self._flight and (self._busy or not self._flight.connected):
+            return self._connect
+        return None
+
+    def _alone(self, work: Callable[[Transport, float], None], transport: Transport, deadline: float) -> None:
+        """Does what waits for the server; or waits for a thread that does such, which may be all there was to do."""
+        mine = False
+        try:
+            with self._lock:
+                if self._busy:
+                    if not self._changed.wait(left_until(deadline)):
+                        late = DeadlineExceeded(f"no step of session {self.session!r} was answered in time")
+                        self._give_up(late)
+                        raise late
+                    return
+                self._busy = mine = True
+            work(transport, deadline)
+        finally:
+            if mine:
+                self._busy = False
+                with self._lock:
+                    self._changed.notify_all()
+
+    def _connect(self, transport: Transport, deadline: float) -> None:
+        if not self._flight and not self._flight.connected:  # still
+            self._retried(lambda: self._flight.connect(transport, deadline), deadline)
 
     def _read(self, transport: Transport, deadline: float) -> None:
-        """Settles the oldest step in flight, or all of them if that fails."""
+        """Settles the oldest step in flight, or all of them if that fails. What goes wrong is in the tickets."""
         renumbered = False
         try:
-            oldest, output, data = self._retried(lambda: self._answer(transport, deadline), deadline)
-            if not self._flight or self._flight[0] is not oldest:
-                return  # the loss was closed meanwhile
-            self._flight.popleft()
-            if not output.HasField("error"):
-                oldest.parts = []
-                oldest.outcome, self.last_seq = (output, data), oldest.step.seq
-                oldest.drop_news()
-                if self._doubts:
-                    del self._doubts[0]
-                return
-            oldest.error = error_of(output.error)
-            if isinstance(oldest.error, InvalidUpdate):
-                oldest.drop_news()  # sending them again would be refused again
-            self._doubts = [_Doubt(doubt.ticket, None) for doubt in self._doubts[1:]]
-            if isinstance(oldest.error, InternalError | StepConflict):  # its number may be used nonetheless
-                again = isinstance(oldest.error, InternalError) and not self._flight  # else others may have it now
-                self._doubts.insert(0, _Doubt(oldest, oldest.asks if again else None))
-            oldest.parts = []
-            renumbered = True
-            self._renumber(deadline)
+            answer = self._retried(lambda: self._flight.answer(transport, deadline), deadline)
+            with self._lock:
+                if answer is None or self._flight.oldest is not answer[0]:
+                    return  # the loss was closed meanwhile
+                ticket, output, data = answer
+                if not output.HasField("error"):
+                    ticket.outcome = output, data
+                    self._note(ticket)
+                    self._flight.answered()
+                    return
+                self._flight.answered()
+                self._refuse(ticket, error_of(output.error))
+                renumbered = True
+                self._flight.renumber(self.last_seq + 1, deadline)
         except BaseException as error:
-            self._give_up(error, renumbered)
+            with self._lock:
+                self._give_up(error, renumbered)
             if not isinstance(error, GradbankError):
                 raise
 
-    def _answer(self, transport: Transport, deadline: float) -> tuple[Ticket, step_pb2.StepOutput, Tensor]:
-        """The oldest step in flight and its answer, over the stream there is, or a new one that all are sent over."""
-        if not self._flight:
-            raise InvalidRequest("the loss was closed before the step was answered")
-        oldest = self._flight[0]
-        try:
-            if self._steps is None:
-                self._steps = transport.steps()
-                for ticket in list(self._flight):
-                    self._steps.send(ticket.step, ticket.parts, _left(deadline))
-            steps = self._steps
-            self._changed.release()
-            try:
-                return oldest, *answer_of(steps, oldest.step.seq, _left(deadline))
-            finally:
-                self._changed.acquire()
-        except BaseException:  # Ctrl-C too: what is left on the stream is not the next step's answer
-            self._drop()
-            raise
+    def _note(self, ticket: Ticket) -> None:
+        """What is to be remembered of a step that was carried out."""
+        self.last_seq = ticket.step.seq
+        ticket.drop_news()
+        self._doubts = [doubt for doubt in self._doubts if doubt.ticket.step is not ticket.step]
 
-    def _renumber(self, deadline: float) -> None:
-        """Sends what is in flight again, for the number before theirs was not used: the server refuses them as sent."""
-        steps = self._steps
-        if steps is None:  # another thread found it broken, and the server may yet read what was sent over it
-            raise ServerUnavailable("the stream of steps ended behind a step that was refused")
-        for _ in self._flight:
-            steps.receive(_left(deadline))
-        for number, ticket in enumerate(self._flight):
-            ticket.step.seq = self.last_seq + 1 + number
-            steps.send(ticket.step, ticket.parts, _left(deadline))
+    def _refuse(self, ticket: Ticket, error: GradbankError) -> None:
+        """What is to be remembered of a step that was refused: the number of those behind it is another now."""
+        ticket.error = error
+        if isinstance(error, InvalidUpdate):
+            ticket.drop_news()  # sending them again would be refused again
+        self._doubts = [_Doubt(doubt.ticket, None) for doubt in self._doubts[1:]]
+        if isinstance(error, InternalError | StepConflict):  # its number may be used nonetheless
+            again = isinstance(error, InternalError) and not self._flight  # else others may have it now
+            self._doubts.insert(0, _Doubt(ticket, ticket.asks if again else None))
+        ticket.parts = []
 
-    def _send(self, steps: Steps, ticket: Ticket, deadline: float) -> None:
+    def _send(self, ticket: Ticket, deadline: float) -> None:
         try:
-            steps.send(ticket.step, ticket.parts, _left(deadline))
-        except ServerUnavailable:
-            self._drop()  # whoever waits for an answer opens another stream, and sends it over that
-        except GradbankError:  # it was not sent
-            self._flight.remove(ticket)
-            self._drop()
+            self._flight.send(ticket, deadline)
+        except GradbankError:
             raise
-        except BaseException as error:  # nobody knows
+        except BaseException as error:  # nobody knows whether it was sent
             self._give_up(error)
             raise
 
     def _give_up(self, error: BaseException, renumbered: bool = False) -> None:
         """Lets go of what is in flight, which is in doubt from now on: to be sent again as it was, but for what may
         have been sent under two numbers."""
-        self._drop()
-        told = (
-            error if isinstance(error, GradbankError) else ServerUnavailable("the wait for its answer was interrupted")
-        )
-        for ticket in self._flight:
+        told = error if isinstance(error, GradbankError) else ServerUnavailable(_INTERRUPTED)
+        for ticket in self._flight.let_go():
+            if ticket.outcome is not None:  # an interrupt came as it was noted
+                self._note(ticket)
+                continue
             ticket.error = told
-        known = {id(doubt.ticket) for doubt in self._doubts}
-        unknown = [ticket for ticket in self._flight if id(ticket) not in known]
-        self._doubts += [_Doubt(ticket, None if renumbered else ticket.asks) for ticket in unknown]
-        for ticket in self._flight:
+            if all(doubt.ticket.step is not ticket.step for doubt in self._doubts):
+                self._doubts.append(_Doubt(ticket, None if renumbered else ticket.asks))
             ticket.parts = []
-        self._flight.clear()
 
     def _numbered(self, step: step_pb2.StepInput, news: News) -> step_pb2.StepInput:
         """The step as it will be sent."""
@@ -259,24 +267,30 @@ class Producer:
         numbered.weight_events.extend(news.events)
         return numbered
 
-    def _again(self, step: step_pb2.StepInput, parts: list[memoryview]) -> Ticket | None:
+    def _asked_again(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> step_pb2.StepInput | None:
         """The oldest step in doubt, if it is asked for again: it must be sent as it was to be known for the same."""
-        if not self._doubts or self._doubts[0].asked != Ticket(step, parts, NO_NEWS).asks:
+        if not self._doubts:
             return None
-        again = self._doubts[0].ticket
-        again.parts, again.error = parts, None
-        return again
+        doubt = self._doubts[0]
+        # the weights may have been stepped since, and the loss is to be that of the weights as they are
+        same = news.told + len(news.events) == doubt.ticket.told and Ticket(step, parts, NO_NEWS).asks == doubt.asked
+        return doubt.ticket.step if same else None
 
-    def _settle_doubts(self) -> None:
+    def _settle_doubts(self, transport: Transport, deadline: float) -> None:
         """Finds out, for good, which of the steps that were never answered were carried out."""
-        before = self.last_seq
+        if self._flight or not self._doubts:
+            return  # another thread has found out, and gone on
         self._renewed = self._renewed or secrets.token_bytes(16)  # the same one, should this have to be asked again
-        self._attach(self._renewed, self._nonce)
-        self._nonce, self._renewed = self._renewed, b""
-        for ticket, _ in self._doubts:
-            if before < ticket.step.seq <= self.last_seq:
-                ticket.drop_news()
-        self._doubts = []
+        held = self._retried(lambda: self._attached(self._renewed, self._nonce, left_until(deadline)), deadline)
+        if held.epoch != self.epoch + 1:  # which is what a session that knows the nonce makes of it
+            raise SessionNotFound(f"session {self.session!r} ended, and another has its name now: open it again")
+        with self._lock:
+            for ticket, _ in self._doubts:
+                if self.last_seq < ticket.step.seq <= held.last_seq:
+                    ticket.drop_news()
+            self.max_step_bytes = held.max_step_bytes
+            nonce, known = (self._renewed, b""), (held.epoch, held.last_seq)
+            (self.epoch, self.last_seq), (self._nonce, self._renewed), self._doubts = known, nonce, []
 
     def configure(self, optimizer: session_pb2.Optimizer) -> None:
         """Gives the session's weights an optimizer."""
@@ -297,8 +311,9 @@ class Producer:
             try:
                 return call()
             except ServerUnavailable as error:
-                left = deadline - time.monotonic()
-                time.sleep(max(min(pause, left), 0.0))
+                left = left_until(deadline)
+                with self._lock:
+                    self._changed.wait(min(pause, left))  # which ends if the loss is closed
                 if left <= pause:
                     raise ServerUnavailable(
                         f"session {self.session!r} could not be reached for {self.timeout:.3g} s: {error}. If the step "
@@ -307,16 +322,8 @@ class Producer:
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def close(self) -> None:
-        with self._changed:
-            if self._flight:
-                self._give_up(ServerUnavailable("the loss was closed before the step was answered"))
-            self._drop()
-
-    def _drop(self) -> None:
-        if self._steps is not None:
-            self._steps.close()
-            self._steps = None
-
-
-def _left(deadline: float) -> float:
-    return max(deadline - time.monotonic(), 0.0)
+        if os.getpid() != self._process:  # a forked child's: the stream is its parent's, and the lock may be taken
+            return
+        with self._lock:
+            self._give_up(ServerUnavailable("the loss was closed before the step was answered"))
+            self._changed.notify_all()

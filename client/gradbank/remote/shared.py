@@ -40,11 +40,13 @@ class SharedSteps:
             deque()
         )  # answers that were read before they were asked for
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._deadline = time.monotonic() + timeout
+        self._sending = self._connection  # until it has one of its own
+        deadline = time.monotonic() + timeout
         try:
-            self._in_time()
+            _end_by(deadline, self._connection)
             self._connection.connect(path)
-            if self._received()[0].boot_id != boot_id:
+            self._sending = self._connection.dup()  # the same, but for how long who sends may wait
+            if self._received(deadline)[0].boot_id != boot_id:
                 raise ServerUnavailable(f"another server listens at {path}")
         except BaseException as error:
             self.close()
@@ -59,44 +61,34 @@ class SharedSteps:
         return self._sent - self._answered < self._slots and self._fits(step)
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
-        def send() -> None:
+        def send(deadline: float) -> None:
             while not self.takes(step):  # several are sent again, over this connection that was made for them
-                self._early.append(self._receive())
-            self._send(step, payload)
+                self._early.append(self._receive(deadline))
+            self._send(step, payload, deadline)
 
-        self._within(timeout, send)
+        _within(timeout, send)
 
     def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
-        return self._early.popleft() if self._early else self._within(timeout, self._receive)
+        return self._early.popleft() if self._early else _within(timeout, self._receive)
 
     def close(self) -> None:
         with suppress(OSError):  # it may never have been connected
             self._connection.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits, as closing does not
         self._connection.close()
+        self._sending.close()
 
-    def _within(self, timeout: float, call: Callable[[], T]) -> T:
-        try:
-            self._deadline = time.monotonic() + timeout
-            return call()
-        except GradbankError:  # some of which are errors of the system too
-            raise
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer came within {timeout:.3g} s") from None
-        except OSError as error:
-            raise _unavailable(error) from None
-
-    def _send(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> None:
+    def _send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], deadline: float) -> None:
         if not self._fits(step) or self._slots < self._wanted:
-            self._ask_for(step)
+            self._ask_for(step, deadline)
         start = self._sent % self._slots * (len(self._room) // self._slots)
         for part in payload:
             self._room[start : start + len(part)] = part
             start += len(part)
-        self._tell(shared_pb2.SharedRequest(step=step))
+        self._tell(shared_pb2.SharedRequest(step=step), deadline)
         self._sent += 1
 
-    def _receive(self) -> tuple[step_pb2.StepOutput, Tensor]:
-        output = self._received()[0].step
+    def _receive(self, deadline: float) -> tuple[step_pb2.StepOutput, Tensor]:
+        output = self._received(deadline)[0].step
         size = len(self._answers) // self._slots
         if output.payload_bytes > size:
             raise InternalError(f"the server's answer of {output.payload_bytes} bytes is longer than its memory")
@@ -109,15 +101,15 @@ class SharedSteps:
         room, answers = len(self._room) // self._slots, len(self._answers) // self._slots
         return step.payload_bytes <= room and gradient_bytes(step) <= answers
 
-    def _ask_for(self, step: step_pb2.StepInput) -> None:
+    def _ask_for(self, step: step_pb2.StepInput, deadline: float) -> None:
         """Has the server share memory for such a step, in place of what it shared before; none is in flight."""
         rooms = shared_pb2.Rooms(
             steps=max(step.payload_bytes, len(self._room) // self._slots),
             answers=max(gradient_bytes(step), len(self._answers) // self._slots),
             slots=self._wanted,
         )
-        self._tell(shared_pb2.SharedRequest(rooms=rooms))
-        response, descriptors = self._received(2)
+        self._tell(shared_pb2.SharedRequest(rooms=rooms), deadline)
+        response, descriptors = self._received(deadline, 2)
         try:
             if len(descriptors) != 2 or response.rooms.slots != self._wanted:
                 raise InternalError("the server shared no memory, or not what it was asked for")
@@ -129,18 +121,18 @@ class SharedSteps:
             for each in descriptors:
                 os.close(each)
 
-    def _tell(self, request: shared_pb2.SharedRequest) -> None:
+    def _tell(self, request: shared_pb2.SharedRequest, deadline: float) -> None:
         packet = request.SerializeToString()
         if len(packet) > PACKET_BYTES:
             raise LimitExceeded(
                 f"what is to be told with the step takes {len(packet):,} bytes, and shared memory takes "
                 f'{PACKET_BYTES:,} beside the tensors: connect with via="unix" or via="tcp", or call flush more often'
             )
-        self._in_time()
-        self._connection.send(packet)
+        _end_by(deadline, self._sending)
+        self._sending.send(packet)
 
-    def _received(self, descriptors: int = 0) -> tuple[shared_pb2.SharedResponse, list[int]]:
-        self._in_time()
+    def _received(self, deadline: float, descriptors: int = 0) -> tuple[shared_pb2.SharedResponse, list[int]]:
+        _end_by(deadline, self._connection)
         data, passed, _, _ = socket.recv_fds(self._connection, PACKET_BYTES, descriptors)
         try:
             if not data:
@@ -156,12 +148,25 @@ class SharedSteps:
             raise
         return response, passed
 
-    def _in_time(self) -> None:
-        """Has the next call of the system end at the deadline; raises TimeoutError past it."""
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._connection.settimeout(left)
+
+def _within(timeout: float, call: Callable[[float], T]) -> T:
+    """What a call gives that is to be over at a time."""
+    try:
+        return call(time.monotonic() + timeout)
+    except GradbankError:  # some of which are errors of the system too
+        raise
+    except TimeoutError:
+        raise DeadlineExceeded(f"no answer came within {timeout:.3g} s") from None
+    except OSError as error:
+        raise _unavailable(error) from None
+
+
+def _end_by(deadline: float, connection: socket.socket) -> None:
+    """Has the next call of the system end at a time; raises TimeoutError past it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    connection.settimeout(left)
 
 
 def _unavailable(error: OSError) -> ServerUnavailable:

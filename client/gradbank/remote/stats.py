@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradbank.component import Spec
+from gradbank.remote.transport import Watched
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import seconds_of_both, spec_of
 
@@ -47,6 +48,29 @@ class SessionStats:
         }
         seconds = seconds_of_both(message.mean_trainer_timings, message.mean_timings)
         return SessionStats(**plain, mean_seconds=seconds, statistics=dict(message.statistics))
+
+
+class StatsWatch:
+    """Statistics of a session as they come, until it ends; see `Client.watch`."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+
+    def __iter__(self) -> "StatsWatch":
+        return self
+
+    def __next__(self) -> SessionStats:
+        """The next ones; waits for them.
+
+        Raises:
+            SessionNotFound: there is no session of that name.
+            DeadlineExceeded: they are late by more than any call may take.
+        """
+        return SessionStats.of(next(self._watched).stats)
+
+    def close(self) -> None:
+        """Watches no longer; a thread that waits for the next statistics is told that there are none."""
+        self._watched.close()
 
 
 @dataclass(frozen=True)

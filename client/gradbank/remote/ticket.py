@@ -9,12 +9,18 @@ from gradbank.v1 import step_pb2
 
 
 class News(Protocol):
-    """What the server is to be told of the learnable weights with the next step."""
+    """What the server is to be told of the learnable weights with the next step.
+
+    Attributes:
+        events: what it was not told yet, as far as is known.
+        told: how many there were before these.
+    """
 
     events: list[step_pb2.WeightEvent]
+    told: int
 
-    def drop(self, count: int) -> None:
-        """Forgets the first `count` events: they were carried out, or never can be."""
+    def drop(self, told: int) -> None:
+        """Forgets all but what came after the first `told` events: they were carried out, or never can be."""
         ...
 
 
@@ -24,12 +30,14 @@ class Ticket:
     Attributes:
         step: as it was sent.
         parts: the bytes of its tensors, which must stay as they are until it is answered.
+        told: how many events the server has been told once it is carried out.
         outcome: its answer, and the bytes of the answer's tensors; None until then.
         error: why there is none, and will not be.
     """
 
     def __init__(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> None:
-        self.step, self.parts, self._news = step, parts, news
+        self.step, self.parts = step, parts
+        self._news, self.told = news, news.told + len(step.weight_events)
         self.outcome: tuple[step_pb2.StepOutput, Tensor] | None = None
         self.error: Exception | None = None
 
@@ -38,8 +46,8 @@ class Ticket:
         return self.outcome is not None or self.error is not None
 
     def drop_news(self) -> None:
-        """What it told was carried out, or never can be."""
-        self._news.drop(len(self.step.weight_events))
+        """What it told was carried out, or never can be. Saying so twice is as once."""
+        self._news.drop(self.told)
 
     @property
     def asks(self) -> int:
@@ -58,8 +66,9 @@ class _NoNews:
     """Of a loss without an optimizer there is nothing to tell."""
 
     events: list[step_pb2.WeightEvent] = []  # which nobody adds to
+    told = 0
 
-    def drop(self, count: int) -> None:
+    def drop(self, told: int) -> None:
         pass
 
 

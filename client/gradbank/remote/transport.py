@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import Message
 from torch import Tensor
 
-from gradbank.errors import DeadlineExceeded, InternalError, InvalidRequest, ServerUnavailable
+from gradbank.errors import DeadlineExceeded, GradbankError, InternalError, InvalidRequest, ServerUnavailable
 from gradbank.v1 import (
     catalog_pb2_grpc,
     session_pb2,
@@ -25,6 +25,11 @@ from gradbank.v1 import (
 from gradbank.wire import MESSAGE_BYTES, Assembly, Frame, chunks, error_of, nbytes, response_frame
 
 T = TypeVar("T")
+
+
+def left_until(deadline: float) -> float:
+    """Seconds until a time of `time.monotonic`; 0 if it has passed."""
+    return max(deadline - time.monotonic(), 0.0)
 
 
 class Steps(Protocol):
@@ -60,6 +65,16 @@ def answer_of(steps: Steps, seq: int, timeout: float) -> tuple[step_pb2.StepOutp
     return output, data
 
 
+class Watched(Protocol):
+    """Statistics as they come."""
+
+    def __next__(self) -> stats_pb2.WatchStatsResponse: ...
+
+    def close(self) -> None:
+        """Ends it, and the wait of a thread that waits for the next."""
+        ...
+
+
 class Transport(Protocol):
     """A way to a server. Every method raises `GradbankError`s only.
 
@@ -81,11 +96,11 @@ class Transport(Protocol):
         self, request: session_pb2.PullStateRequest, timeout: float
     ) -> tuple[list[session_pb2.NamedTensor], Tensor]: ...
 
-    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
+    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Watched:
         """Statistics as they come, of which none may be more than `timeout` seconds late."""
         ...
 
-    def steps(self) -> Steps: ...
+    def steps(self, timeout: float) -> Steps: ...
 
     def close(self) -> None: ...
 
@@ -96,8 +111,11 @@ class GrpcTransport:
     def __init__(self, address: str) -> None:
         self.address = address
         self.via = "unix" if address.startswith("unix:") else "tcp"
+        self._connect()
+
+    def _connect(self) -> None:
         self._channel = grpc.insecure_channel(
-            address,
+            self.address,
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -139,11 +157,11 @@ class GrpcTransport:
             payload.add(part.payload)
         return state, payload.payload()
 
-    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> Iterator[stats_pb2.WatchStatsResponse]:
+    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> "Arriving":
         return self._arriving(lambda: self._stats.WatchStats(request), request.interval_s + timeout)
 
-    def steps(self) -> Steps:
-        return self._answer(lambda: GrpcSteps(self._channel))
+    def steps(self, timeout: float) -> Steps:
+        return self._answer(lambda: GrpcSteps(self._channel, self._renew))
 
     def close(self) -> None:
         self._channel.close()
@@ -155,37 +173,70 @@ class GrpcTransport:
             raise error_of(error) from None
         except ValueError as error:  # grpc's own, on a channel that was closed
             raise ServerUnavailable(f"the connection to {self.address} was closed ({error})") from None
+        except BaseException:
+            self._renew()
+            raise
 
-    def _arriving(self, begin: Callable[[], Any], timeout: float) -> Iterator[Any]:
-        """The messages of a server's stream, none of which may be more than `timeout` seconds after the one before."""
-        call = self._answer(begin)
-        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    def _renew(self) -> None:
+        """Goes on over another channel: Ctrl-C inside gRPC can leave a lock of its taken, which all that goes over that
+        channel would wait for."""
+        _end_beside(self._channel.close)
+        self._connect()
 
-        def read() -> None:
-            try:
-                for message in call:
-                    arrived.put(message)
-                arrived.put(None)
-            except grpc.RpcError as error:
-                arrived.put(error_of(error))
+    def _arriving(self, begin: Callable[[], Any], timeout: float) -> "Arriving":
+        return Arriving(self._answer(begin), self.address, timeout)
 
-        threading.Thread(target=read, name="gradbank-stream", daemon=True).start()
+
+class Arriving:
+    """The messages of a server's stream, none of which may be more than `timeout` seconds after the one before."""
+
+    def __init__(self, call: Any, address: str, timeout: float) -> None:
+        self._call, self._address, self._timeout = call, address, timeout
+        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._over = False
+        threading.Thread(target=_read, args=(call, self._arrived), name="gradbank-stream", daemon=True).start()
+
+    def __iter__(self) -> "Arriving":
+        return self
+
+    def __next__(self) -> Any:
+        if self._over:
+            raise StopIteration
         try:
-            while (message := arrived.get(timeout=timeout)) is not None:
-                if isinstance(message, Exception):
-                    raise message
-                yield message
+            message = self._arrived.get(timeout=self._timeout)
         except queue.Empty:
-            raise DeadlineExceeded(f"nothing was heard of {self.address} for {timeout:.3g} s") from None
-        finally:
-            if not sys.is_finalizing():  # gRPC's threads have stopped then, maybe with the lock that this takes
-                call.cancel()
+            self.close()
+            raise DeadlineExceeded(f"nothing was heard of {self._address} for {self._timeout:.3g} s") from None
+        if isinstance(message, Exception):
+            self._over = True
+            raise message
+        return message
+
+    def close(self) -> None:
+        """Ends the stream, and the wait of a thread that waits for its next message."""
+        self._over = True
+        self._arrived.put(StopIteration())
+        if not sys.is_finalizing():  # gRPC's threads have stopped then, maybe with the lock that this takes
+            self._call.cancel()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _read(call: Any, arrived: "queue.SimpleQueue[Any]") -> None:
+    try:
+        for message in call:
+            arrived.put(message)
+        arrived.put(StopIteration())
+    except grpc.RpcError as error:
+        arrived.put(error_of(error))
 
 
 class GrpcSteps:
     """One stream of steps. Who waits for an answer reads it, and a thread beside ends the wait in time."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, interrupted: Callable[[], None]) -> None:
+        self._interrupted, self._broken = interrupted, False
         self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         steps: Any = channel.stream_stream("/gradbank.v1.StepService/Steps", response_deserializer=response_frame)
         self._call = steps(self._encoded())
@@ -208,18 +259,28 @@ class GrpcSteps:
             self._requests.put(Frame(step if i == 0 else None, part))
 
     def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
-        with self._watch.until(time.monotonic() + timeout):
+        deadline = time.monotonic() + timeout
+        with self._watch.until(deadline):
             try:
                 return self._answer()
             except grpc.RpcError as error:
-                if self._watch.ended:
+                if self._watch.ended and time.monotonic() >= deadline:  # and not that of an answer before
                     raise DeadlineExceeded(f"no answer came within {timeout:.3g} s") from None
                 raise error_of(error) from None
+            except GradbankError:
+                raise
+            except BaseException:
+                self._broken = True
+                self._interrupted()
+                raise
 
     def close(self) -> None:
         self._requests.put(None)
         self._watch.close()
-        self._call.cancel()
+        if self._broken:
+            _end_beside(self._call.cancel)
+        else:
+            self._call.cancel()
 
     def _answer(self) -> tuple[step_pb2.StepOutput, Tensor]:
         frame = next(self._call, None)
@@ -243,6 +304,12 @@ class GrpcSteps:
             raise InternalError(f"the server's answer cannot be read: {error}") from None
 
 
+def _end_beside(end: Callable[[], object]) -> None:
+    """Ends what was interrupted inside gRPC, in a thread that may wait for ever; so may whoever drops the last
+    reference to it, and the thread holds one."""
+    threading.Thread(target=end, name="gradbank-end", daemon=True).start()
+
+
 class _Watch:
     """Calls `end` if something is not over in time.
 
@@ -253,29 +320,30 @@ class _Watch:
     def __init__(self, end: Callable[[], object]) -> None:
         self._end, self.ended = end, False
         self._until, self._wakes, self._closed = math.inf, math.inf, False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # taken by itself: a Condition that is interrupted as it is taken stays taken
+        self._changed = threading.Condition(self._lock)
         threading.Thread(target=self._run, name="gradbank-watch", daemon=True).start()
 
     @contextmanager
     def until(self, time_s: float) -> Iterator[None]:
         """Whatever runs in the block is to be over at that time of `time.monotonic`."""
-        with self._changed:
+        with self._lock:
             self._until = time_s
             if time_s < self._wakes:  # else the thread looks again before that, and need not be woken
                 self._changed.notify()
         try:
             yield
         finally:
-            with self._changed:  # from here on it has ended, or will not
+            with self._lock:  # from here on it has ended, or will not
                 self._until = math.inf
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify()
 
     def _run(self) -> None:
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 now = time.monotonic()
                 if self._until <= now:

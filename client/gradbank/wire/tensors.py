@@ -30,10 +30,12 @@ def describe(tensor: Tensor) -> tuple[v1.Tensor, memoryview]:
     """The message of a tensor whose bytes ride in a payload, and those bytes (a view where that is possible).
 
     Raises:
-        InvalidRequest: a dtype that does not cross the wire.
+        InvalidRequest: a dtype or layout that does not cross the wire.
     """
     if not isinstance(tensor, Tensor):
         raise InvalidRequest(f"what is sent must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise InvalidRequest(f"a tensor of layout {tensor.layout} cannot be sent; make it dense with to_dense()")
     if tensor.dtype not in _PROTO:
         raise InvalidRequest(
             f"a tensor of dtype {tensor.dtype} cannot be sent; convert it to one of "

@@ -1,0 +1,154 @@
+"""Whatever the server does, a call is over when its time is, and one that cannot be is refused at once."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradbank
+from gradbank import losses
+from gradbank.errors import DeadlineExceeded, GradbankError, InvalidRequest, ServerUnavailable
+from gradbank_server.service import Server
+
+from .conftest import DOWN
+
+D = 8
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(12, D, generator=generator).requires_grad_(), torch.arange(12) % 4
+
+
+def seconds(call: Callable[[], object], *errors: type[Exception]) -> float:
+    begun = time.monotonic()
+    with pytest.raises(errors):
+        call()
+    return time.monotonic() - begun
+
+
+def test_to_wait_for_a_place_and_to_settle_a_doubt_is_one_call(proxy: Any, name: str) -> None:
+    with gradbank.connect(proxy.address, timeout=20) as client:
+        there = client.open(name, losses.NTXentLoss())
+        there(*batch(0))
+        there.producer.timeout = 1
+        proxy.lose(DOWN)
+        waiting = [there.submit(*batch(seed)) for seed in range(1, 5)]
+        assert 0.9 < seconds(lambda: there(*batch(5)), DeadlineExceeded, ServerUnavailable) < 1.7
+        for future in waiting:
+            assert seconds(future.result, DeadlineExceeded, ServerUnavailable) < 0.5
+        there.producer.timeout = 20
+        proxy.cut()
+        assert there(*batch(5)).isfinite()
+
+
+def test_closing_a_client_of_many_optimizers_is_one_call(server: Server, name: str) -> None:
+    client = gradbank.connect(server.address, timeout=20)
+    with ExitStack() as held:
+        for number in range(4):
+            head = client.open(f"{name}-{number}", losses.ArcFaceLoss(4, D))
+            optimizer = head.optimizer("SGD", lr=0.1)
+            head(*batch(0)).backward()
+            optimizer.step()
+            head.producer.timeout = 1
+            held.enter_context(server.service.sessions[head.name]._turn)
+        client.timeout = 1
+        assert 0.9 < seconds(client.close, DeadlineExceeded) < 2
+
+
+def test_each_of_two_threads_that_wait_has_its_own_deadline(server: Server, name: str) -> None:
+    with gradbank.connect(server.address, timeout=20) as client:
+        there = client.open(name, losses.NTXentLoss())
+        there(*batch(0))
+        first, second = there.submit(*batch(1)), there.submit(*batch(2))
+        with server.service.sessions[name]._turn:
+            told: list[Exception] = []
+
+            def wait() -> None:  # as long as any call may: 20 seconds
+                try:
+                    first.result()
+                except GradbankError as error:
+                    told.append(error)
+
+            waiter = threading.Thread(target=wait)
+            waiter.start()
+            time.sleep(0.2)
+            there.producer.timeout = 1
+            assert 0.9 < seconds(second.result, DeadlineExceeded) < 1.7
+            waiter.join(5)
+            assert [type(error) for error in told] == [DeadlineExceeded]  # it cannot be answered before the first is
+        there.producer.timeout = 20
+        for seed in (1, 2, 3):
+            there(*batch(seed))
+        assert client.stats(name).steps == 4
+
+
+def test_a_client_that_was_closed_does_not_try(anyway: gradbank.Client, name: str) -> None:
+    there = anyway.open(name, losses.NTXentLoss())
+    there(*batch(0))
+    anyway.close()
+    for call in (lambda: there(*batch(1)), lambda: there.submit(*batch(1)), there.local, anyway.sessions):
+        assert seconds(call, ServerUnavailable) < 1
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12, 20])
+def test_a_timeout_may_be_of_any_length(nearby: Server, name: str, timeout: float) -> None:
+    for via in ("tcp", "unix", "shm"):
+        with gradbank.connect(nearby.address, timeout, via) as client:  # type: ignore[arg-type]  # a str
+            assert client.open(f"{name}-{via}", losses.NTXentLoss())(*batch(0)).isfinite()
+            assert next(client.watch(f"{name}-{via}", 0.05)).steps == 1
+
+
+@pytest.mark.parametrize("timeout", ["5", None, True, -math.inf])
+def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
+    with pytest.raises(InvalidRequest, match="timeout must be above 0 seconds, got"):
+        gradbank.connect("local://", timeout)
+
+
+def test_a_future_that_failed_does_not_change_its_mind(proxy: Any, near: gradbank.Client, name: str) -> None:
+    with gradbank.connect(proxy.address, timeout=20) as client:
+        there, here = client.open(name, losses.NTXentLoss()), losses.NTXentLoss()
+        there(*batch(0))
+        there.producer.timeout = 1
+        proxy.lose(DOWN)
+        failed = there.submit(*batch(1))
+        with pytest.raises(DeadlineExceeded):
+            failed.result()
+        there.producer.timeout = 20
+        proxy.cut()
+        assert torch.equal(there.submit(*batch(1)).result(), here(*batch(1)))
+        with pytest.raises(DeadlineExceeded):
+            failed.result()
+        assert near.stats(name).steps == 2
+
+
+def test_a_batch_asked_again_after_the_weights_were_stepped_is_of_the_new_ones(
+    proxy: Any, near: gradbank.Client, name: str
+) -> None:
+    with gradbank.connect(proxy.address, timeout=20) as client:
+        here = losses.ArcFaceLoss(4, D)
+        there = client.open(name, here)
+        far, own = there.optimizer("SGD", lr=0.5), torch.optim.SGD(here.parameters(), lr=0.5)
+        made = {each: [each(*batch(seed)) for seed in (0, 1)] for each in (there, here)}
+        for loss_fn, optimizer in ((there, far), (here, own)):
+            made[loss_fn][0].backward()
+            optimizer.step()
+        there.producer.timeout = 1
+        proxy.lose(DOWN)
+        with pytest.raises(DeadlineExceeded):
+            there(*batch(2))  # which tells of the optimizer's step, and is carried out
+        there.producer.timeout = 20
+        proxy.cut()
+        for loss_fn, optimizer in ((there, far), (here, own)):
+            optimizer.zero_grad()
+            made[loss_fn][1].backward()
+            optimizer.step()
+        assert torch.equal(there(*batch(2)).detach(), here(*batch(2)).detach())
+        assert near.stats(name).optimizer_steps == 2
+        assert torch.equal(there.local().W, here.W)

@@ -66,8 +66,8 @@ def test_each_of_two_threads_that_wait_has_its_own_deadline(server: Server, name
     with gradbank.connect(server.address, timeout=20) as client:
         there = client.open(name, losses.NTXentLoss())
         there(*batch(0))
-        first, second = there.submit(*batch(1)), there.submit(*batch(2))
-        with server.service.sessions[name]._turn:
+        with server.service.sessions[name]._turn:  # so that none is answered
+            first, second = there.submit(*batch(1)), there.submit(*batch(2))
             told: list[Exception] = []
 
             def wait() -> None:  # as long as any call may: 20 seconds

@@ -254,6 +254,32 @@ def test_one_thread_submits_while_another_waits(anyway: gradbank.Client, name: s
     thread.join(20)
 
 
+def test_threads_share_a_loss_through_cuts(proxy: Any, far: gradbank.Client, near: gradbank.Client, name: str) -> None:
+    """Whoever waits reads for the others, and opens the connection again for them."""
+    there, here, where = far.open(name, losses.ContrastiveLoss()), losses.ContrastiveLoss(), random.Random(0)
+    wrong: list[object] = []
+
+    def train(thread: int) -> None:
+        try:
+            for seed in range(100 * thread, 100 * thread + 20, 2):
+                future = there.submit(*batch(seed))
+                made = {seed + 1: there(*batch(seed + 1)), seed: future.result()}
+                wrong.extend(each for each, loss in made.items() if not torch.equal(loss, here(*batch(each))))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=train, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        proxy.cut_after(where.choice([UP, DOWN]), where.randrange(1, 9000))
+        time.sleep(where.uniform(0.01, 0.1))
+    proxy.spare()
+    assert wrong == []
+    assert near.stats(name).steps == 80
+    assert proxy.cuts >= 2
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["tcp", "shm"])
 def test_closing_the_loss_leaves_no_one_waiting(name: str, shared: bool) -> None:
     settings = ServerSettings(port=0, metrics_port=-1, drain_seconds=1, shared_memory=shared)

@@ -52,6 +52,10 @@ def tuples(found: Any) -> Tuples:
     return [sorted(zip(*part, strict=True)) for part in parts]
 
 
+def unordered(found: Any) -> list[list[list[int]]]:
+    return [sorted(map(sorted, part)) for part in tuples(found)]
+
+
 def both(name: str, arguments: dict[str, Any], distance: str | None = None, **common: Any) -> tuple[Any, Any]:
     chosen = [{} if distance is None else {"distance": DISTANCES[distance](m)} for m in (distances, pml_distances)]
     ours = getattr(miners, name)(**arguments, **chosen[0], **common)
@@ -64,7 +68,11 @@ def batch(rows: int, labels: str, dtype: torch.dtype, dimension: int = 5) -> tup
 
 def assert_same(ours: Any, theirs: Any, *given: Tensor) -> int:
     found, expected = ours(*given), theirs(*given)
-    assert tuples(found) == tuples(expected)
+    if isinstance(ours, miners.HDCMiner) and len(given) == 2:
+        # of a pair and its mirror image, which are as far apart, rounding says which is among the hardest
+        assert unordered(found) == unordered(expected)
+    else:
+        assert tuples(found) == tuples(expected)
     assert all(each.dtype == torch.int64 for each in found)
     return sum(map(len, found))
 

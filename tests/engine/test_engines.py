@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradbank import engine
+from gradbank import engine, losses
 from gradbank.engine import Bounds
 
 few_examples = hypothesis.settings(
@@ -119,6 +119,19 @@ def test_no_gradient_is_computed_where_none_is_asked_for(recipe: Any) -> None:
         silent = loss(embeddings.requires_grad_(), labels)
     assert not silent.requires_grad
     assert torch.equal(silent, loss(embeddings, labels))
+
+
+@pytest.mark.parametrize("loss", [losses.TripletMarginLoss(), losses.MarginLoss(), losses.SmoothAPLoss()], ids=repr)
+@pytest.mark.parametrize(("classes", "quickest"), [(32, "dense"), (3, "tiled")])
+def test_a_row_for_each_positive_is_made_where_these_are_few(loss: Any, classes: int, quickest: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(128, 8), torch.arange(128) % classes, None, None
+    found = {}
+    for name in ("dense", "tiled"):
+        with engine.using(name):
+            found[name] = answer(loss, inputs)
+    chosen = answer(loss, inputs)
+    assert [name for name in found if all(map(torch.equal, chosen, found[name]))] == [quickest]
 
 
 @pytest.mark.parametrize("name", ["dens", "onepass"])

@@ -164,13 +164,13 @@ def evaluate_triplets(
 
 
 def _is_small(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> bool:
-    """Whether the matrix is worth holding whole: a larger one is not where a statistic would hold more than that."""
-    entries = len(embeddings) * len(references) * references.vectors
-    if entries <= 2**12 or entries > room(2**18, embeddings.device):
-        return entries <= 2**12
+    """Whether the matrix is worth holding whole, and with it a row for each positive, where a statistic wants that."""
+    width, most = len(references) * references.vectors, room(2**18, embeddings.device)
+    if len(embeddings) * width <= 2**12 or len(embeddings) * width > most:
+        return len(embeddings) * width <= 2**12
     none = embeddings.new_zeros(0)
     nothing, place = Positives(none, none.long(), none, none.long()), slice(0, len(embeddings))
     anchors = Anchors(len(embeddings), pairs.anchor_labels, embeddings.detach(), nothing, place=place)
     with torch.no_grad():
         wanted = loss.negatives(anchors).values()
-    return not any(statistic.needs_positives for statistic in wanted)
+    return not any(each.makes_rows for each in wanted) or int(pairs.most_positives().sum()) * width <= most

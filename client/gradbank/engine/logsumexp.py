@@ -1,7 +1,7 @@
 """Logarithms of sums of exponentials."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,16 +27,16 @@ class LogSumExp(Statistic):
         self.bounds = distance.bounds
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
-        if isinstance(self.f, Linear) and not isinstance(self.f.slope, Tensor) and self.bounds is not None:
+        if _is_plain(self.f) and self.bounds is not None:
             least, most = sorted(self.f.slope * bound for bound in self.bounds)
             if least - most > _least(like.dtype):
                 return _RunningBounded(self.f, most, anchors, like)
         return _RunningLogSumExp(self.f, self.row, anchors, like)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
-        values = self.f(s) if self.row is None else self.f(s, self.row)
-        made: Tensor = _OfNegatives.apply(values, negatives)  # type: ignore[no-untyped-call]  # torch's
-        return Gathered(made)
+        if _is_plain(self.f):
+            return Gathered(_of_negatives(s, negatives, self.f.slope) + self.f.intercept)
+        return Gathered(_of_negatives(self.f(s) if self.row is None else self.f(s, self.row), negatives, 1.0))
 
 
 class _RunningLogSumExp(Running):
@@ -45,7 +45,7 @@ class _RunningLogSumExp(Running):
         self.most = like.new_full((anchors,), torch.finfo(like.dtype).min)  # of an anchor without a negative, so far
         self.total = like.new_zeros(anchors, dtype=torch.float64)
         # with a plain slope, the derivative of f is left to the end
-        self.slope = f.slope if isinstance(f, Linear) and not isinstance(f.slope, Tensor) else None
+        self.slope = f.slope if _is_plain(f) else None
 
     @property
     def _factor(self) -> float:
@@ -132,20 +132,29 @@ def _least(dtype: torch.dtype) -> float:
     return 0.7 * math.log(torch.finfo(dtype).tiny)
 
 
-class _OfNegatives(torch.autograd.Function):
-    """The `logsumexp` of each row's negatives, -inf where there is none: torch's own takes twice as many passes over
-    the matrix, and its gradient is NaN there."""
+def _is_plain(f: Elementwise) -> TypeGuard[Linear]:
+    """Whether it is linear, with a slope that gets no gradient."""
+    return isinstance(f, Linear) and not isinstance(f.slope, Tensor)
 
+
+def _of_negatives(s: Tensor, negatives: Tensor, slope: float) -> Tensor:
+    """The `logsumexp` of `slope * s` over each row's negatives, -inf where there is none: torch's own takes twice as
+    many passes over the matrix, and its gradient is NaN there."""
+    return _OfNegatives.apply(s, negatives, slope)  # type: ignore[no-untyped-call, no-any-return]  # torch's
+
+
+class _OfNegatives(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, negatives: Tensor) -> Tensor:
-        share = Masked(negatives).logged(values.clone())
+    def forward(ctx: Any, s: Tensor, negatives: Tensor, slope: float) -> Tensor:
+        share = Masked(negatives).logged(s * slope)
         most = share.amax(1).clamp_(min=torch.finfo(share.dtype).min) if share.shape[1] else share.new_zeros(len(share))
         total = share.sub_(most[:, None]).exp_().sum(1)
+        ctx.slope = slope
         ctx.save_for_backward(share, total)
         return total.log().add_(most)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         share, total = ctx.saved_tensors
-        return share * torch.where(total > 0, gradient / total, 0)[:, None], None
+        return share * torch.where(total > 0, gradient * ctx.slope / total, 0)[:, None], None, None

@@ -92,9 +92,9 @@ class LabelledPairs(Pairs):
         same = self.labels[rows, None] == self.ref_labels[columns]
         negatives = ~same
         if self.own is not None:
-            column = self.own[rows] - columns.start
-            inside = (column >= 0) & (column < same.shape[1])
-            same[inside.nonzero(as_tuple=True)[0], column[inside]] = False
+            column = self.own[rows, None] - columns.start
+            near = column.clamp(0, same.shape[1] - 1)  # itself, or else a place that stays as it is
+            same.scatter_(1, near, same.gather(1, near) & (column != near))
         same = same if self.names_positives else same[:0]
         return TilePairs(same.view(-1).nonzero().squeeze(1), None, negatives)
 

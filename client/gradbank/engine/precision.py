@@ -3,13 +3,16 @@
 Half-precision embeddings are widened first, and autocast, which would narrow the products of wide ones, is kept out.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast."""
-    return torch.autocast(device.type, enabled=False)
+    on = torch.is_autocast_enabled(device.type)  # else there is nothing to enter, which takes a while
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def widened(tensor: Tensor) -> Tensor:

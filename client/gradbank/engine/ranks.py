@@ -28,7 +28,7 @@ class Ranks(Statistic):
         temperature: by which differences of similarities are divided.
     """
 
-    needs_positives = True
+    needs_positives = makes_rows = True
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature

@@ -29,7 +29,7 @@ class Triplets(Statistic):
         row: `(b, 1)` numbers of the anchors that the kernel also takes; they get a gradient.
     """
 
-    needs_positives = True
+    needs_positives = makes_rows = True
 
     def __init__(self, kernel: Kernel, row: Tensor | None = None) -> None:
         self.kernel, self.row = kernel, row

@@ -83,8 +83,8 @@ class NPairLoss(Loss):
     def _of_pairs(self, embeddings: Tensor, pairs: Tensor) -> Tensor:
         if not len(pairs):
             return (embeddings * 0).sum()
-        unit = F.normalize(embeddings, dim=1)
-        anchors, positives = unit[pairs[:, 0]], unit[pairs[:, 1]]
+        unit = F.normalize(embeddings.index_select(0, pairs.T.flatten()), dim=1)  # of those that are compared
+        anchors, positives = unit.chunk(2)
         # a softmax over the positives, of which the anchor's is its own
         softmax = NTXentLoss(self.tao, distance=DotProductSimilarity(normalize_embeddings=False))
         number = torch.arange(len(pairs), device=embeddings.device)

@@ -15,7 +15,7 @@ class Sizes:
         batch: B, where the batch is compared with a bank or with class weights.
         bank, large: M of the two banks.
         labels: how many classes there are in a bank.
-        itself, few: B, where the batch is compared with itself, four rows of each class.
+        itself, some, few: B, where the batch is compared with itself, four rows of each class.
         classes: C, the class weights.
     """
 
@@ -24,11 +24,12 @@ class Sizes:
     large: int = 1_048_576
     labels: int = 1000
     itself: int = 2048
+    some: int = 256
     few: int = 64
     classes: int = 100_000
 
 
-SMALL = Sizes(batch=32, bank=1024, large=4096, labels=20, itself=64, few=16, classes=2000)
+SMALL = Sizes(batch=32, bank=1024, large=4096, labels=20, itself=64, some=24, few=16, classes=2000)
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,17 @@ def batch(sizes: Sizes) -> Iterator[Case]:
     yield case("VICRegLoss", Target())
 
 
+def middle(sizes: Sizes) -> Iterator[Case]:
+    yield from _of_size(sizes.some, "middle")
+
+
 def small(sizes: Sizes) -> Iterator[Case]:
+    yield from _of_size(sizes.few, "small")
+
+
+def _of_size(batch: int, section: str) -> Iterator[Case]:
     for loss in (*OF_PAIRS, "TripletMarginLoss", "AngularLoss", *ONE_PAIR_A_CLASS, *IN_BATCH_ONLY, *BY_THE_CLOCK):
-        yield Case("small", loss, loss, Target(), sizes.few, arguments=ARGUMENTS.get(loss, {}))
+        yield Case(section, loss, loss, Target(), batch, arguments=ARGUMENTS.get(loss, {}))
 
 
 def classes(sizes: Sizes) -> Iterator[Case]:
@@ -172,7 +181,15 @@ def large(sizes: Sizes) -> Iterator[Case]:
         yield Case("large", name, loss, Target(1.05, mib=256), sizes.batch, beside=fewer, **sized)
 
 
-SECTIONS = {"bank": bank, "batch": batch, "classes": classes, "miners": miners, "large": large, "small": small}
+SECTIONS = {
+    "bank": bank,
+    "batch": batch,
+    "classes": classes,
+    "miners": miners,
+    "large": large,
+    "middle": middle,
+    "small": small,
+}
 
 
 def title(section: str, sizes: Sizes) -> str:
@@ -180,6 +197,7 @@ def title(section: str, sizes: Sizes) -> str:
     return {
         "bank": f"A bank of {sizes.bank:,} x 128, a batch of {sizes.batch}, {sizes.labels:,} classes",
         "batch": f"A batch of {sizes.itself} x 128 against itself, 4 of each class",
+        "middle": f"A batch of {sizes.some} x 128 against itself, 4 of each class",
         "small": f"A batch of {sizes.few} x 128 against itself, 4 of each class",
         "classes": f"{sizes.classes:,} classes x 512, a batch of {sizes.batch}",
         "miners": f"Miners, a batch of {sizes.itself} x 128, 4 of each class",

@@ -145,7 +145,7 @@ class IntraPairVarianceLoss(PairLoss):
             return self.regularized(evaluate(declared, embeddings, references, pairs, [mean]), embeddings)  # type: ignore[no-any-return]
 
 
-_FEW = 2**14  # entries of a matrix that is made sooner than the sums that stand for it
+_FEW = 2**16  # entries of a matrix that is made sooner than the sums that stand for it
 
 
 def _mean_of_negatives(distance: Distance, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:

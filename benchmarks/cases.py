@@ -172,9 +172,10 @@ def miners(sizes: Sizes) -> Iterator[Case]:
 
 
 def large(sizes: Sizes) -> Iterator[Case]:
-    for loss in (*OF_PAIRS, "TripletMarginLoss", "AngularLoss"):
-        # the work of AngularLoss is positive pairs times rows: as many rows of each class keep it to a multiple of rows
-        more = sizes.large // sizes.bank if loss == "AngularLoss" else 1
+    of_pairs_and_triplets = [(loss, 1) for loss in (*OF_PAIRS, "TripletMarginLoss")]
+    # as many positives of each anchor: the work of AngularLoss is positive pairs times rows
+    alike = [(loss, sizes.large // sizes.bank) for loss in ("TripletMarginLoss", "AngularLoss")]
+    for loss, more in of_pairs_and_triplets + alike:
         name = f"{loss}, {sizes.labels * more:,} classes" if more > 1 else loss
         fewer = Case("large", name, loss, Target(), sizes.batch, bank=sizes.bank, labels=sizes.labels)
         sized = {"bank": sizes.large, "labels": sizes.labels * more}

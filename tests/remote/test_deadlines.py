@@ -89,6 +89,22 @@ def test_each_of_two_threads_that_wait_has_its_own_deadline(server: Server, name
         assert client.stats(name).steps == 4
 
 
+def test_who_waits_for_another_thread_goes_on_though_nobody_says_so(server: Server, name: str) -> None:
+    """As where Ctrl-C comes just before the other one would have."""
+    with gradbank.connect(server.address, timeout=20) as client:
+        there = client.open(name, losses.NTXentLoss())
+        there(*batch(0))
+        there.producer._busy = True
+        waiter = threading.Thread(target=there, args=batch(1))
+        waiter.start()
+        time.sleep(0.2)
+        assert waiter.is_alive()
+        there.producer._busy = False
+        waiter.join(5)
+        assert not waiter.is_alive()
+        assert client.stats(name).steps == 2
+
+
 def test_a_client_that_was_closed_does_not_try(anyway: gradbank.Client, name: str) -> None:
     there = anyway.open(name, losses.NTXentLoss())
     there(*batch(0))

@@ -26,6 +26,7 @@ from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import WINDOW, TensorReader, error_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_LOOKS_EVERY_S = 1.0  # who waits for another thread: Ctrl-C may come just before that tells the others
 _INTERRUPTED = "the wait for its answer was interrupted; asking for the same batch again is safe"
 
 
@@ -177,7 +178,8 @@ class Producer:
         try:
             with self._lock:
                 if self._busy:
-                    if not self._changed.wait(left_until(deadline)):
+                    self._changed.wait(min(left_until(deadline), _LOOKS_EVERY_S))
+                    if not left_until(deadline):
                         late = DeadlineExceeded(f"no step of session {self.session!r} was answered in time")
                         self._give_up(late)
                         raise late

@@ -1,5 +1,7 @@
 """How far an anchor's negatives are short of a distance, the shortest weighing most."""
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,13 @@ class Gaps(Statistic):
         sums = torch.stack([(x * number).sum(1, dtype=torch.float64) for x in (weight, weight * gap)], 1)
         return Gathered(sums, number.sum(1, dtype=torch.float64))
 
+    def gap(self, s: Tensor) -> Tensor:
+        """How far each value is short of the edge."""
+        return (self.edge - s).clamp_(min=0)
+
     def weighed(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """The gap of each value, and its weight: 0 where it does not count."""
-        gap = (self.edge - s).clamp_(min=0)
+        gap = self.gap(s)
         counts = (gap * s).detach().clamp_(min=0).sign_()  # by signs, for masks are slow
         weight = (gap * self.temperature).exp_()
         return gap, weight * counts if weight.requires_grad else weight.mul_(counts)
@@ -45,10 +51,13 @@ class _RunningGaps(Running):
         super().__init__(torch.zeros_like)
         self.gaps = gaps
         self.sums = like.new_zeros(anchors, 2, dtype=torch.float64)
+        self.weights: deque[Tensor] = deque()  # of the tiles that are kept for a second sweep, in their order
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         gap, weight = self.gaps.weighed(tile.s.detach())
         weight = negatives.weighed(weight)
+        if tile.kept:
+            self.weights.append(weight)
         self.sums += torch.stack([weight.sum(1), gap.mul_(weight).sum(1)], 1)
 
     def leaf(self) -> Tensor:
@@ -58,7 +67,11 @@ class _RunningGaps(Running):
         return Gathered(leaf, self.number)
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
-        gap, weight = self.gaps.weighed(s.detach())
+        if self.weights:
+            gap, weight = self.gaps.gap(s.detach()), self.weights.popleft()
+        else:
+            gap, weight = self.gaps.weighed(s.detach())
+            weight = negatives.weighed(weight)
         of_weight, of_cost = gradient.to(s.dtype)[:, :1], gradient.to(s.dtype)[:, 1:]
         slope = gap.mul_(-self.gaps.temperature * of_cost).sub_(self.gaps.temperature * of_weight + of_cost)
-        return [(s, negatives.weighed(slope.mul_(weight)))]
+        return [(s, slope.mul_(weight))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Gathered, Positives
-from gradbank.engine.negatives import Negatives
+from gradbank.engine.negatives import Negatives, is_finite
 from gradbank.engine.statistics import Running, Statistic
 from gradbank.engine.tile import Tile
 
@@ -24,11 +24,16 @@ class Grid(NamedTuple):
 
     def cells(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The cell of each value, bin i being cell `i + 1`, and how far into its bin it lies, 0 to 1."""
-        x = values.detach() * (1 / self.step)
-        x.add_(1 - self.low / self.step).clamp_(0, self.bins + 1)
-        share = x.frac()
-        # NaN, which has no cell, goes to the first and stays what it is in its share
-        return x.nan_to_num_(0).long(), share
+        x = self._place(values)
+        return _whole(x), x.frac()
+
+    def cell(self, values: Tensor) -> Tensor:
+        """The cells alone."""
+        return _whole(self._place(values))
+
+    def _place(self, values: Tensor) -> Tensor:
+        first = values.new_full((), 1 - self.low / self.step)
+        return torch.add(first, values.detach(), alpha=1 / self.step).clamp_(0, self.bins + 1)
 
     def nodes(self, number: Tensor, shares: Tensor) -> Tensor:
         """`(rows, bins + 1)`: the histogram of what is in each cell, `(rows, bins + 2)` counts and sums of shares."""
@@ -51,6 +56,11 @@ class Grid(NamedTuple):
         none = values.new_zeros(rows * (self.bins + 2), dtype=torch.float64)
         number, shares = (none.index_add(0, place, x.double()) for x in (times, share * times))
         return self.nodes(number.view(rows, self.bins + 2), shares.view(rows, self.bins + 2))
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The cells that places lie in. NaN, which has none, goes to the first, and stays what it is in its share."""
+    return x.long() if is_finite(x) else x.nan_to_num(0).long()
 
 
 class Histogram(Statistic):
@@ -87,5 +97,5 @@ class _RunningHistogram(Running):
         return self.grid.nodes(self.number, self.shares)
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
-        cell, _ = self.grid.cells(s)
-        return [(s, negatives.weighed(self.grid.slopes(gradient).to(s.dtype).gather(1, cell)))]
+        slopes = self.grid.slopes(gradient).to(s.dtype)
+        return [(s, negatives.weighed(slopes.gather(1, self.grid.cell(s))))]

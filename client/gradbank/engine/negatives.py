@@ -103,7 +103,7 @@ class Weighted:
         self.weight = weight
 
     def logged(self, values: Tensor) -> Tensor:
-        if _is_finite(values):
+        if is_finite(values):
             return values.add_(self.weight.log())
         return values.masked_fill_(self.weight == 0, -torch.inf)
 
@@ -111,7 +111,7 @@ class Weighted:
         return weight.mul_(self.weight)
 
     def zeroed(self, values: Tensor) -> Tensor:
-        if _is_finite(values):
+        if is_finite(values):
             return values.mul_(self.weight)
         return values.masked_fill_(self.weight == 0, 0)
 
@@ -129,6 +129,6 @@ class Weighted:
         return None
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """Whether arithmetic will do where each number would have to be chosen, which takes several times as long."""
     return values.device.type == "cpu" and math.isfinite(values.sum())

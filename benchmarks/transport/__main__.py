@@ -28,7 +28,7 @@ from shared_floor import SharedFloor
 import gradbank
 from gradbank.remote.future import StepFuture
 from gradbank.remote.ladder import Via
-from gradbank.remote.transport import GrpcSteps
+from gradbank.remote.stream import GrpcSteps
 from gradbank.v1 import step_pb2
 from gradbank.wire import WINDOW, describe
 

@@ -7,7 +7,8 @@ import grpc
 import pytest
 
 from gradbank.errors import GradbankError, InternalError, ServerUnavailable
-from gradbank.remote.transport import GrpcSteps, answer_of
+from gradbank.remote.stream import GrpcSteps
+from gradbank.remote.transport import answer_of
 from gradbank.v1 import step_pb2
 from gradbank.wire import Frame
 

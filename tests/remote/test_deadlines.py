@@ -14,6 +14,7 @@ from torch import Tensor
 import gradbank
 from gradbank import losses
 from gradbank.errors import DeadlineExceeded, GradbankError, InvalidRequest, ServerUnavailable
+from gradbank.remote.ticket import NO_NEWS
 from gradbank_server.service import Server
 
 from .conftest import DOWN
@@ -87,6 +88,36 @@ def test_each_of_two_threads_that_wait_has_its_own_deadline(server: Server, name
         for seed in (1, 2, 3):
             there(*batch(seed))
         assert client.stats(name).steps == 4
+
+
+def test_an_answer_that_another_thread_read_at_the_deadline_is_not_lost(
+    server: Server, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gradbank.connect(server.address, timeout=20) as client:
+        there = client.open(name, losses.NTXentLoss())
+        there(*batch(0))
+        producer, session = there.producer, server.service.sessions[name]
+        call, wait = there._call(batch(1), {}), producer._changed.wait
+
+        def late(timeout: float) -> bool:  # as if the notice had come just behind the deadline
+            session._turn.release()
+            assert wait(5)
+            time.sleep(1.1)
+            return False
+
+        session._turn.acquire()
+        ticket = producer.submit(call.step, call.payload, NO_NEWS, producer.deadline(1))
+        reader = threading.Thread(target=producer.result, args=(ticket, producer.deadline()))
+        reader.start()
+        while not producer._busy:
+            time.sleep(0.01)
+        monkeypatch.setattr(producer._changed, "wait", late)
+        output, _ = producer.result(ticket, producer.deadline(1))
+        reader.join(5)
+        assert output.seq == 2
+        monkeypatch.undo()
+        assert there(*batch(2)).isfinite()
+        assert client.stats(name).steps == 3
 
 
 def test_who_waits_for_another_thread_goes_on_though_nobody_says_so(server: Server, name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import gradbank
 from gradbank import losses
 from gradbank.errors import DeadlineExceeded, Fenced
-from gradbank.remote.transport import GrpcTransport
+from gradbank.remote.channel import GrpcTransport
 from gradbank_server.service import Server
 from gradbank_server.sessions import Batch
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from gradbank.errors import GradbankError, InvalidRequest, ServerUnavailable
+from gradbank.remote.channel import GrpcTransport
 from gradbank.remote.shared import SharedSteps
-from gradbank.remote.transport import GrpcTransport, Steps, Transport, left_until
+from gradbank.remote.transport import Steps, Transport, left_until
 from gradbank.v1 import stats_pb2
 
 Via = Literal["auto", "shm", "unix", "tcp"]

@@ -5,7 +5,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from contextlib import suppress
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,8 +20,9 @@ from gradbank.errors import (
     SessionNotFound,
     StepConflict,
 )
+from gradbank.remote.doubts import Doubts
 from gradbank.remote.flight import Flight
-from gradbank.remote.ticket import NO_NEWS, News, Ticket
+from gradbank.remote.ticket import News, Ticket
 from gradbank.remote.transport import Transport, left_until
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import WINDOW, TensorReader, error_of
@@ -31,13 +33,6 @@ _INTERRUPTED = "the wait for its answer was interrupted; asking for the same bat
 
 
 T = TypeVar("T")
-
-
-class _Doubt(NamedTuple):
-    """A step that was sent and not answered, and the fingerprint of what was asked; None fits nothing."""
-
-    ticket: Ticket
-    asked: int | None
 
 
 class Producer:
@@ -74,7 +69,7 @@ class Producer:
         self._changed = threading.Condition(self._lock)
         self._busy = False  # whether a thread waits for the server
         self._flight = Flight(self._lock)
-        self._doubts: list[_Doubt] = []
+        self._doubts = Doubts()
         self.epoch = self.last_seq = self.max_step_bytes = 0
 
     def attach(self) -> None:
@@ -122,7 +117,7 @@ class Producer:
             )
         while True:
             with self._lock:
-                again = self._asked_again(step, parts, news)
+                again = self._doubts.asked_again(step, parts, news)
                 first = self._before(step, news, again is not None)
                 if first is None:
                     ticket = Ticket(self._numbered(step, news) if again is None else again, parts, news)
@@ -138,7 +133,8 @@ class Producer:
         """
         transport = self._transport()
         while not ticket.settled:
-            self._alone(self._read, transport, deadline)
+            with suppress(DeadlineExceeded):  # which is in the ticket, unless that was answered just then
+                self._alone(self._read, transport, deadline)
             with self._lock:
                 if not ticket.settled and not self._flight:  # interrupted twice, as the first one was seen to
                     ticket.error = ServerUnavailable(_INTERRUPTED)
@@ -158,7 +154,7 @@ class Producer:
         with self._lock:
             self._give_up(error)
             if ticket is not None and ticket.outcome is not None and ticket.step.seq == self.last_seq:
-                self._doubts.insert(0, _Doubt(ticket, ticket.asks))
+                self._doubts.put_first(ticket)
                 ticket.parts = []
 
     def _before(self, step: step_pb2.StepInput, news: News, again: bool) -> Callable[[Transport, float], None] | None:
@@ -178,8 +174,8 @@ class Producer:
         try:
             with self._lock:
                 if self._busy:
-                    self._changed.wait(min(left_until(deadline), _LOOKS_EVERY_S))
-                    if not left_until(deadline):
+                    told = self._changed.wait(min(left_until(deadline), _LOOKS_EVERY_S))
+                    if not told and not left_until(deadline):
                         late = DeadlineExceeded(f"no step of session {self.session!r} was answered in time")
                         self._give_up(late)
                         raise late
@@ -224,17 +220,17 @@ class Producer:
         """What is to be remembered of a step that was carried out."""
         self.last_seq = ticket.step.seq
         ticket.drop_news()
-        self._doubts = [doubt for doubt in self._doubts if doubt.ticket.step is not ticket.step]
+        self._doubts.remove(ticket)
 
     def _refuse(self, ticket: Ticket, error: GradbankError) -> None:
         """What is to be remembered of a step that was refused: the number of those behind it is another now."""
         ticket.error = error
         if isinstance(error, InvalidUpdate):
             ticket.drop_news()  # sending them again would be refused again
-        self._doubts = [_Doubt(doubt.ticket, None) for doubt in self._doubts[1:]]
+        self._doubts.renumber()
         if isinstance(error, InternalError | StepConflict):  # its number may be used nonetheless
             again = isinstance(error, InternalError) and not self._flight  # else others may have it now
-            self._doubts.insert(0, _Doubt(ticket, ticket.asks if again else None))
+            self._doubts.put_first(ticket, again)
         ticket.parts = []
 
     def _send(self, ticket: Ticket, deadline: float) -> None:
@@ -255,8 +251,7 @@ class Producer:
                 self._note(ticket)
                 continue
             ticket.error = told
-            if all(doubt.ticket.step is not ticket.step for doubt in self._doubts):
-                self._doubts.append(_Doubt(ticket, None if renumbered else ticket.asks))
+            self._doubts.append(ticket, fits=not renumbered)
             ticket.parts = []
 
     def _numbered(self, step: step_pb2.StepInput, news: News) -> step_pb2.StepInput:
@@ -269,15 +264,6 @@ class Producer:
         numbered.weight_events.extend(news.events)
         return numbered
 
-    def _asked_again(self, step: step_pb2.StepInput, parts: list[memoryview], news: News) -> step_pb2.StepInput | None:
-        """The oldest step in doubt, if it is asked for again: it must be sent as it was to be known for the same."""
-        if not self._doubts:
-            return None
-        doubt = self._doubts[0]
-        # the weights may have been stepped since, and the loss is to be that of the weights as they are
-        same = news.told + len(news.events) == doubt.ticket.told and Ticket(step, parts, NO_NEWS).asks == doubt.asked
-        return doubt.ticket.step if same else None
-
     def _settle_doubts(self, transport: Transport, deadline: float) -> None:
         """Finds out, for good, which of the steps that were never answered were carried out."""
         if self._flight or not self._doubts:
@@ -287,12 +273,12 @@ class Producer:
         if held.epoch != self.epoch + 1:  # which is what a session that knows the nonce makes of it
             raise SessionNotFound(f"session {self.session!r} ended, and another has its name now: open it again")
         with self._lock:
-            for ticket, _ in self._doubts:
+            for ticket in self._doubts:
                 if self.last_seq < ticket.step.seq <= held.last_seq:
                     ticket.drop_news()
             self.max_step_bytes = held.max_step_bytes
             nonce, known = (self._renewed, b""), (held.epoch, held.last_seq)
-            (self.epoch, self.last_seq), (self._nonce, self._renewed), self._doubts = known, nonce, []
+            (self.epoch, self.last_seq), (self._nonce, self._renewed), self._doubts = known, nonce, Doubts()
 
     def configure(self, optimizer: session_pb2.Optimizer) -> None:
         """Gives the session's weights an optimizer."""

@@ -1,0 +1,146 @@
+"""A transport over gRPC."""
+
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from torch import Tensor
+
+from gradbank.errors import DeadlineExceeded, ServerUnavailable
+from gradbank.remote.stream import GrpcSteps, end_beside
+from gradbank.remote.transport import Steps
+from gradbank.v1 import catalog_pb2_grpc, session_pb2, session_pb2_grpc, stats_pb2, stats_pb2_grpc
+from gradbank.wire import MESSAGE_BYTES, Assembly, chunks, error_of, nbytes
+
+T = TypeVar("T")
+
+
+class GrpcTransport:
+    """A channel to `host:port`, or to a socket at `unix:///path`."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.via = "unix" if address.startswith("unix:") else "tcp"
+        self._connect()
+
+    def _connect(self) -> None:
+        self._channel = grpc.insecure_channel(
+            self.address,
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MESSAGE_BYTES),
+                ("grpc.enable_retries", 0),  # gRPC's own would carry a step out twice
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 2_000),
+                ("grpc.use_local_subchannel_pool", 1),  # so that closing this client closes its connection
+            ],
+        )
+        self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
+        self._stats = stats_pb2_grpc.StatsServiceStub(self._channel)
+        self._stubs = (self._sessions, self._stats, catalog_pb2_grpc.CatalogServiceStub(self._channel))
+
+    def call(self, method: str, request: Message, timeout: float) -> Any:
+        call = next(getattr(stub, method) for stub in self._stubs if hasattr(stub, method))
+        return self._answer(lambda: call(request, timeout=timeout))
+
+    def create_session(
+        self, header: session_pb2.CreateSessionRequest, payload: Iterable[memoryview], timeout: float
+    ) -> session_pb2.CreateSessionResponse:
+        def messages() -> Iterator[session_pb2.CreateSessionRequest]:
+            yield header
+            for part in chunks(payload):
+                yield session_pb2.CreateSessionRequest(payload=b"".join(part))
+
+        return self._answer(lambda: self._sessions.CreateSession(messages(), timeout=timeout))
+
+    def pull_state(
+        self, request: session_pb2.PullStateRequest, timeout: float
+    ) -> tuple[list[session_pb2.NamedTensor], Tensor]:
+        parts = self._arriving(lambda: self._sessions.PullState(request), timeout)
+        first = next(parts)
+        state = list(first.state)
+        payload = Assembly(sum(nbytes(named.tensor) for named in state))
+        payload.add(first.payload)
+        for part in parts:
+            payload.add(part.payload)
+        return state, payload.payload()
+
+    def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> "Arriving":
+        return self._arriving(lambda: self._stats.WatchStats(request), request.interval_s + timeout)
+
+    def steps(self, timeout: float) -> Steps:
+        return self._answer(lambda: GrpcSteps(self._channel, self._renew))
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _answer(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+        except ValueError as error:  # grpc's own, on a channel that was closed
+            raise ServerUnavailable(f"the connection to {self.address} was closed ({error})") from None
+        except BaseException:
+            self._renew()
+            raise
+
+    def _renew(self) -> None:
+        """Goes on over another channel: Ctrl-C inside gRPC can leave a lock of its taken, which all that goes over that
+        channel would wait for."""
+        end_beside(self._channel.close)
+        self._connect()
+
+    def _arriving(self, begin: Callable[[], Any], timeout: float) -> "Arriving":
+        return Arriving(self._answer(begin), self.address, timeout)
+
+
+class Arriving:
+    """The messages of a server's stream, none of which may be more than `timeout` seconds after the one before."""
+
+    def __init__(self, call: Any, address: str, timeout: float) -> None:
+        self._call, self._address, self._timeout = call, address, timeout
+        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._over = False
+        threading.Thread(target=_read, args=(call, self._arrived), name="gradbank-stream", daemon=True).start()
+
+    def __iter__(self) -> "Arriving":
+        return self
+
+    def __next__(self) -> Any:
+        if self._over:
+            raise StopIteration
+        try:
+            message = self._arrived.get(timeout=self._timeout)
+        except queue.Empty:
+            self.close()
+            raise DeadlineExceeded(f"nothing was heard of {self._address} for {self._timeout:.3g} s") from None
+        if isinstance(message, Exception):
+            self._over = True
+            raise message
+        return message
+
+    def close(self) -> None:
+        """Ends the stream, and the wait of a thread that waits for its next message."""
+        self._over = True
+        self._arrived.put(StopIteration())
+        if not sys.is_finalizing():  # gRPC's threads have stopped then, maybe with the lock that this takes
+            self._call.cancel()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _read(call: Any, arrived: "queue.SimpleQueue[Any]") -> None:
+    try:
+        for message in call:
+            arrived.put(message)
+        arrived.put(StopIteration())
+    except grpc.RpcError as error:
+        arrived.put(error_of(error))

@@ -1,0 +1,141 @@
+"""A row of steps over gRPC."""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from torch import Tensor
+
+from gradbank.errors import DeadlineExceeded, GradbankError, InternalError, InvalidRequest, ServerUnavailable
+from gradbank.v1 import step_pb2
+from gradbank.wire import Assembly, Frame, chunks, error_of, response_frame
+
+
+class GrpcSteps:
+    """One stream of steps. Who waits for an answer reads it, and a thread beside ends the wait in time."""
+
+    def __init__(self, channel: grpc.Channel, interrupted: Callable[[], None]) -> None:
+        self._interrupted, self._broken = interrupted, False
+        self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        steps: Any = channel.stream_stream("/gradbank.v1.StepService/Steps", response_deserializer=response_frame)
+        self._call = steps(self._encoded())
+        self._watch = _Watch(self._call.cancel)
+
+    def _encoded(self) -> Iterator[bytes]:
+        """The messages to send. gRPC holds on to the last one until the next: a frame would hold the whole batch."""
+        while (frame := self._requests.get()) is not None:
+            message = frame.encoded()
+            del frame
+            yield message
+
+    def takes(self, step: step_pb2.StepInput) -> bool:
+        return True
+
+    def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
+        if self._watch.ended:  # at the last moment of a step that was answered nonetheless
+            raise ServerUnavailable("the stream of steps was ended")
+        for i, part in enumerate(chunks(payload)):
+            self._requests.put(Frame(step if i == 0 else None, part))
+
+    def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
+        deadline = time.monotonic() + timeout
+        with self._watch.until(deadline):
+            try:
+                return self._answer()
+            except grpc.RpcError as error:
+                if self._watch.ended and time.monotonic() >= deadline:  # and not that of an answer before
+                    raise DeadlineExceeded(f"no answer came within {timeout:.3g} s") from None
+                raise error_of(error) from None
+            except GradbankError:
+                raise
+            except BaseException:
+                self._broken = True
+                self._interrupted()
+                raise
+
+    def close(self) -> None:
+        self._requests.put(None)
+        self._watch.close()
+        if self._broken:
+            end_beside(self._call.cancel)
+        else:
+            self._call.cancel()
+
+    def _answer(self) -> tuple[step_pb2.StepOutput, Tensor]:
+        frame = next(self._call, None)
+        if frame is None:
+            raise ServerUnavailable("the server ended the stream of steps")
+        if frame.step is None:
+            raise InternalError("the server's answer cannot be read: it begins in the middle")
+        output = frame.step
+        assert isinstance(output, step_pb2.StepOutput)
+        try:
+            payload = Assembly(output.payload_bytes)
+            while True:
+                for part in frame.payload:
+                    payload.add(part)
+                if payload.complete:
+                    return output, payload.payload()
+                frame = next(self._call, None)
+                if frame is None:
+                    raise ServerUnavailable("the server ended the stream in the middle of an answer")
+        except (InvalidRequest, RuntimeError) as error:  # torch's own, where more is announced than there is memory
+            raise InternalError(f"the server's answer cannot be read: {error}") from None
+
+
+def end_beside(end: Callable[[], object]) -> None:
+    """Ends what was interrupted inside gRPC, in a thread that may wait for ever; so may whoever drops the last
+    reference to it, and the thread holds one."""
+    threading.Thread(target=end, name="gradbank-end", daemon=True).start()
+
+
+class _Watch:
+    """Calls `end` if something is not over in time.
+
+    Attributes:
+        ended: whether it has.
+    """
+
+    def __init__(self, end: Callable[[], object]) -> None:
+        self._end, self.ended = end, False
+        self._until, self._wakes, self._closed = math.inf, math.inf, False
+        self._lock = threading.Lock()  # taken by itself: a Condition that is interrupted as it is taken stays taken
+        self._changed = threading.Condition(self._lock)
+        threading.Thread(target=self._run, name="gradbank-watch", daemon=True).start()
+
+    @contextmanager
+    def until(self, time_s: float) -> Iterator[None]:
+        """Whatever runs in the block is to be over at that time of `time.monotonic`."""
+        with self._lock:
+            self._until = time_s
+            if time_s < self._wakes:  # else the thread looks again before that, and need not be woken
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._lock:  # from here on it has ended, or will not
+                self._until = math.inf
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with self._lock:
+            while not self._closed:
+                now = time.monotonic()
+                if self._until <= now:
+                    self.ended = True
+                    self._end()
+                    return
+                self._wakes = min(self._until, now + _LOOKS_EVERY_S) if self._until < math.inf else math.inf
+                self._changed.wait(None if self._wakes == math.inf else self._wakes - now)
+
+
+_LOOKS_EVERY_S = 60.0  # at most: a lock cannot be waited for as long as a timeout may be

@@ -53,7 +53,9 @@ class Differences(Triplets):
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         anchor = positives.anchor
-        return self._of(positives.s[:, None] - s[anchor], negatives.to(s.dtype)[anchor] * positives.times[:, None])
+        return self._of(
+            positives.s[:, None] - s.index_select(0, anchor), negatives.to(s.dtype)[anchor] * positives.times[:, None]
+        )
 
     def of_list(self, near: Tensor, far: Tensor, triplets: tuple[Tensor, Tensor, Tensor], anchors: int) -> Gathered:
         return self._of(near - far, torch.ones_like(near))

@@ -27,7 +27,7 @@ def listed_distances(
     rows = distance.prepare(references.whole().to(embeddings.dtype))
 
     def of_chunk(a: Tensor, b: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
-        return distance.pairs(queries[a], rows[b])
+        return distance.pairs(queries.index_select(0, a), rows.index_select(0, b))
 
     chunks = zip(torch.split(anchors, CHUNK), torch.split(others, CHUNK))
     made = [checkpoint(of_chunk, a, b, queries, rows, use_reentrant=False) for a, b in chunks]

@@ -91,7 +91,7 @@ class LabelledPairs(Pairs):
     def tile(self, rows: slice, columns: slice) -> TilePairs:
         same = self.labels[rows, None] == self.ref_labels[columns]
         negatives = ~same
-        if self.own is not None:
+        if self.own is not None and same.shape[1]:
             column = self.own[rows, None] - columns.start
             near = column.clamp(0, same.shape[1] - 1)  # itself, or else a place that stays as it is
             same.scatter_(1, near, same.gather(1, near) & (column != near))

@@ -38,7 +38,7 @@ class Ranks(Statistic):
         return _RunningRanks(self.temperature, positives)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
-        before = ((s[positives.anchor] - positives.s[:, None]) / self.temperature).sigmoid()
+        before = ((s.index_select(0, positives.anchor) - positives.s[:, None]) / self.temperature).sigmoid()
         return Gathered((before * negatives.to(s.dtype)[positives.anchor]).sum(1))
 
 

@@ -53,7 +53,7 @@ class Separable(Triplets):
 
     def of_list(self, near: Tensor, far: Tensor, triplets: tuple[Tensor, Tensor, Tensor], anchors: int) -> Gathered:
         anchor = triplets[0]
-        row = () if self.row is None else (self.row.squeeze(1)[anchor],)
+        row = () if self.row is None else (self.row.squeeze(1).index_select(0, anchor),)
         above = self.of_positive(near, *row).detach().sign() + self.of_negative(far, *row).detach().sign()
         each = torch.stack([above, torch.ones_like(above)], 1).double()
         extra = each.new_zeros(anchors, 2).index_add(0, anchor, each)
@@ -61,7 +61,7 @@ class Separable(Triplets):
 
     def costs(self, positives: Positives) -> Tensor:
         """`(P,)`: what each positive costs."""
-        row = () if self.row is None else (self.row.squeeze(1)[positives.anchor],)
+        row = () if self.row is None else (self.row.squeeze(1).index_select(0, positives.anchor),)
         return self.of_positive(positives.s, *row)
 
     def tally(self, active: Tensor, number: Tensor, positives: Positives) -> Tensor:

@@ -39,7 +39,11 @@ class Triplets(Statistic):
         self.reducer = reducer
 
     def losses(self, anchor: Tensor, positive: Tensor, negative: Tensor, row: Tensor | None) -> Tensor:
-        made: Tensor = self.kernel(positive, negative) if row is None else self.kernel(positive, negative, row[anchor])
+        made: Tensor = (
+            self.kernel(positive, negative)
+            if row is None
+            else self.kernel(positive, negative, row.index_select(0, anchor))
+        )
         return made
 
     def within(self, positive: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ class Triplets(Statistic):
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         anchor = positives.anchor
-        losses = self.losses(anchor, positives.s[:, None], s[anchor], self.row)  # (P, M)
+        losses = self.losses(anchor, positives.s[:, None], s.index_select(0, anchor), self.row)  # (P, M)
         weight = negatives.to(losses.dtype)[anchor] * positives.times[:, None]
         weight = self.reducer.weigh(losses.detach(), self.within(positives.s[:, None], s[anchor], weight))
         sums, counts = counted(losses, weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64)
@@ -124,7 +128,7 @@ class RunningTriplets(Running):
         total, far = torch.zeros_like(s[:, 0]), negatives.beyond(s)
         for part in torch.split(self.order, max(1, room(_AT_ONCE, s.device) // max(s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
-            losses = self.triplets.losses(anchor, self.positives.s[part, None], far[anchor], self.row)
+            losses = self.triplets.losses(anchor, self.positives.s[part, None], far.index_select(0, anchor), self.row)
             weight = negatives.weighed(torch.ones_like(s))[anchor] * times[:, None]
             weight = self.triplets.within(self.positives.s[part, None], far.detach()[anchor], weight)
             weight = self.triplets.reducer.weigh(losses.detach(), weight)

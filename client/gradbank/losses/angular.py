@@ -72,7 +72,7 @@ class AngularLoss(PairLoss):
         assert labels is not None  # needs_labels
         assert known is not None
         with full_precision(embeddings.device):
-            anchors = self.distance.prepare(embeddings)[a]
+            anchors = self.distance.prepare(embeddings).index_select(0, a)
             positives = self.distance.prepare(references.take(p).to(embeddings.dtype))
             declared = _Angular(self, (anchors * positives).sum(1), a, p, labels)
             negatives = LabelledPairs(labels[a], known, positives=False)

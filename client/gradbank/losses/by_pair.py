@@ -70,7 +70,7 @@ def swapped(
     """A loss of triplets in which the nearer of anchor and positive is compared with the negative."""
     a, p = positives_with_negatives(pairs, embeddings, references, vectors=2)
     near = listed_distances(loss.distance, embeddings, references, a, p)
-    queries = torch.cat([embeddings[a], references.take(p)], 1)
+    queries = torch.cat([embeddings.index_select(0, a), references.take(p)], 1)
     declared = _Swapped(loss, near, a, p, pairs, cost)
     made: Tensor = evaluate(declared, queries, references, negatives_of(pairs, a), [near])
     return made
@@ -90,7 +90,7 @@ def swapped_triplets(
     first, second = pair // max(len(references), 1), pair % max(len(references), 1)
 
     near = listed_distances(loss.distance, embeddings, references, a, p)
-    queries = torch.cat([embeddings[first], references.take(second)], 1)
+    queries = torch.cat([embeddings.index_select(0, first), references.take(second)], 1)
     far = listed_distances(_NearerOfTwo(loss.distance), queries, references, which, n)
     parts = {"loss": {"losses": cost(near, far), "indices": triplets, "reduction_type": "triplet"}}
     return loss.reducer(parts, embeddings, labels)

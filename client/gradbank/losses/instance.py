@@ -137,7 +137,7 @@ class NPairsLoss(OwnClassLoss):
             return self.regularized(value, embeddings)  # type: ignore[no-any-return]
 
     def _listed(self, embeddings: Tensor, a: Tensor, p: Tensor) -> LossDict:
-        logits = self.logit(self.distance(embeddings[a], embeddings[p]))
+        logits = self.logit(self.distance(embeddings.index_select(0, a), embeddings.index_select(0, p)))
         losses = F.cross_entropy(logits, torch.arange(len(a), device=a.device), reduction="none")
         return {"loss": {"losses": losses, "indices": a, "reduction_type": "element"}}
 

@@ -130,7 +130,7 @@ class _Anchored:
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         exponent = self.margin - anchors.s
         if self.shift is not None:  # z has it added, for the negatives
-            exponent = exponent + 2 * self.shift[anchors.positives.other]
+            exponent = exponent + 2 * self.shift.index_select(0, anchors.positives.other)
         far, near = anchors.logsumexp(exponent), anchors.found["near"].value + self.margin
         present = (anchors.number() > 0).sum()
         return {

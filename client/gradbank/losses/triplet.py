@@ -181,7 +181,7 @@ class MarginLoss(TripletLoss):
         if anchors.labels.is_floating_point():
             raise ValueError(f"MarginLoss with num_classes needs integer labels, got {anchors.labels.dtype}")
         check_indices("label", anchors.labels, len(beta))
-        return beta[anchors.labels][:, None]
+        return beta.index_select(0, anchors.labels.long())[:, None]
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         sign = self.distance.sign

@@ -69,7 +69,7 @@ class Reducer(Recorder):
         kept = None
         for margin in (above, None if high is None else high - losses):
             if margin is not None:
-                inside = margin.sign().clamp_(min=0)  # not a mask, for masks are slow
+                inside = margin.clamp(0, 1).ceil_()  # not a mask, for masks are slow; and NaN stays what it is
                 kept = inside if kept is None else kept * inside
         if weight is None:
             return torch.ones_like(losses) if kept is None else kept

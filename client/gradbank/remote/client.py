@@ -158,7 +158,7 @@ class Client:
         if os.getpid() != self._process or self._closed:
             return
         failures, deadline = [], time.monotonic() + self.timeout
-        for remote in self._open.values():
+        for remote in list(self._open.values()):
             try:
                 remote.flush(left_until(deadline))
             except (ServerUnavailable, SessionNotFound):

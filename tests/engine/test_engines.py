@@ -1,5 +1,6 @@
 """Engines that agree: whole or in tiles, of whatever size, in whatever order the batch comes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -8,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradbank import engine, losses
+from gradbank import engine, losses, miners
 from gradbank.engine import Bounds
 
 few_examples = hypothesis.settings(
@@ -132,6 +133,42 @@ def test_a_row_for_each_positive_is_made_where_these_are_few(loss: Any, classes:
             found[name] = answer(loss, inputs)
     chosen = answer(loss, inputs)
     assert [name for name in found if all(map(torch.equal, chosen, found[name]))] == [quickest]
+
+
+@pytest.mark.parametrize("engine_name", ["dense", "tiled"])
+def test_a_row_of_nan_is_seen_in_the_loss(recipe: Any, engine_name: str) -> None:
+    torch.manual_seed(0)
+    embeddings, labels = torch.randn(48, 8), torch.arange(48) // 4
+    embeddings[3] = torch.nan
+    with engine.using(engine_name):
+        assert recipe.ours()(embeddings.requires_grad_(), labels).isnan()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mined", [False, True])
+@pytest.mark.parametrize("name", ["TripletMarginLoss", "MarginLoss", "AngularLoss", "ContrastiveLoss"])
+def test_a_gradient_is_the_same_to_the_bit_each_time(two_threads: None, name: str, mined: bool) -> None:
+    torch.manual_seed(0)
+    rows = 48 if mined else 128
+    embeddings, labels = torch.randn(rows, 16), torch.randint(6, (rows,))
+    indices = miners.TripletMarginMiner()(embeddings, labels) if mined else None
+    loss = getattr(losses, name)()
+    first = answer(loss, (embeddings, labels, None, None), indices)
+    for _ in range(5):
+        assert all(map(torch.equal, answer(loss, (embeddings, labels, None, None), indices), first))
+
+
+def test_a_tile_without_columns_has_no_pairs() -> None:
+    none = torch.zeros(1, dtype=torch.int64)
+    pairs = engine.LabelledPairs(none, torch.zeros(3, dtype=torch.int64), none)
+    assert [len(each) for each in pairs.tile(slice(0, 1), slice(3, 3))[::2]] == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["dens", "onepass"])

@@ -1,7 +1,8 @@
 """How a declared loss is evaluated: the same declaration, by whichever engine fits.
 
 `dense` holds the whole matrix; `tiled` computes value and gradient together in bounded memory. The first is
-quicker where the matrix fits a tile anyway, and is chosen there; `using` forces a choice for a block of code.
+quicker where the matrix is small, and what statistics make of it, and is chosen there; `using` forces a choice for a
+block of code.
 """
 
 from collections.abc import Iterator, Sequence
@@ -166,8 +167,9 @@ def evaluate_triplets(
 def _is_small(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> bool:
     """Whether the matrix is worth holding whole, and with it a row for each positive, where a statistic wants that."""
     width, most = len(references) * references.vectors, room(2**18, embeddings.device)
-    if len(embeddings) * width <= 2**12 or len(embeddings) * width > most:
-        return len(embeddings) * width <= 2**12
+    entries = len(embeddings) * width
+    if entries <= 2**12 or entries > most:
+        return entries <= 2**12
     none = embeddings.new_zeros(0)
     nothing, place = Positives(none, none.long(), none, none.long()), slice(0, len(embeddings))
     anchors = Anchors(len(embeddings), pairs.anchor_labels, embeddings.detach(), nothing, place=place)

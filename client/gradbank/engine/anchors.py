@@ -74,9 +74,8 @@ class Anchors:
 
     def each(self, values: Tensor) -> Tensor:
         """`(b,)` values of the anchors, given to each of their positives: `(P,)`."""
-        return values.index_select(
-            0, self.positives.anchor
-        )  # whose gradient is added up in order, as indexing's is not
+        # of which the gradient is added up in order, as that of indexing is not
+        return values.index_select(0, self.positives.anchor)
 
     def sum(self, values: Tensor) -> Tensor:
         """`(P,)` values of the positives, added up by anchor: `(b,)`."""

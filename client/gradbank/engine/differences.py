@@ -53,9 +53,8 @@ class Differences(Triplets):
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         anchor = positives.anchor
-        return self._of(
-            positives.s[:, None] - s.index_select(0, anchor), negatives.to(s.dtype)[anchor] * positives.times[:, None]
-        )
+        differences = positives.s[:, None] - s.index_select(0, anchor)
+        return self._of(differences, negatives.to(s.dtype)[anchor] * positives.times[:, None])
 
     def of_list(self, near: Tensor, far: Tensor, triplets: tuple[Tensor, Tensor, Tensor], anchors: int) -> Gathered:
         return self._of(near - far, torch.ones_like(near))

@@ -25,7 +25,7 @@ class Separable(Triplets):
         row: `(b, 1)` numbers of the anchors that both ramps also take; they get a gradient.
     """
 
-    needs_positives = False
+    needs_positives = False  # but it makes rows, in `dense`, as every statistic of triplets
 
     def __init__(self, of_positive: Ramp, of_negative: Ramp, row: Tensor | None = None) -> None:
         def kernel(positive: Tensor, negative: Tensor, *row: Tensor) -> Tensor:

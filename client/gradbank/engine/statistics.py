@@ -107,7 +107,7 @@ class Statistic:
     """What a loss wants to know about the negatives of each anchor."""
 
     needs_positives = False  # whether `begin` wants the positives' distances
-    makes_rows = False  # whether `dense` makes a row of M numbers for each positive
+    makes_rows = False  # whether `dense` holds a row of M numbers for each positive
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
         raise NotImplementedError

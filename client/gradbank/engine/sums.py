@@ -94,7 +94,7 @@ class Each(Sum):
         return Gathered(losses, None, (losses, (pairs.a2, pairs.n)))
 
 
-_ALL_OR_ACTIVE = (None, None), (0.0, None)  # the bounds that make a ramp's count known: of all, or of those above 0
+_ALL_OR_ACTIVE = (None, None), (0.0, None)  # bounds for which a ramp's slope also says what counts
 
 
 class _RunningSum(Running):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
@@ -74,10 +75,12 @@ class Component(nn.Module):
         """What a server needs to build an equal component.
 
         Raises:
-            TypeError: a class that is not registered by `@component`, and so has no name on the wire.
+            TypeError: a class that is not registered by `@component`, and so has no name on the wire; or one whose
+                `__init__` takes what is no field, and so cannot be told.
         """
         if _REGISTRY.get(type(self).__name__) is not type(self):
             raise TypeError(f"{type(self).__name__} is not a registered component: decorate it with @component")
+        _check_constructor(type(self))
         arguments, fields = self.arguments(), argument_fields(type(self))
         return Spec(type(self).__name__, {each.name: _sent(arguments[each.name]) for each in fields if is_sent(each)})
 
@@ -118,6 +121,18 @@ def foundation(cls: type[C]) -> type[C]:
         if each.init and each.name in made.__dict__:
             delattr(made, each.name)  # a default left on the class would hide a module assigned to the field
     return made
+
+
+def _check_constructor(cls: type[Component]) -> None:
+    """Refuses a class that would be built without some of its arguments."""
+    taken = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    named = [each.name for each in taken if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    unknown = [name for name in named if name not in argument_names(cls)]
+    if unknown:
+        raise TypeError(
+            f"{cls.__name__}.__init__ takes {', '.join(unknown)}, of which a server cannot be told: declare what it "
+            f"takes as fields of the class (`{unknown[0]}: float = 1.0`), and do the rest in __post_init__"
+        )
 
 
 def _held(value: Any) -> Any:

@@ -36,7 +36,8 @@ class CrossBatchMemory(Loss, Recorder):
     Each call first enters the batch into the queue, overwriting the oldest rows, then compares it with the whole
     queue; an anchor's own row is not its positive. Rows in the queue get no gradient.
 
-    A call that fails leaves the queue as it was. It has no statistics of its own; its loss and miner write theirs.
+    A call that fails leaves the queue as it was. It has no statistics of its own: its loss writes some, and so does a
+    miner that lists what it takes. Those that list nothing here (of pairs, and `TripletMarginMiner`) count nothing.
 
     Args:
         loss: a loss of pairs or triplets.

@@ -525,3 +525,18 @@ def test_own_loss_and_distance_work_everywhere(own: Any, embedded: gradbank.Clie
         batch = torch.randn(8, 4), torch.randint(3, (8,))
         assert all(map(torch.equal, value_and_gradient(remote, *batch), value_and_gradient(bank, *batch)))
     embedded.close_session(name)
+
+
+def test_a_class_whose_arguments_a_server_cannot_be_told_is_not_hosted() -> None:
+    @component
+    class Rescaled(losses.BaseMetricLossFunction):
+        def __init__(self, scale: float = 2.0, **more: Any) -> None:
+            super().__init__(**more)
+            self.scale = scale
+
+    with gradbank.connect("local://") as client:
+        with pytest.raises(
+            TypeError, match=r"Rescaled.__init__ takes scale, of which a server cannot be told: declare"
+        ):
+            client.open("own", Rescaled(3.0))
+        assert client.sessions() == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gradbank
-from gradbank import losses
+from gradbank import losses, reducers
 from gradbank.errors import InvalidRequest
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -214,3 +214,34 @@ def test_sparse_embeddings_are_refused_by_name(anyway: gradbank.Client, name: st
     there = anyway.open(name, losses.NTXentLoss())
     with pytest.raises(InvalidRequest, match=r"layout torch.sparse_coo cannot be sent; make it dense"):
         there(batch(0)[0].detach().to_sparse(), batch(0)[1])
+
+
+def test_frozen_weights_are_not_given_an_optimizer(client: gradbank.Client, name: str) -> None:
+    head = losses.ArcFaceLoss(4, 16)
+    head.W.requires_grad_(False)
+    there = client.open(name, head)
+    with pytest.raises(InvalidRequest, match="W requires no gradient here, and the server would step all weights"):
+        there.optimizer("SGD", lr=1.0)
+    head.W.requires_grad_(True)
+    there.optimizer("SGD", lr=1.0)
+
+
+def test_an_optimizer_takes_no_state_that_it_could_not_use(client: gradbank.Client, name: str) -> None:
+    head = losses.ArcFaceLoss(4, 16)
+    optimizer, here = client.open(name, head).optimizer("SGD", lr=1.0, momentum=0.9), losses.ArcFaceLoss(4, 16)
+    own = torch.optim.SGD(here.parameters(), lr=0.5, momentum=0.9)
+    here(torch.randn(8, 16), torch.arange(8) % 4).backward()
+    own.step()
+    with pytest.raises(InvalidRequest, match="keeps its state on the server, which takes none from here"):
+        optimizer.load_state_dict(own.state_dict())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = 0.25
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_a_reducer_that_gives_no_number_is_refused(client: gradbank.Client, name: str) -> None:
+    there = client.open(name, losses.TripletMarginLoss(reducer=reducers.DoNothingReducer()))
+    with pytest.raises(InvalidRequest, match="gives one number, and the reducer of TripletMarginLoss gives dict"):
+        there(torch.randn(8, 16), torch.arange(8) % 4)
+    assert client.stats(name).rejected == 1

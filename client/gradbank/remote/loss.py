@@ -140,11 +140,17 @@ class RemoteLoss(nn.Module):
         """An optimizer of the loss's weights on the server, by its name in `torch.optim`: `optimizer("SGD", lr=0.01)`.
 
         Raises:
-            InvalidRequest: no such optimizer or option, or a loss without weights.
+            InvalidRequest: no such optimizer or option, a loss without weights, or with frozen ones.
             SessionConflict: the session has another optimizer.
         """
         if self._optimizer is not None and (self._optimizer.name, self._optimizer.options) != (name, options):
             raise SessionConflict(f"this loss has the optimizer {self._optimizer.name} already")
+        frozen = [name for name, weight in self.hosted.named_parameters() if not weight.requires_grad]
+        if frozen:
+            raise InvalidRequest(
+                f"{', '.join(frozen)} requires no gradient here, and the server would step all weights of the loss: "
+                "thaw it with requires_grad_(), or host what is frozen as a loss of its own"
+            )
         made = self._optimizer or RemoteOptimizer(name, options)
         self.producer.configure(made.spec())
         self._optimizer = made

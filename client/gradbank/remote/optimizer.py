@@ -45,6 +45,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the options of another one. Momenta and the like are the server's, and are in no `state_dict`.
+
+        Raises:
+            InvalidRequest: a state that has some.
+        """
+        if state_dict.get("state"):
+            raise InvalidRequest(
+                "the optimizer of a hosted loss keeps its state on the server, which takes none from here: load a "
+                "state_dict() of such an optimizer, or train the loss here"
+            )
+        super().load_state_dict(state_dict)
+
     def __reduce_ex__(self, protocol: object) -> Any:
         raise TypeError(
             "the optimizer of a hosted loss can be neither copied nor pickled, for its state is the server's: "

@@ -232,6 +232,11 @@ class Session:
         weights = self._learner.weights if batch.weights_need_gradient else []
         with torch.set_grad_enabled(bool(wanted or weights)):
             staged = self.loss.stage(embeddings, **arguments)
+        if not isinstance(staged.loss, Tensor):
+            raise InvalidRequest(
+                f"a hosted loss gives one number, and the reducer of {self.spec.title()} gives "
+                f"{type(staged.loss).__name__}: give it another one, or call the loss here"
+            )
         made = _gradients(staged.loss, [*wanted, *weights])
         gradients = iter(made[: len(wanted)])
         answer = Answer(

@@ -13,8 +13,11 @@ from torch import Tensor
 import gradbank
 from gradbank import losses
 from gradbank.errors import InternalError, ServerUnavailable, SessionNotFound
+from gradbank.remote.doubts import Doubts
 from gradbank_server.service import Server, service
 from gradbank_server.settings import ServerSettings
+
+from .conftest import DOWN
 
 D = 8
 
@@ -158,3 +161,34 @@ def test_a_forked_child_does_not_close_what_is_its_parents(nearby: Server, name:
     words = [sys.executable, "-W", "ignore", "-c", FORKS, nearby.address, name]
     done = subprocess.run(words, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupt_while_a_step_is_given_up_loses_nothing(
+    proxy: Any, near: gradbank.Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the step, nor the optimizer's that it tells of."""
+    append, interrupts = Doubts.append, [KeyboardInterrupt]
+
+    def interrupted(*args: Any, **more: Any) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        append(*args, **more)
+
+    with gradbank.connect(proxy.address, timeout=20) as client:
+        here = losses.ArcFaceLoss(4, D)
+        there = client.open(name, here)
+        far, own = there.optimizer("SGD", lr=0.5), torch.optim.SGD(here.parameters(), lr=0.5)
+        for loss_fn, optimizer in ((there, far), (here, own)):
+            loss_fn(*batch(0)).backward()
+            optimizer.step()
+        there.producer.timeout = 1
+        proxy.lose(DOWN)
+        monkeypatch.setattr(Doubts, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            there(*batch(1))
+        there.producer.timeout = 20
+        proxy.cut()
+        assert torch.equal(there(*batch(1)), here(*batch(1)))
+        assert torch.equal(there(*batch(2)), here(*batch(2)))
+        assert near.stats(name).optimizer_steps == 1
+        assert near.stats(name).steps == 3

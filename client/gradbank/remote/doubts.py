@@ -57,5 +57,5 @@ class Doubts:
         self._held = [doubt for doubt in self._held if doubt.ticket.step is not ticket.step]
 
     def renumber(self) -> None:
-        """The oldest was refused, and those behind it would have other numbers: they can be asked for no more."""
+        """Drops the oldest, which was refused: those behind it have other numbers, and can be asked for no more."""
         self._held = [_Doubt(doubt.ticket, None) for doubt in self._held[1:]]

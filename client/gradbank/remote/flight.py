@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ class Flight:
 
     def __len__(self) -> int:
         return len(self._tickets)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(self._tickets)
 
     @property
     def oldest(self) -> Ticket | None:
@@ -56,10 +60,10 @@ class Flight:
         try:
             self._steps.send(ticket.step, ticket.parts, left_until(deadline))
         except ServerUnavailable:
-            self._drop()
+            self.drop()
         except GradbankError:
             self._tickets.remove(ticket)
-            self._drop()
+            self.drop()
             raise
 
     def answer(self, transport: Transport, deadline: float) -> tuple[Ticket, step_pb2.StepOutput, Tensor] | None:
@@ -82,7 +86,7 @@ class Flight:
             return oldest, *answer_of(steps, oldest.step.seq, left_until(deadline))
         except BaseException:  # Ctrl-C too: what is left on the stream is not the next step's answer
             with self._lock:
-                self._drop()
+                self.drop()
             raise
 
     def answered(self) -> None:
@@ -100,13 +104,12 @@ class Flight:
             ticket.step.seq = number
             steps.send(ticket.step, ticket.parts, left_until(deadline))
 
-    def let_go(self) -> list[Ticket]:
-        """Ends the stream, and gives the steps that were in flight: nobody knows whether they are carried out."""
-        self._drop()
-        tickets, self._tickets = self._tickets, deque()
-        return list(tickets)
+    def clear(self) -> None:
+        """Lets go of the steps in flight."""
+        self._tickets = deque()
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Ends the stream: nobody knows which of the steps in flight are carried out."""
         if self._steps is not None:
             self._steps.close()
             self._steps = None

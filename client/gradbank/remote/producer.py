@@ -206,9 +206,9 @@ class Producer:
                     self._note(ticket)
                     self._flight.answered()
                     return
+                renumbered = True  # before it is so: then those behind are only asked for anew
                 self._flight.answered()
                 self._refuse(ticket, error_of(output.error))
-                renumbered = True
                 self._flight.renumber(self.last_seq + 1, deadline)
         except BaseException as error:
             with self._lock:
@@ -246,13 +246,18 @@ class Producer:
         """Lets go of what is in flight, which is in doubt from now on: to be sent again as it was, but for what may
         have been sent under two numbers."""
         told = error if isinstance(error, GradbankError) else ServerUnavailable(_INTERRUPTED)
-        for ticket in self._flight.let_go():
+        self._flight.drop()
+        tickets = list(self._flight)
+        for ticket in tickets:
             if ticket.outcome is not None:  # an interrupt came as it was noted
                 self._note(ticket)
                 continue
             ticket.error = told
             self._doubts.append(ticket, fits=not renumbered)
-            ticket.parts = []
+        self._flight.clear()  # now, for an interrupt before it leaves them to the next who gives up
+        for ticket in tickets:
+            if ticket.error is not None:
+                ticket.parts = []
 
     def _numbered(self, step: step_pb2.StepInput, news: News) -> step_pb2.StepInput:
         """The step as it will be sent."""

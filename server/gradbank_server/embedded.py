@@ -86,6 +86,10 @@ class EmbeddedTransport:
 
         return self._guarded(stepped)
 
+    def failed(self, step: step_pb2.StepInput, error: InternalError) -> step_pb2.StepOutput:
+        """What is to be told of a fault of the step."""
+        return self._service.failed(step, error)
+
     def close(self) -> None:
         self._closed = True
 
@@ -100,7 +104,7 @@ class EmbeddedTransport:
         except GradbankError:
             raise
         except Exception as error:
-            raise InternalError(f"the embedded server failed; nothing was changed: {error}") from error
+            raise InternalError(f"the embedded server failed; asking again is safe: {error!r}") from error
 
 
 class EmbeddedWatch:
@@ -127,8 +131,18 @@ class EmbeddedSteps:
     def takes(self, step: step_pb2.StepInput) -> bool:
         return True
 
+    def prepare(self, step: step_pb2.StepInput, timeout: float) -> None:
+        """There is nothing to prepare."""
+
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
-        self._answers.append(self._transport.step(step, payload))
+        try:
+            answer = self._transport.step(step, payload)
+        except InternalError as error:
+            output = self._transport.failed(step, error)
+            if not output.carried_out:
+                raise
+            answer = output, assembled([])
+        self._answers.append(answer)
 
     def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
         return self._answers.popleft()

@@ -88,13 +88,12 @@ class Proxy:
     def _pump(self, connection: Connection, direction: str, source: socket.socket, sink: socket.socket) -> None:
         try:
             while data := source.recv(65536):
-                left = self._left[direction]
+                left = self._left[direction]  # which the test may set to something else meanwhile
                 if left is not None:
-                    data = data[:left]
-                    self._left[direction] = left - len(data)
+                    self._left[direction] = max(left - len(data), 0)
                 if direction not in connection.lost:
-                    sink.sendall(data)
-                if self._left[direction] == 0:
+                    sink.sendall(data[:left])
+                if left is not None and left <= len(data):
                     self.cut()
         except OSError:
             pass

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import gradbank
 from gradbank import losses
-from gradbank.errors import InternalError, ServerUnavailable, SessionNotFound
+from gradbank.errors import InternalError, NonFiniteError, ServerUnavailable, SessionNotFound
+from gradbank.memory import CrossBatchMemory
 from gradbank.remote.doubts import Doubts
 from gradbank_server.service import Server, service
 from gradbank_server.settings import ServerSettings
@@ -50,28 +51,79 @@ def test_a_default_device_is_not_that_of_what_was_sent(anyway: gradbank.Client, 
     assert torch.equal(copy.embedding_memory, here.embedding_memory)
 
 
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Which of the answers that the server makes it fails to, by number: their steps are carried out nonetheless."""
+    real, numbers, made = service.answer_message, set[int](), iter(range(1000))
+
+    def fails(*arguments: Any) -> Any:
+        if next(made) in numbers:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(service, "answer_message", fails)
+    return numbers
+
+
 @pytest.mark.parametrize("asks_again", [False, True])
 def test_after_a_fault_behind_a_step_the_trainer_goes_on(
-    client: gradbank.Client, name: str, monkeypatch: pytest.MonkeyPatch, asks_again: bool
+    anyway: gradbank.Client, name: str, failing: set[int], asks_again: bool
 ) -> None:
-    """The step was carried out, and its number used, when the server failed to answer."""
-    here, there = memory(), client.open(name, memory())
-    real = service.answer_message
-
-    def fails(*_: Any) -> None:
-        monkeypatch.setattr(service, "answer_message", real)
-        raise MemoryError
-
+    here, there = memory(), anyway.open(name, memory())
+    failing |= set(range(1, 1000))
     assert torch.equal(there(*batch(0)), here(*batch(0)))
-    monkeypatch.setattr(service, "answer_message", fails)
-    with pytest.raises(InternalError, match="asking again is safe"):
+    there.producer.timeout = 1
+    with pytest.raises(ServerUnavailable, match="calling again with the same batch is safe"):
         there(*batch(1))
+    there.producer.timeout = 20
+    failing.clear()
     wanted = here(*batch(1))
     if asks_again:  # and is answered from store: the batch enters the bank once
         assert torch.equal(there(*batch(1)), wanted)
     for seed in (2, 3):
         assert torch.equal(there(*batch(seed)), here(*batch(seed)))
-    assert (client.stats(name).steps, client.stats(name).replayed) == (4, int(asks_again))
+    assert anyway.stats(name).steps == 4
+
+
+@pytest.mark.parametrize("fails", [{2}, {2, 3}, {4, 5}, {1, 3, 7}], ids=str)
+def test_the_answer_that_a_server_failed_to_make_is_asked_for_again(
+    anyway: gradbank.Client, name: str, failing: set[int], fails: set[int]
+) -> None:
+    here, there = memory(), anyway.open(name, memory())
+    failing |= fails
+    flight = [there.submit(*batch(seed)) for seed in range(7)]
+    for seed, future in enumerate(flight):
+        assert torch.equal(future.result(), here(*batch(seed)))
+    assert anyway.stats(name).steps == 7
+
+
+def test_a_step_refused_behind_a_fault_does_not_take_its_number(
+    anyway: gradbank.Client, name: str, failing: set[int]
+) -> None:
+    here, there = memory(), anyway.open(name, memory())
+    failing.add(1)
+    assert torch.equal(there(*batch(0)), here(*batch(0)))
+    faulty, refused = there.submit(*batch(1)), there.submit(torch.full((12, D), torch.nan), batch(1)[1])
+    behind = [there.submit(*batch(seed)) for seed in (2, 3)]
+    with pytest.raises(NonFiniteError):
+        refused.result()
+    for seed, future in enumerate([faulty, *behind], 1):
+        assert torch.equal(future.result(), here(*batch(seed)))
+    assert anyway.stats(name).steps == 4
+
+
+def test_a_fault_before_a_step_is_told_and_nothing_is_changed(
+    anyway: gradbank.Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = memory(), anyway.open(name, memory())
+    assert torch.equal(there(*batch(0)), here(*batch(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(CrossBatchMemory, "stage", None)
+        with pytest.raises(InternalError, match="asking again is safe"):
+            there(*batch(1))
+    for seed in (1, 2):
+        assert torch.equal(there(*batch(seed)), here(*batch(seed)))
+    assert anyway.stats(name).steps == 3
 
 
 def test_a_trainer_in_doubt_does_not_go_on_in_a_new_session_of_that_name() -> None:
@@ -161,6 +213,45 @@ def test_a_forked_child_does_not_close_what_is_its_parents(nearby: Server, name:
     words = [sys.executable, "-W", "ignore", "-c", FORKS, nearby.address, name]
     done = subprocess.run(words, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+FORKS_WHILE_ANOTHER_WAITS = """
+import os, sys, threading, time, torch, gradbank
+from gradbank import losses
+client = gradbank.connect("local://")
+loss_fn = client.open("run", losses.NTXentLoss())
+batch = torch.randn(8, 4), torch.arange(8) % 2
+future = loss_fn.submit(*batch)
+answered = threading.Event()
+loss_fn.producer.result = lambda *_: answered.wait()
+threading.Thread(target=future.result, daemon=True).start()
+while not future._asking.locked():
+    time.sleep(0.01)
+child = os.fork()
+if child == 0:
+    try:
+        future.result()
+    except gradbank.errors.ForkedClient:
+        os._exit(0)
+    os._exit(1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_child_forked_while_another_thread_waits_is_refused() -> None:
+    words = [sys.executable, "-W", "ignore", "-c", FORKS_WHILE_ANOTHER_WAITS]
+    done = subprocess.run(words, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_to_open_a_loss_again_loses_no_step_of_its_optimizer(anyway: gradbank.Client, name: str) -> None:
+    here = losses.ArcFaceLoss(4, D)
+    there = anyway.open(name, here)
+    far, own = there.optimizer("SGD", lr=0.5), torch.optim.SGD(here.parameters(), lr=0.5)
+    for loss_fn, optimizer in ((there, far), (here, own)):
+        loss_fn(*batch(0)).backward()
+        optimizer.step()
+    assert torch.equal(anyway.open(name, here)(*batch(1)), here(*batch(1)))
 
 
 def test_an_interrupt_while_a_step_is_given_up_loses_nothing(

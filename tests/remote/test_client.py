@@ -251,7 +251,7 @@ def test_a_loss_in_a_worker_of_a_data_loader_fails_at_once(near: gradbank.Client
     assert len(came) == 2
     for message, took in came:
         assert "call the loss in the main process, and not in a DataLoader worker" in message
-        assert took < 1
+        assert took < 10  # of the 20 s that a call may take
     assert near.stats(name).steps == 1
     assert torch.equal(there(*batch(1)), here(*batch(1)))
 

@@ -16,6 +16,7 @@ from gradbank import losses
 from gradbank.errors import DeadlineExceeded, GradbankError, InvalidRequest, ServerUnavailable
 from gradbank.remote.ticket import NO_NEWS
 from gradbank_server.service import Server
+from gradbank_server.settings import ServerSettings
 
 from .conftest import DOWN
 
@@ -134,6 +135,67 @@ def test_who_waits_for_another_thread_goes_on_though_nobody_says_so(server: Serv
         waiter.join(5)
         assert not waiter.is_alive()
         assert client.stats(name).steps == 2
+
+
+@pytest.mark.parametrize("way", ["shm", "tcp"])
+def test_who_waits_for_answers_behind_a_refused_one_keeps_nobody(
+    nearby: Server, name: str, monkeypatch: pytest.MonkeyPatch, way: Any
+) -> None:
+    with gradbank.connect(nearby.address, timeout=20, via=way) as client:
+        there = client.open(name, losses.NTXentLoss())
+        for future in [there.submit(*batch(seed)) for seed in range(3)]:  # from then on there is room for several
+            future.result()
+        refused = there.submit(torch.full((12, D), torch.nan), batch(0)[1])
+        behind = there.submit(*batch(1))
+        steps, waits, goes_on = there.producer._flight._steps, threading.Event(), threading.Event()
+        receive, told = steps.receive, list[Exception]()  # type: ignore[union-attr]
+
+        def late(timeout: float) -> Any:
+            answer = receive(timeout)
+            if not answer[0].error.message.startswith("embeddings"):  # those behind
+                waits.set()
+                goes_on.wait(10)
+            return answer
+
+        def ask() -> None:
+            try:
+                behind.result()
+            except DeadlineExceeded as error:
+                told.append(error)
+
+        monkeypatch.setattr(steps, "receive", late)
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert waits.wait(10)
+        there.producer.timeout = 0.3
+        assert seconds(lambda: there.submit(*batch(2)), DeadlineExceeded) < 2
+        begun = time.monotonic()
+        there.close()
+        assert time.monotonic() - begun < 2
+        goes_on.set()
+        thread.join(20)
+        with pytest.raises(GradbankError, match="not finite"):
+            refused.result()
+        assert len(told) == 1
+        there.producer.timeout = 20
+        assert there(*batch(3)).isfinite()
+
+
+def test_closing_the_loss_ends_the_wait_of_who_connects(name: str) -> None:
+    with (
+        Server(ServerSettings(port=0, metrics_port=-1, drain_seconds=1)) as running,
+        gradbank.connect(running.address, timeout=20) as client,
+    ):
+        there = client.open(name, losses.NTXentLoss())
+        there(*batch(0))
+    there.producer.transport = lambda: client._transport  # whose server is gone
+    told = list[float]()
+    thread = threading.Thread(target=lambda: told.append(seconds(lambda: there(*batch(1)), ServerUnavailable)))
+    thread.start()
+    time.sleep(0.5)
+    there.close()
+    thread.join(20)
+    assert told[0] < 10
 
 
 def test_a_client_that_was_closed_does_not_try(anyway: gradbank.Client, name: str) -> None:

@@ -3,11 +3,12 @@
 import os
 import secrets
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from gradbank.errors import ForkedClient, GradbankError, InvalidRequest, ServerUnavailable, SessionNotFound
+from gradbank.errors import Fenced, ForkedClient, GradbankError, InvalidRequest, ServerUnavailable, SessionNotFound
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.remote.ladder import Via, transport_to
@@ -74,7 +75,8 @@ class Client:
         """`loss`, hosted by the server under `name`: call it as you would call `loss`.
 
         The first to open a name creates the session, from the loss as it is: weights and a bank that is not empty
-        are sent along. Whoever opens it later, with an equal loss, joins it as it is there.
+        are sent along. Whoever opens it later, with an equal loss, joins it as it is there. A loss that this client
+        opened before at that rank is closed, once the server knows all that its optimizer has to tell.
 
         Args:
             name: letters, digits, '.', '_' and '-'; at most 64.
@@ -97,6 +99,9 @@ class Client:
             raise InvalidRequest(f"rank must be a whole number from 0 on, got {rank!r}")
         if wire not in (None, torch.bfloat16, torch.float16):
             raise InvalidRequest(f"wire must be torch.bfloat16, torch.float16 or None, got {wire!r}")
+        if (name, rank) in self._open:
+            with suppress(Fenced, SessionNotFound):  # nobody is left to tell
+                self._open[name, rank].flush()
         named, payload = [], []
         for key, value in _state_to_send(loss).items():
             message, data = describe(value)
@@ -122,7 +127,9 @@ class Client:
         """Ends a session and frees what it holds, for all its trainers; whether there was one."""
         self._checked()
         for held in [held for held in self._open if held[0] == name]:
-            self._open.pop(held).close()
+            closed = self._open.pop(held, None)  # another thread may have
+            if closed is not None:
+                closed.close()
         return bool(self._call("CloseSession", session_pb2.CloseSessionRequest(session=name)).existed)
 
     def stats(self, name: str) -> SessionStats:

@@ -9,8 +9,9 @@ from torch import Tensor
 class StepFuture:
     """A batch that was submitted; see `RemoteLoss.submit`."""
 
-    def __init__(self, finish: Callable[[], Tensor]) -> None:
+    def __init__(self, finish: Callable[[], Tensor], check: Callable[[], object]) -> None:
         self._finish: Callable[[], Tensor] | None = finish
+        self._check = check
         self._asking = threading.Lock()
         self._loss: Tensor | None = None
 
@@ -20,6 +21,9 @@ class StepFuture:
         Raises:
             GradbankError: the step was refused, or not answered in time; asking again says the same.
         """
+        if self._loss is not None:
+            return self._loss
+        self._check()  # before the lock, which a fork may have copied while it was held
         with self._asking:  # two losses of one answer would share its gradients
             if self._finish is not None:
                 self._loss, self._finish = self._finish(), None  # which holds the batch as it was sent

@@ -85,7 +85,7 @@ class RemoteLoss(nn.Module):
         call, ticket = self._call(args, kwargs), None
         try:
             ticket = self.producer.submit(call.step, call.payload, self._news, self.producer.deadline())
-            return StepFuture(partial(self._loss, call, ticket))
+            return StepFuture(partial(self._loss, call, ticket), self.producer.transport)
         except BaseException as error:
             self.producer.abandon(ticket, error)
             raise

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from gradbank.errors import (
     DeadlineExceeded,
     GradbankError,
-    InternalError,
     InvalidUpdate,
     LimitExceeded,
     ServerUnavailable,
@@ -29,6 +29,7 @@ from gradbank.wire import WINDOW, TensorReader, error_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _LOOKS_EVERY_S = 1.0  # who waits for another thread: Ctrl-C may come just before that tells the others
+_CLOSED = "the loss was closed before the step was answered"
 _INTERRUPTED = "the wait for its answer was interrupted; asking for the same batch again is safe"
 
 
@@ -62,12 +63,13 @@ class Producer:
         timeout: float,
     ) -> None:
         self.session, self.rank, self.timeout = session, rank, timeout
-        self._transport, self._nonce, self._incarnation = transport, nonce, incarnation
+        self.transport, self._nonce, self._incarnation = transport, nonce, incarnation
         self._process = os.getpid()
         self._renewed = b""
         self._lock = threading.RLock()  # taken by itself: a Condition that is interrupted as it is taken stays taken
         self._changed = threading.Condition(self._lock)
         self._busy = False  # whether a thread waits for the server
+        self._closed = 0  # how often, for it can be used again
         self._flight = Flight(self._lock)
         self._doubts = Doubts()
         self.epoch = self.last_seq = self.max_step_bytes = 0
@@ -90,7 +92,7 @@ class Producer:
             nonce=nonce,
             previous_nonce=previous_nonce,
         )
-        held: session_pb2.AttachSessionResponse = self._transport().call("AttachSession", request, timeout)
+        held: session_pb2.AttachSessionResponse = self.transport().call("AttachSession", request, timeout)
         return held
 
     def deadline(self, timeout: float | None = None) -> float:
@@ -108,7 +110,7 @@ class Producer:
         Raises:
             GradbankError: it was not sent.
         """
-        transport = self._transport()  # before the lock, which a fork may have copied while it was held
+        transport = self.transport()  # before the lock, which a fork may have copied while it was held
         step.payload_bytes = sum(len(part) for part in parts)
         if step.payload_bytes > self.max_step_bytes:  # the server would say so too, once it has been sent
             raise LimitExceeded(
@@ -131,7 +133,7 @@ class Producer:
         Raises:
             GradbankError: the step was refused (the session is as it was), or could not be answered in time.
         """
-        transport = self._transport()
+        transport = self.transport()
         while not ticket.settled:
             with suppress(DeadlineExceeded):  # which is in the ticket, unless that was answered just then
                 self._alone(self._read, transport, deadline)
@@ -162,11 +164,10 @@ class Producer:
         if self._doubts and not again:
             return self._read if self._flight else self._settle_doubts
         most = 1 if news.events or self._doubts else WINDOW
-        if len(self._flight) >= most or not self._flight.takes(step):
-            return self._read
-        if not self._flight and (self._busy or not self._flight.connected):
-            return self._connect
-        return None
+        ready = len(self._flight) < most and self._flight.takes(step)
+        if self._flight:
+            return None if ready else self._read
+        return None if ready and not self._busy else partial(self._connect, step)
 
     def _alone(self, work: Callable[[Transport, float], None], transport: Transport, deadline: float) -> None:
         """Does what waits for the server; or waits for a thread that does such, which may be all there was to do."""
@@ -188,9 +189,9 @@ class Producer:
                 with self._lock:
                     self._changed.notify_all()
 
-    def _connect(self, transport: Transport, deadline: float) -> None:
-        if not self._flight and not self._flight.connected:  # still
-            self._retried(lambda: self._flight.connect(transport, deadline), deadline)
+    def _connect(self, step: step_pb2.StepInput, transport: Transport, deadline: float) -> None:
+        if not self._flight:  # still
+            self._retried(lambda: self._flight.connect(step, transport, deadline), deadline)
 
     def _read(self, transport: Transport, deadline: float) -> None:
         """Settles the oldest step in flight, or all of them if that fails. What goes wrong is in the tickets."""
@@ -207,9 +208,9 @@ class Producer:
                     self._flight.answered()
                     return
                 renumbered = True  # before it is so: then those behind are only asked for anew
-                self._flight.answered()
+                self._flight.halt()
                 self._refuse(ticket, error_of(output.error))
-                self._flight.renumber(self.last_seq + 1, deadline)
+            self._flight.renumber(self.last_seq, deadline)
         except BaseException as error:
             with self._lock:
                 self._give_up(error, renumbered)
@@ -228,9 +229,8 @@ class Producer:
         if isinstance(error, InvalidUpdate):
             ticket.drop_news()  # sending them again would be refused again
         self._doubts.renumber()
-        if isinstance(error, InternalError | StepConflict):  # its number may be used nonetheless
-            again = isinstance(error, InternalError) and not self._flight  # else others may have it now
-            self._doubts.put_first(ticket, again)
+        if isinstance(error, StepConflict):  # its number may be used nonetheless
+            self._doubts.put_first(ticket, fits=False)
         ticket.parts = []
 
     def _send(self, ticket: Ticket, deadline: float) -> None:
@@ -288,18 +288,18 @@ class Producer:
     def configure(self, optimizer: session_pb2.Optimizer) -> None:
         """Gives the session's weights an optimizer."""
         request = session_pb2.ConfigureOptimizerRequest(session=self.session, optimizer=optimizer)
-        self._transport().call("ConfigureOptimizer", request, self.timeout)
+        self.transport().call("ConfigureOptimizer", request, self.timeout)
 
     def pull(self) -> dict[str, Tensor]:
         """The session's state: weights and bank."""
         request = session_pb2.PullStateRequest(session=self.session)
-        state, payload = self._transport().pull_state(request, self.timeout)
+        state, payload = self.transport().pull_state(request, self.timeout)
         reader = TensorReader(payload)
         return {named.name: reader.take(named.tensor).clone() for named in state}  # to be kept, each by itself
 
     def _retried(self, call: Callable[[], T], deadline: float) -> T:
         """What `call` gives, once the server can be reached."""
-        pause = _FIRST_PAUSE_S
+        begun, pause, closed = time.monotonic(), _FIRST_PAUSE_S, self._closed
         while True:
             try:
                 return call()
@@ -307,10 +307,13 @@ class Producer:
                 left = left_until(deadline)
                 with self._lock:
                     self._changed.wait(min(pause, left))  # which ends if the loss is closed
+                if self._closed > closed:
+                    raise ServerUnavailable(_CLOSED) from None
                 if left <= pause:
+                    waited = time.monotonic() - begun
                     raise ServerUnavailable(
-                        f"session {self.session!r} could not be reached for {self.timeout:.3g} s: {error}. If the step "
-                        "was carried out, the server still has the answer: calling again with the same batch is safe"
+                        f"session {self.session!r} could not be reached for {waited:.3g} s: {error}. If the step was "
+                        "carried out, the server still has the answer: calling again with the same batch is safe"
                     ) from None
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -318,5 +321,6 @@ class Producer:
         if os.getpid() != self._process:  # a forked child's: the stream is its parent's, and the lock may be taken
             return
         with self._lock:
-            self._give_up(ServerUnavailable("the loss was closed before the step was answered"))
+            self._closed += 1
+            self._give_up(ServerUnavailable(_CLOSED))
             self._changed.notify_all()

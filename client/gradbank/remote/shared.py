@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -36,9 +37,7 @@ class SharedSteps:
         self._room, self._answers = memoryview(b""), memoryview(b"")
         self._slots, self._wanted = 1, 1  # how many parts the rooms have, and are to have
         self._sent = self._answered = 0
-        self._early: deque[tuple[step_pb2.StepOutput, Tensor]] = (
-            deque()
-        )  # answers that were read before they were asked for
+        self._early: deque[tuple[step_pb2.StepOutput, Tensor]] = deque()  # read before they were asked for
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sending = self._connection  # until it has one of its own
         deadline = time.monotonic() + timeout
@@ -55,15 +54,22 @@ class SharedSteps:
             raise
 
     def takes(self, step: step_pb2.StepInput) -> bool:
-        if self._sent == self._answered:  # there may be other rooms, then
-            return True
-        self._wanted = WINDOW  # from now on there will be several in flight
-        return self._sent - self._answered < self._slots and self._fits(step)
+        if self._sent != self._answered:
+            self._wanted = WINDOW  # from now on there will be several in flight
+            return self._sent - self._answered < self._slots and self._fits(step)
+        return self._slots >= self._wanted and self._fits(step)
+
+    def prepare(self, step: step_pb2.StepInput, timeout: float) -> None:
+        if not self.takes(step):
+            _within(timeout, partial(self._ask_for, step))
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
         def send(deadline: float) -> None:
             while not self.takes(step):  # several are sent again, over this connection that was made for them
-                self._early.append(self._receive(deadline))
+                if self._sent == self._answered:
+                    self._ask_for(step, deadline)
+                else:
+                    self._early.append(self._receive(deadline))
             self._send(step, payload, deadline)
 
         _within(timeout, send)
@@ -78,8 +84,6 @@ class SharedSteps:
         self._sending.close()
 
     def _send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], deadline: float) -> None:
-        if not self._fits(step) or self._slots < self._wanted:
-            self._ask_for(step, deadline)
         start = self._sent % self._slots * (len(self._room) // self._slots)
         for part in payload:
             self._room[start : start + len(part)] = part

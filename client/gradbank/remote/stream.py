@@ -15,6 +15,8 @@ from gradbank.errors import DeadlineExceeded, GradbankError, InternalError, Inva
 from gradbank.v1 import step_pb2
 from gradbank.wire import Assembly, Frame, chunks, error_of, response_frame
 
+_LONGEST_WAIT_S = 60.0  # a lock cannot be waited for as long as a timeout may be
+
 
 class GrpcSteps:
     """One stream of steps. Who waits for an answer reads it, and a thread beside ends the wait in time."""
@@ -35,6 +37,9 @@ class GrpcSteps:
 
     def takes(self, step: step_pb2.StepInput) -> bool:
         return True
+
+    def prepare(self, step: step_pb2.StepInput, timeout: float) -> None:
+        """There is nothing to prepare."""
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
         if self._watch.ended:  # at the last moment of a step that was answered nonetheless
@@ -134,8 +139,5 @@ class _Watch:
                     self.ended = True
                     self._end()
                     return
-                self._wakes = min(self._until, now + _LOOKS_EVERY_S) if self._until < math.inf else math.inf
+                self._wakes = min(self._until, now + _LONGEST_WAIT_S) if self._until < math.inf else math.inf
                 self._changed.wait(None if self._wakes == math.inf else self._wakes - now)
-
-
-_LOOKS_EVERY_S = 60.0  # at most: a lock cannot be waited for as long as a timeout may be

@@ -20,7 +20,11 @@ class Steps(Protocol):
     """A row of steps to one server, answered in order. One thread may send while another receives."""
 
     def takes(self, step: step_pb2.StepInput) -> bool:
-        """Whether this step can be sent before those in flight are answered."""
+        """Whether this step can be sent without a wait for the server."""
+        ...
+
+    def prepare(self, step: step_pb2.StepInput, timeout: float) -> None:
+        """Makes it so, while none is in flight."""
         ...
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:

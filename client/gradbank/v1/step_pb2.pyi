@@ -406,6 +406,7 @@ class StepOutput(_message.Message):
     EMBEDDINGS_GRADIENT_EXPONENT_FIELD_NUMBER: _builtins.int
     REF_EMB_GRADIENT_EXPONENT_FIELD_NUMBER: _builtins.int
     STATISTICS_FIELD_NUMBER: _builtins.int
+    CARRIED_OUT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """The step's number."""
     payload_bytes: _builtins.int
@@ -422,9 +423,13 @@ class StepOutput(_message.Message):
     """The gradient is what came times 2 to this: in float16 it would be too small for its exponents otherwise."""
     ref_emb_gradient_exponent: _builtins.int
     """Likewise, of ref_emb_gradient."""
+    carried_out: _builtins.bool
+    """With `error`: the step was carried out all the same, its number is used, and only its answer could not be made. Sent
+    again, it is answered from store.
+    """
     @_builtins.property
     def error(self) -> _error_pb2.Error:
-        """Set if the step failed; nothing else is, then."""
+        """Set if the step failed; nothing else is, then, but for `carried_out`."""
 
     @_builtins.property
     def embeddings_gradient(self) -> _tensor_pb2.Tensor:
@@ -460,10 +465,11 @@ class StepOutput(_message.Message):
         embeddings_gradient_exponent: _builtins.int = ...,
         ref_emb_gradient_exponent: _builtins.int = ...,
         statistics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        carried_out: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings_gradient", b"embeddings_gradient", "error", b"error", "ref_emb_gradient", b"ref_emb_gradient", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_rows", b"bank_rows", "embeddings_gradient", b"embeddings_gradient", "embeddings_gradient_exponent", b"embeddings_gradient_exponent", "error", b"error", "loss", b"loss", "loss_dtype", b"loss_dtype", "payload_bytes", b"payload_bytes", "ref_emb_gradient", b"ref_emb_gradient", "ref_emb_gradient_exponent", b"ref_emb_gradient_exponent", "replayed", b"replayed", "seq", b"seq", "statistics", b"statistics", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bank_rows", b"bank_rows", "carried_out", b"carried_out", "embeddings_gradient", b"embeddings_gradient", "embeddings_gradient_exponent", b"embeddings_gradient_exponent", "error", b"error", "loss", b"loss", "loss_dtype", b"loss_dtype", "payload_bytes", b"payload_bytes", "ref_emb_gradient", b"ref_emb_gradient", "ref_emb_gradient_exponent", b"ref_emb_gradient_exponent", "replayed", b"replayed", "seq", b"seq", "statistics", b"statistics", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

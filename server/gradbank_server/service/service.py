@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradbank import __version__
-from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded
+from gradbank.errors import GradbankError, InternalError, InvalidRequest, LimitExceeded, SessionNotFound
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2, step_pb2
 from gradbank.wire import (
     TensorReader,
@@ -159,7 +160,14 @@ class Service:
             self.metrics.stepped("unknown", "failed")
             if isinstance(error, torch.AcceleratorError):  # as each one after it would, whoever's it is
                 self._lost()
-            return step_pb2.StepOutput(seq=arrived.step.seq, error=error_message(fault(error))), []
+            return self.failed(arrived.step, fault(error)), []
+
+    def failed(self, step: step_pb2.StepInput, error: InternalError) -> step_pb2.StepOutput:
+        """What a trainer is told of a fault of ours."""
+        output = step_pb2.StepOutput(seq=step.seq, error=error_message(error))
+        with suppress(SessionNotFound):
+            output.carried_out = self.sessions[step.session].has_carried_out(step.rank, step.epoch, step.seq)
+        return output
 
     def _stepped(self, session: Session, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
         step, begun = arrived.step, time.perf_counter()

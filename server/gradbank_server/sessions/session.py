@@ -138,6 +138,12 @@ class Session:
             self.tally.stepped(loss, answer.statistics, self._clock())
             return Outcome(answer, False, waited)
 
+    def has_carried_out(self, rank: int, epoch: int, seq: int) -> bool:
+        """Whether that step was, if it was the session's: what failed then came after it."""
+        with self._turn:
+            producer = self._producers.get(rank)
+            return producer is not None and producer.record.epoch == epoch and producer.last_seq >= seq
+
     def timed(self, seconds: dict[str, float], received: int, sent: int) -> None:
         """Counts what a step took, which is known when its turn is over and that of another may have begun."""
         with self._tallying:

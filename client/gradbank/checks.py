@@ -14,8 +14,14 @@ def check_batch(
     """Refuses a batch whose shapes do not fit.
 
     Raises:
+        TypeError: what is no tensor.
         ValueError: embeddings that are not `(B, D)` floats, or labels that are not `(B,)`.
     """
+    for each, called in ((embeddings, name), (labels, labels_name)):
+        if each is not None and not isinstance(each, Tensor):
+            raise TypeError(
+                f"{called} must be a tensor, got {type(each).__name__}: torch.as_tensor({called}) makes it one"
+            )
     if embeddings.ndim != 2 or not embeddings.shape[1]:
         raise ValueError(f"{name} must be (batch, dimension), got shape {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():

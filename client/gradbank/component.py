@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradbank.parts import check_part
+
 C = TypeVar("C", bound="Component")
 
 
@@ -40,7 +42,7 @@ class Component(nn.Module):
 
     An argument that is None takes its default: what the method `get_default_<argument>` of its class returns, or else
     the field's `default_factory`. Lists and dictionaries of modules are submodules, and a tensor moves along with the
-    component's weights.
+    component's weights. What is annotated as a component must be one of that kind; see `parts`.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Component":
@@ -56,6 +58,7 @@ class Component(nn.Module):
         if value is None:
             factory = getattr(self, f"get_default_{name}", each.metadata.get("default_factory"))
             value = None if factory is None else factory()
+        check_part(type(self), name, value)
         value = _held(value)
         if type(value) is Tensor and name not in self._buffers and name not in self._parameters:
             self.__dict__.pop(name, None)  # what was there before, and was no tensor
@@ -235,5 +238,6 @@ def component_named(name: str) -> type[Component]:
 def did_you_mean(word: str, known: Iterable[str], listing: Callable[[Iterable[str]], str] = ", ".join) -> str:
     """The end of a sentence that refuses `word`: the closest known word, or all of them."""
     words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {listing(words)}"
+    plain = {each.lower(): each for each in words}
+    close = difflib.get_close_matches(word.lower(), plain, n=1)
+    return f"; did you mean {plain[close[0]]!r}?" if close else f"; known are {listing(words)}"

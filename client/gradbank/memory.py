@@ -61,7 +61,7 @@ class CrossBatchMemory(Loss, Recorder):
 
     def __post_init__(self) -> None:
         remembers = type(self.loss).stage is not Loss.stage  # which only a call of the loss itself would see to
-        if not isinstance(self.loss, BaseMetricLossFunction) or not self.loss.takes_references or remembers:
+        if not self.loss.takes_references or remembers:
             raise ValueError(
                 "CrossBatchMemory needs a loss that compares embeddings with references, got "
                 f"{type(self.loss).__name__}"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradbank import evaluation, samplers
 from gradbank.component import Component, argument_fields, components
 from gradbank.losses import CrossBatchMemory
 
@@ -57,6 +58,10 @@ def _converted(obj: nn.Module, where: str, known: dict[int, Component]) -> Compo
 
 def _class_of(obj: nn.Module, where: str) -> type[Component]:
     cls = type(obj)
+    if isinstance(obj, type):
+        raise TypeError(f"from_pml converts objects, got the class {obj.__name__}: give it {obj.__name__}(...)")
+    if not isinstance(obj, nn.Module) and cls.__module__.startswith(f"{PACKAGE}."):
+        raise TypeError(f"{where} is PML's {cls.__name__}, which holds nothing to convert{_instead(cls.__name__)}")
     if not isinstance(obj, nn.Module) or not cls.__module__.startswith(f"{PACKAGE}."):
         base = next((each.__name__ for each in cls.__mro__ if each.__module__.startswith(f"{PACKAGE}.")), None)
         kind = f"a subclass of PML's {base}" if base else f"no class of {PACKAGE}"
@@ -68,6 +73,13 @@ def _class_of(obj: nn.Module, where: str) -> type[Component]:
     if made is None or not made.__module__.startswith("gradbank."):
         raise TypeError(f"{where} is PML's {cls.__name__}, which gradbank does not have")
     return made
+
+
+def _instead(name: str) -> str:
+    """Where gradbank has the class that PML calls so, if it is no component."""
+    places = (evaluation, samplers)
+    found = [each.__name__ for each in places if hasattr(each, name)]
+    return f": build {found[0]}.{name} with the same arguments" if found else ", and which gradbank does not have"
 
 
 def _check_unchanged(obj: nn.Module, where: str) -> None:

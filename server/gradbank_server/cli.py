@@ -13,12 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import structlog
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from gradbank_server.settings import ServerSettings
+from gradbank_server.settings import ServerSettings, unknown_variables
 
 if TYPE_CHECKING:
     from gradbank.remote.stats import ComponentInfo
@@ -59,6 +60,8 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
     except ValidationError as error:
         return _failed(_refused(error))
     configure(settings.log_format, settings.log_level)
+    for name, meant in unknown_variables(os.environ).items():
+        structlog.get_logger().warning("no setting has this name", variable=name, did_you_mean=meant)
     _find_beside(settings)
     ended, lost = threading.Event(), threading.Event()
 

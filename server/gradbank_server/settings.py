@@ -1,5 +1,7 @@
 """What can be set when a server starts: flags, GRADBANK_* in the environment, or these defaults."""
 
+import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -61,3 +63,11 @@ class ServerSettings(BaseSettings):
         Literal["auto", "console", "json"], Field(description="auto is console on a terminal, JSON lines otherwise.")
     ] = "auto"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="The least to log.")] = "info"
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """The variables that look like settings and are none, each with the setting that may be meant."""
+    prefix = ServerSettings.model_config["env_prefix"]
+    known = [f"{prefix}{name}".upper() for name in ServerSettings.model_fields]
+    unknown = [name for name in environment if name.upper().startswith(prefix) and name.upper() not in known]
+    return {name: next(iter(difflib.get_close_matches(name.upper(), known, 1, 0.8)), None) for name in sorted(unknown)}

@@ -15,7 +15,7 @@ from gradbank import losses
 from gradbank.component import components
 from gradbank_server import cli
 from gradbank_server.service import Server
-from gradbank_server.settings import ServerSettings
+from gradbank_server.settings import ServerSettings, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +173,21 @@ def test_a_variable_sets_what_no_flag_does() -> None:
     assert "9 sessions" in said, "the flag wins"
     assert "1 MiB a step" in said
     assert re.search(r"metrics +off", said)
+
+
+def test_a_variable_that_is_no_setting_is_named() -> None:
+    told = unknown_variables({"GRADBANK_MAX_SESION": "7", "GRADBANK_MAX_SESSIONS": "7", "GRADBANK_X": "", "PATH": "/"})
+    assert told == {"GRADBANK_MAX_SESION": "GRADBANK_MAX_SESSIONS", "GRADBANK_X": None}
+    command = [sys.executable, "-m", "gradbank_server", "serve", "--port", "0", "--metrics-port", "-1"]
+    environment = os.environ | {"GRADBANK_MAX_SESION": "7"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        said = _until_client(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert "no setting has this name" in said
+    assert '"did_you_mean": "GRADBANK_MAX_SESSIONS"' in said
 
 
 def _until_client(process: subprocess.Popen) -> str:

@@ -74,8 +74,8 @@ def test_chosen_proxies_give_the_loss_of_pml() -> None:
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("name", ["DotProductSimilarity", "LpDistance"])
 def test_another_distance_gives_the_loss_of_pml(name: str) -> None:
-    ours, _ = both(distance=getattr(distances, name)())
-    _, theirs = both(distance=getattr(pml_distances, name)())
+    ours, theirs = both()
+    ours.distance, theirs.distance = getattr(distances, name)(), getattr(pml_distances, name)()
     torch.testing.assert_close(answers(ours, batch_of(9)), answers(theirs, batch_of(9)), rtol=1e-9, atol=1e-12)
 
 

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +164,15 @@ def test_an_address_that_cannot_be_is_refused(address: str, message: str) -> Non
 def test_a_timeout_that_cannot_be_is_refused(timeout: float) -> None:
     with pytest.raises(InvalidRequest, match="timeout must be above 0 seconds"):
         gradbank.connect("local://", timeout)
+
+
+def test_no_proxy_is_asked_the_way_to_this_machine(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    for host in ("127.0.0.1", "localhost"):
+        with gradbank.connect(f"{host}:{server.port}", timeout=10) as client:
+            assert client.sessions() is not None
 
 
 def test_a_closed_client_says_so(either: gradbank.Client, name: str) -> None:

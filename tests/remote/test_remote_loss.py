@@ -169,6 +169,20 @@ def test_opening_takes_weights_and_a_filled_bank_along(either: gradbank.Client, 
     assert either.stats(name).steps == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_stay_of_their_dtype(either: gradbank.Client, name: str, dtype: torch.dtype) -> None:
+    here = losses.CrossBatchMemory(losses.MarginLoss(learn_beta=True, num_classes=5, beta=0.7), 16, 20)
+    with torch.no_grad():
+        here.loss.beta += torch.rand(5)
+    here.to(dtype)
+    there = either.open(name, here)
+    embeddings, labels = torch.randn(12, 16, dtype=torch.float64), torch.arange(12) % 5
+    assert torch.equal(there(embeddings, labels), here(embeddings, labels))
+    copy = there.local()
+    assert copy.loss.beta.dtype == dtype
+    assert torch.equal(copy(embeddings, labels), here(embeddings, labels))
+
+
 def test_a_loss_on_a_server_is_a_module_without_weights(pair: Pair) -> None:
     there, _ = pair(losses.ArcFaceLoss(4, 16))
     assert list(there.parameters()) == []

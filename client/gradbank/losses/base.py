@@ -1,6 +1,6 @@
 """What every loss shares: the call, its checks, and the regularizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -46,6 +46,13 @@ class Loss(Component):
 
     embedding_regularizer: Regularizer | None = field(default=None, kw_only=True)
     embedding_reg_weight: float = field(default=1.0, kw_only=True)
+
+    def take_state(self, state: Mapping[str, Tensor]) -> None:
+        """Loads what a `state_dict` has of this loss, and weights in the dtype that they have there."""
+        for name, weight in self.named_parameters():
+            if name in state and state[name].is_floating_point():
+                weight.data = weight.data.to(state[name].dtype)
+        self.load_state_dict(state, strict=False)
 
     def stage(self, *args: Any, **kwargs: Any) -> Staged:
         """The call, without its effects; a loss that remembers something overrides this one."""

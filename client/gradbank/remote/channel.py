@@ -17,6 +17,7 @@ from gradbank.v1 import catalog_pb2_grpc, session_pb2, session_pb2_grpc, stats_p
 from gradbank.wire import MESSAGE_BYTES, Assembly, chunks, error_of, nbytes
 
 T = TypeVar("T")
+_HERE = ("127.0.0.1", "localhost", "[::1]")
 
 
 class GrpcTransport:
@@ -39,6 +40,8 @@ class GrpcTransport:
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.max_reconnect_backoff_ms", 2_000),
                 ("grpc.use_local_subchannel_pool", 1),  # so that closing this client closes its connection
+                # no proxy leads to this machine, and elsewhere http_proxy and no_proxy are gRPC's to read
+                ("grpc.enable_http_proxy", int(self.address.rpartition(":")[0] not in _HERE)),
             ],
         )
         self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)

@@ -181,7 +181,7 @@ class RemoteLoss(nn.Module):
         """A copy of the hosted loss as it is on the server, weights and bank included, that computes here."""
         self.flush()
         copy = self.hosted.rebuilt()
-        copy.load_state_dict(self.producer.pull())
+        copy.take_state(self.producer.pull())
         return copy
 
     def close(self) -> None:

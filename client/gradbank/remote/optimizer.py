@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.errors import InvalidRequest
+from gradbank.optimizers import optimizer_named
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import argument_messages
 
@@ -23,12 +24,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
-        made = getattr(torch.optim, name, None)
-        if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
-            raise InvalidRequest(f"torch.optim has no optimizer called {name!r}")
+        made = optimizer_named(name)
         self.token = nn.Parameter(torch.ones(()))
-        try:
-            defaults = made([self.token], **options).defaults
+        try:  # with a matrix, for some take no scalar
+            defaults = made([nn.Parameter(torch.ones(1, 1))], **options).defaults
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"{name} cannot be made: {error}") from None
         super().__init__([self.token], defaults)

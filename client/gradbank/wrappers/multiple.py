@@ -28,8 +28,8 @@ class MultipleLosses(Loss):
         ValueError: no losses, or miners or weights that do not belong to them.
     """
 
-    losses: list[Loss] | dict[str, Loss]
-    miners: list[Miner | None] | dict[str, Miner] | None = None
+    losses: list[nn.Module] | dict[str, nn.Module]
+    miners: list[nn.Module | None] | dict[str, nn.Module] | None = None
     weights: list[float] | dict[str, float] | None = None
 
     def __post_init__(self) -> None:

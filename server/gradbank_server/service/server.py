@@ -1,5 +1,6 @@
 """A server: the service behind gRPC, with health, reflection and /metrics, and an orderly end."""
 
+import socket
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -91,8 +92,11 @@ class Server:
         self._add_services()
         try:
             self.port = self._grpc.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error}") from None
+        except RuntimeError:
+            raise OSError(
+                f"cannot listen on {settings.host}:{settings.port}: {_why_not(settings.host, settings.port)}; choose "
+                "another --port, or 0 for one that is free"
+            ) from None
         if settings.unix_socket:
             listen_on_socket(self._grpc, settings.unix_socket)
         self._shared = None
@@ -193,6 +197,17 @@ def check_exposure(settings: ServerSettings) -> None:
         f"--host {settings.host} lets anyone who reaches this machine use the server: there is neither TLS nor "
         "authentication yet. Put it behind a network that you trust and add --insecure, or stay on 127.0.0.1"
     )
+
+
+def _why_not(host: str, port: int) -> str:
+    """Why nobody can listen there, which gRPC keeps to itself."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as attempt:
+            attempt.bind(address)
+    except OSError as error:
+        return str(error.strerror)
+    return "gRPC could not bind to it"
 
 
 def _bracketed(host: str) -> str:

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.errors import InvalidRequest, InvalidUpdate
+from gradbank.optimizers import optimizer_named
 from gradbank_server.sessions.batch import Backward, OptimizerSpec, OptimizerStep, WeightEvent, ZeroGradient
 
 GRADIENTS_KEPT = 4  # of each rank: how many steps may be taken before the backward pass of the first is told
-
-_NAMES = ("SGD", "Adam", "AdamW", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop")
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {name: getattr(torch.optim, name) for name in _NAMES}
 
 Waiting = OrderedDict[tuple[int, int], list[Tensor]]
 
@@ -126,10 +124,9 @@ class Learner:
         """
         if not self.weights:
             raise InvalidRequest("this loss has no learnable weights, so there is nothing to optimize")
-        if spec.name not in _OPTIMIZERS:
-            raise InvalidRequest(f"no optimizer is called {spec.name!r}; known are {', '.join(sorted(_OPTIMIZERS))}")
+        made = optimizer_named(spec.name)
         try:
-            return _OPTIMIZERS[spec.name](self.weights, **spec.options)
+            return made(self.weights, **spec.options)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidRequest(f"{spec.name} cannot be made: {error}") from None
 

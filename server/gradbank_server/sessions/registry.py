@@ -218,6 +218,6 @@ def _load(loss: Loss, state: dict[str, Tensor]) -> None:
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise InvalidRequest(f"{name} has entries that are not finite")
     try:
-        loss.load_state_dict(state, strict=False)
+        loss.take_state(state)
     except RuntimeError as error:
         raise InvalidRequest(f"the state does not fit {type(loss).__name__}: {error}") from None

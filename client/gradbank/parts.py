@@ -1,0 +1,74 @@
+"""What a component may be made of: the modules among its arguments, as they are annotated."""
+
+import types
+from functools import cache
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+_CONTAINERS = (list, tuple, dict)
+
+
+class Part(NamedTuple):
+    """An argument that is a module of one of some kinds; or that contains such, in a list or by names."""
+
+    kinds: tuple[type[nn.Module], ...]
+    is_many: bool
+
+
+def check_part(cls: type, name: str, value: Any) -> None:
+    """Refuses what cannot be the argument `name` of a component of class `cls`.
+
+    Raises:
+        TypeError: it is annotated as a module, and this is none of that kind.
+    """
+    part = _parts(cls).get(name)
+    if part is None or value is None:
+        return
+    if part.is_many and isinstance(value, _CONTAINERS):
+        given = list(value.values()) if isinstance(value, dict) else list(value)
+    else:
+        given = [value]
+    for each in given:
+        if each is not None and not isinstance(each, part.kinds):
+            kind = " or ".join(known.__name__ for known in part.kinds)
+            raise TypeError(f"{cls.__name__}: {name} must be a {kind}, got {_told(each)}")
+
+
+def _told(value: Any) -> str:
+    """What was given, and what to give instead."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}: give it an object, {value.__name__}(...)"
+    if isinstance(value, nn.Module):
+        cls = type(value)
+        told = f"{cls.__module__}.{cls.__qualname__}"
+        theirs = cls.__module__.startswith("pytorch_metric_learning.")
+        return f"{told}: gradbank.from_pml(...) makes it one" if theirs else told
+    return repr(value)[:80]
+
+
+@cache
+def _parts(cls: type) -> dict[str, Part]:
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # what is imported for type checkers only
+        return {}
+    found = {name: _part(hint) for name, hint in hints.items()}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def _part(hint: Any) -> Part | None:
+    """The part that is annotated so; None if it may be something else."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds, is_many = set[Any](), False
+    for choice in choices:
+        if get_origin(choice) in _CONTAINERS:
+            inner = _part(get_args(choice)[-1])  # of a dictionary, the values
+            if inner is None:
+                return None
+            kinds, is_many = kinds | set(inner.kinds), True
+        elif isinstance(choice, type) and issubclass(choice, nn.Module):
+            kinds.add(choice)
+        elif choice is not types.NoneType:
+            return None
+    return Part(tuple(kinds), is_many) if kinds else None

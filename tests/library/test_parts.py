@@ -1,0 +1,103 @@
+"""What a component is made of must be of the kind that it is annotated as, and batches are tensors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import distances as pml_distances
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning import reducers as pml_reducers
+from pytorch_metric_learning import samplers as pml_samplers
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+import gradbank
+from gradbank import distances, losses, miners, reducers, regularizers
+from gradbank.component import Component, foundation
+from gradbank.distances import Distance
+from gradbank.errors import InvalidRequest
+
+BATCH = torch.randn(8, 4), torch.arange(8) % 2
+MAKES_ONE = r"gradbank\.from_pml\(\.\.\.\) makes it one"
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: losses.NTXentLoss(distance="cosine"), "NTXentLoss: distance must be a Distance, got 'cosine'"),
+        (lambda: losses.NTXentLoss(distance=distances.LpDistance), r"got the class LpDistance: .* LpDistance\(...\)"),
+        (lambda: losses.NTXentLoss(distance=pml_distances.LpDistance()), f"must be a Distance, .*{MAKES_ONE}"),
+        (lambda: losses.NTXentLoss(distance=reducers.MeanReducer()), r"got gradbank\.reducers\..*MeanReducer$"),
+        (lambda: losses.NTXentLoss(distance=[distances.LpDistance()]), "distance must be a Distance, got "),
+        (lambda: losses.NTXentLoss(reducer=pml_reducers.MeanReducer()), f"must be a Reducer, .*{MAKES_ONE}"),
+        (lambda: losses.NTXentLoss(embedding_regularizer=regularizers.LpRegularizer), "must be a Regularizer"),
+        (lambda: losses.CrossBatchMemory(pml_losses.NTXentLoss(), 4, 32), f"must be a Base.*Function, .*{MAKES_ONE}"),
+        (lambda: losses.CrossBatchMemory(losses.NTXentLoss, 4, 32), "got the class NTXentLoss"),
+        (
+            lambda: losses.CrossBatchMemory(losses.NTXentLoss(), 4, 32, miner=pml_miners.MultiSimilarityMiner()),
+            f"miner must be a Miner, .*{MAKES_ONE}",
+        ),
+        (lambda: losses.MultipleLosses([losses.NTXentLoss]), "losses must be a Module, got the class NTXentLoss"),
+        (lambda: losses.MultipleLosses({"a": losses.NTXentLoss}), "losses must be a Module, got the class NTXentLoss"),
+        (lambda: losses.SelfSupervisedLoss(pml_losses.NTXentLoss()), f"loss must be a Loss, .*{MAKES_ONE}"),
+        (lambda: miners.MultiSimilarityMiner(distance=pml_distances.LpDistance()), "MultiSimilarityMiner: distance"),
+        (lambda: reducers.MultipleReducers({"loss": pml_reducers.MeanReducer()}), "reducers must be a Reducer"),
+    ],
+)
+def test_a_part_of_another_kind_is_refused_where_it_is_given(make: Callable[[], Any], told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        make()
+
+
+def test_so_is_one_that_is_put_in_place_of_another() -> None:
+    loss_fn = losses.NTXentLoss()
+    with pytest.raises(TypeError, match="NTXentLoss: reducer must be a Reducer, got 'sum'"):
+        loss_fn.reducer = "sum"  # type: ignore[assignment]
+    assert isinstance(loss_fn.reducer, reducers.MeanReducer)
+
+
+def test_what_may_be_a_component_or_something_else_is_not_looked_at() -> None:
+    @foundation
+    class Either(Component):
+        distance: Distance | float = 1.0
+
+    assert (Either(2.0).distance, Either("anything").distance) == (2.0, "anything")  # type: ignore[arg-type]
+    assert isinstance(Either(distances.LpDistance()).distance, Distance)
+
+
+@pytest.mark.parametrize("given", [[0, 1] * 4, np.arange(8) % 2])
+def test_labels_that_are_no_tensor_are_refused(given: Any) -> None:
+    for loss_fn in (losses.NTXentLoss(), losses.ArcFaceLoss(2, 4), losses.CrossBatchMemory(losses.NTXentLoss(), 4, 9)):
+        with pytest.raises(TypeError, match=r"labels must be a tensor, got .*torch\.as_tensor\(labels\)"):
+            loss_fn(BATCH[0], given)
+    with pytest.raises(TypeError, match="embeddings must be a tensor, got ndarray"):
+        losses.NTXentLoss()(BATCH[0].numpy(), BATCH[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (pml_losses.NTXentLoss, r"from_pml converts objects, got the class NTXentLoss"),
+        (AccuracyCalculator(), r"build gradbank\.evaluation\.AccuracyCalculator with the same arguments"),
+        (pml_samplers.MPerClassSampler([0, 1] * 4, 2), r"build gradbank\.samplers\.MPerClassSampler"),
+    ],
+)
+def test_what_holds_nothing_to_convert_is_told_so(given: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        gradbank.from_pml(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (torch.optim.SGD, 'made by its name, as .*"SGD", lr=0.1.*, got the class SGD'),
+        (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "got a SGD"),
+        ("sgd", "did you mean 'SGD'"),
+        ("LBFGS", "no optimizer is called 'LBFGS'"),
+    ],
+)
+def test_an_optimizer_is_made_by_its_name(name: Any, told: str) -> None:
+    with gradbank.connect("local://") as client, pytest.raises(InvalidRequest, match=told):
+        client.open("run", losses.ArcFaceLoss(2, 4)).optimizer(name, lr=0.1)

@@ -186,6 +186,8 @@ class CrossBatchMemory(Loss, Recorder):
         if mines_intervals and loss.takes_interval and indices is None:
             pairs.interval = self.miner.interval  # type: ignore[union-attr, assignment]
             self.miner.distance.record(embeddings, references.pieces)  # type: ignore[union-attr]
+            if self.miner.collect_stats:  # type: ignore[union-attr]
+                self.miner.watch(embeddings, references, labels)  # type: ignore[union-attr, operator]
         elif self.miner is not None:
             # the miner sees each anchor's own row as a positive, as in PML; the loss does not
             with full_precision(embeddings.device):

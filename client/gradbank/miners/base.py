@@ -24,7 +24,8 @@ class Miner(Recorder):
         collect_stats: whether `mine` also writes the statistics that the class names; None is no.
 
     Attributes:
-        num_pos_pairs, num_neg_pairs, num_triplets: how many of each the last call listed.
+        num_pos_pairs, num_neg_pairs, num_triplets: how many of each the last call listed; in a queue of which the
+            miner makes no list, how many it took, with `collect_stats`.
     """
 
     distance: Distance = field(default_factory=LpDistance, kw_only=True)

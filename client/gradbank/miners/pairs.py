@@ -20,22 +20,36 @@ from gradbank.engine import (
     widened,
 )
 from gradbank.miners.base import Miner
-from gradbank.miners.rows import matrix
+from gradbank.miners.totals import totals
 
 
 @foundation
 class PairMiner(Miner):
-    """A miner whose `select` tells tile by tile which pairs are kept; calling it lists them."""
+    """A miner whose `kept` tells tile by tile which pairs it takes; calling it lists them."""
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
         references = References((ref_emb.detach(),), ref_labels)
-        kept = self.select(embeddings.detach(), references, LabelledPairs(labels, ref_labels, own))
+        kept = self.kept(embeddings.detach(), references, LabelledPairs(labels, ref_labels, own))
+        if self.collect_stats:
+            self.watch(kept)
         return tuple(every_pair(kept, len(embeddings), references))
 
     def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
-        """Those of `pairs` that the miner keeps."""
-        raise NotImplementedError(f"{type(self).__name__} must define select")
+        kept = self.kept(embeddings, references, pairs)
+        if self.collect_stats:
+            self.reset_stats()
+            self.watch(kept)
+            number = totals(self.distance, kept.queries, kept.references, kept)
+            self.num_pos_pairs, self.num_neg_pairs = int(number.positives.sum()), int(number.negatives.sum())
+        return kept
+
+    def kept(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+        """Those of `pairs` that the miner takes."""
+        raise NotImplementedError(f"{type(self).__name__} must define kept")
+
+    def watch(self, kept: MinedPairs) -> None:
+        """Writes the statistics that the class names, of what was chosen and of what it was chosen from."""
 
 
 @component
@@ -51,7 +65,7 @@ class MultiSimilarityMiner(PairMiner):
     epsilon: float = 0.1
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
 
-    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+    def kept(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
         distance = self.distance
         distance.record(embeddings, references.pieces)
         with full_precision(embeddings.device):
@@ -89,16 +103,12 @@ class PairMarginMiner(PairMiner):
     pos_pair_dist: float | None = field(default=None, init=False)
     neg_pair_dist: float | None = field(default=None, init=False)
 
-    def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
-        if self.collect_stats:
-            sums = torch.zeros(2, 2, dtype=torch.float64)
-            for _, d, *masks in matrix(self.distance, embeddings, labels, ref_emb, ref_labels):
-                for of_kind, mask in zip(sums, masks):
-                    of_kind += torch.tensor([d[mask].sum(dtype=torch.float64), mask.sum()])
-            self.pos_pair_dist, self.neg_pair_dist = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-        return super().mine(embeddings, labels, ref_emb, ref_labels)
+    def watch(self, kept: MinedPairs) -> None:
+        every = totals(self.distance, kept.queries, kept.references, kept.base)
+        self.pos_pair_dist = float(every.near.sum() / every.positives.sum().clamp(min=1))
+        self.neg_pair_dist = float(every.far.sum() / every.negatives.sum().clamp(min=1))
 
-    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+    def kept(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
         distance = self.distance
         distance.record(embeddings, references.pieces)
         with full_precision(embeddings.device):

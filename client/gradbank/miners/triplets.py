@@ -1,5 +1,6 @@
 """Miners of triplets."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from functools import partial
 from typing import Literal
@@ -8,10 +9,24 @@ import torch
 from torch import Tensor
 
 from gradbank.component import component
-from gradbank.engine import Indices, first_not_above
+from gradbank.engine import (
+    Anchors,
+    Hinge,
+    Indices,
+    LabelledPairs,
+    Part,
+    References,
+    Statistic,
+    first_not_above,
+    full_precision,
+    look,
+    widened,
+)
 from gradbank.miners.base import Miner
 from gradbank.miners.listing import TripletList
 from gradbank.miners.rows import matrix
+from gradbank.miners.totals import totals
+from gradbank.reducers import Tally
 
 
 @component
@@ -82,6 +97,22 @@ class TripletMarginMiner(Miner):
             self._set_stats(*sums.tolist())
         return found.triplets()
 
+    def watch(self, embeddings: Tensor, references: References, labels: Tensor) -> None:
+        """Writes the statistics of what it takes of a queue, of which it makes no list."""
+        assert references.labels is not None
+        self.reset_stats()
+        with full_precision(embeddings.device):
+            queries = self.distance.prepare(widened(embeddings.detach()))
+        pairs, number = LabelledPairs(labels, references.labels), _Number(self)
+        every = totals(self.distance, queries, references.detach(), pairs)
+        sign = -1 if self.distance.is_inverted else 1
+        near, far = sign * every.near @ every.negatives, sign * every.far @ every.positives
+        self._set_stats(*torch.stack([near, far, every.positives @ every.negatives]).tolist())
+        pairs.interval = self.interval
+        with full_precision(embeddings.device):
+            look(number, embeddings, references, pairs)
+        self.num_triplets = int(number.reducer.value())
+
     def _first_above(self, u: Tensor, margin: float) -> Tensor:
         """The smallest `v` for which the rounded `v - u` exceeds the margin."""
         if margin == 0:
@@ -93,6 +124,21 @@ class TripletMarginMiner(Miner):
         near, far = near / max(number, 1), far / max(number, 1)
         sign = -1 if self.distance.is_inverted else 1
         self.avg_triplet_margin, self.pos_pair_dist, self.neg_pair_dist = far - near, sign * near, sign * far
+
+
+class _Number:
+    """A loss that counts the triplets that a miner takes."""
+
+    joins_anchors = False
+
+    def __init__(self, miner: TripletMarginMiner) -> None:
+        self.distance, self.reducer = miner.distance, Tally(miner, ["num_triplets"])
+
+    def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
+        return {"number": Hinge(-self.distance.sign, 0.0, anchors.interval)}
+
+    def terms(self, anchors: Anchors) -> Mapping[str, Part]:
+        return {"number": anchors.per_triplet("number")}
 
 
 @component

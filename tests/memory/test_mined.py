@@ -1,0 +1,91 @@
+"""What a miner says of a queue, of which it makes no list, is what PML's says that does."""
+
+from typing import Any
+
+import pytest
+import torch
+from pytorch_metric_learning import distances as pml_distances
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
+from torch import Tensor
+
+import gradbank
+from gradbank import distances, engine, losses, miners
+from gradbank.recorder import Statistics
+
+D, SLOTS = 6, 30
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, D, dtype=torch.float64, generator=generator), torch.arange(8) % 3
+
+
+def both(loss: str, miner: str, distance: str, **arguments: Any) -> list[Any]:
+    """A queue here and PML's, each with that loss and a miner of the same distance that collects."""
+    made = []
+    for of_losses, of_miners, of_distances in (
+        (losses, miners, distances),
+        (pml_losses, pml_miners, pml_distances),
+    ):
+        measure = getattr(of_distances, distance)
+        taken = getattr(of_miners, miner)(distance=measure(), collect_stats=True, **arguments)
+        made.append(of_losses.CrossBatchMemory(getattr(of_losses, loss)(distance=measure()), D, SLOTS, taken))
+    return made
+
+
+@pytest.mark.parametrize("distance", ["LpDistance", "CosineSimilarity"])
+@pytest.mark.parametrize(
+    ("loss", "miner", "arguments"),
+    [
+        ("ContrastiveLoss", "MultiSimilarityMiner", {"epsilon": 0.3}),
+        ("ContrastiveLoss", "PairMarginMiner", {"pos_margin": 0.6, "neg_margin": 0.9}),
+        ("NTXentLoss", "PairMarginMiner", {"pos_margin": 5.0, "neg_margin": -5.0}),  # takes none
+        *(
+            ("TripletMarginLoss", "TripletMarginMiner", {"type_of_triplets": kind, "margin": 0.15})
+            for kind in ("all", "hard", "semihard", "easy")
+        ),
+        ("NTXentLoss", "TripletMarginMiner", {"margin": 0.4}),  # of which it makes a list
+        ("TripletMarginLoss", "BatchHardMiner", {}),
+    ],
+)
+def test_a_miner_counts_what_it_takes_of_a_queue(
+    loss: str, miner: str, arguments: dict[str, Any], distance: str
+) -> None:
+    ours, theirs = both(loss, miner, distance, **arguments)
+    for step in range(6):  # until the queue has wrapped around
+        for queue in (ours, theirs):
+            queue(*batch(step))
+        found = Statistics(ours.miner).read()
+        wanted = {name: float(getattr(theirs.miner, name)) for name in found if hasattr(theirs.miner, name)}
+        assert {"num_triplets", "num_pos_pairs", "num_neg_pairs"} <= wanted.keys()
+        torch.testing.assert_close({name: float(found[name]) for name in wanted}, wanted, rtol=1e-7, atol=1e-7)
+    assert any(wanted.values())
+
+
+def test_the_size_of_a_tile_does_not_change_what_is_counted() -> None:
+    counts = []
+    for bounds in (None, engine.Bounds(tile=16, rows=3, positives=5, kept=0, ready=1)):
+        queue, _ = both("TripletMarginLoss", "TripletMarginMiner", "LpDistance", margin=0.3)
+        with engine.using("tiled", bounds):
+            for step in range(4):
+                queue(*batch(step))
+        counts.append(Statistics(queue.miner).read())
+    torch.testing.assert_close(*counts, rtol=1e-12, atol=0)
+    assert counts[0]["num_triplets"] > 0
+
+
+def test_nothing_is_counted_that_was_not_asked_for() -> None:
+    queue = losses.CrossBatchMemory(losses.ContrastiveLoss(), D, SLOTS, miners.MultiSimilarityMiner())
+    queue(*batch(0))
+    assert queue.miner.num_pos_pairs == 0
+
+
+def test_a_server_tells_what_its_miner_took(client: gradbank.Client, name: str) -> None:
+    here, _ = both("TripletMarginLoss", "TripletMarginMiner", "LpDistance")
+    there = client.open(name, here)
+    for step in range(2):
+        there(*batch(step))
+        here(*batch(step))
+    assert there.hosted.miner.num_triplets == here.miner.num_triplets > 0
+    assert client.stats(name).statistics["miner.num_triplets"] == here.miner.num_triplets

@@ -202,5 +202,6 @@ class Bank(nn.Module):
         if not 0 <= cursor < self.capacity or labels.shape != rows.shape[:1]:
             raise ValueError(f"queue_idx and label_memory do not fit {self.capacity} slots")
         self.waiting = None
-        self.slots, self.slot_labels = rows.detach().clone(), labels.detach().clone()
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        self.slots, self.slot_labels = (x.detach().to(t, copy=True) for x, t in ((rows, dtype), (labels, torch.int64)))
         self.cursor, self.is_full = cursor, bool(state["has_been_filled"])

@@ -34,6 +34,7 @@ app = App(
 # off a terminal, a table is as wide as it needs to be: somebody's grep is reading
 console = Console() if sys.stdout.isatty() else Console(width=200)
 
+_LONGEST_S = 10 * 365 * 24 * 3600.0  # of which gRPC's clock knows no end
 _LOST_DEVICE = 70  # what a supervisor starts again
 
 Address = Annotated[str, Parameter(help="host:port of the server, or unix:///path.")]
@@ -142,7 +143,7 @@ def bench(
         if picture is not None:
             check_drawable(picture)  # before the time is spent
         course, server = measured(address, timeout, workload, via)
-    except GradbankError as error:
+    except (GradbankError, RuntimeError) as error:  # torch's own, where there is no room here
         return _failed(error)
     table = Table("phase", "where", "p50 ms", "p99 ms", "share", "", box=None)
     for phase, (where, what) in PHASES.items():
@@ -173,7 +174,8 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
     with grpc.insecure_channel(address) as channel:
         try:
             request = health_pb2.HealthCheckRequest()
-            status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout, wait_for_ready=True).status
+            call = health_pb2_grpc.HealthStub(channel).Check
+            status = call(request, timeout=min(timeout, _LONGEST_S), wait_for_ready=True).status
         except grpc.RpcError as error:
             console.print(f"{address}: {error.code().name}", style="red")
             return 1
@@ -277,13 +279,14 @@ def _share(times: Sequence[float], course: "Course") -> str:
 def _announce(server: object) -> None:
     """What was started, and what to paste."""
     from gradbank_server.service import Server
+    from gradbank_server.service.server import bracketed
 
     assert isinstance(server, Server)
-    settings = server.settings
-    metrics = "off" if server.metrics_port is None else f"http://{settings.host}:{server.metrics_port}/metrics"
+    settings, host = server.settings, bracketed(server.settings.host)
+    metrics = "off" if server.metrics_port is None else f"http://{host}:{server.metrics_port}/metrics"
     lines = [
         f"gradbank {version('gradbank')}",
-        f"  listening   {settings.host}:{server.port} (gRPC, no TLS, no authentication)",
+        f"  listening   {host}:{server.port} (gRPC, no TLS, no authentication)",
         *([f"              unix://{settings.unix_socket} (this user only)"] if settings.unix_socket else []),
         *(["              shared memory (this user's processes only)"] if settings.shared_memory else []),
         f"  device      {server.service.device}",

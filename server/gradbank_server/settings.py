@@ -16,6 +16,9 @@ def _separated(value: Any) -> Any:
     return tuple(name.strip() for each in given for name in each.split(",") if name.strip())
 
 
+_MOST = 2**63 - 1  # which messages and torch can hold
+
+
 class ServerSettings(BaseSettings):
     """The settings of a server; each is a flag of `gradbank serve` and a variable GRADBANK_<NAME>."""
 
@@ -44,17 +47,17 @@ class ServerSettings(BaseSettings):
         BeforeValidator(_separated),
         Field(description="Packages of your own whose components are hosted: importable here, comma-separated."),
     ] = ()
-    max_sessions: Annotated[int, Field(ge=1, description="How many sessions there may be.")] = 64
+    max_sessions: Annotated[int, Field(ge=1, le=_MOST, description="How many sessions there may be.")] = 64
     max_session_bytes: Annotated[
-        int, Field(ge=1, description="How many bytes the bank and weights of a session may take.")
+        int, Field(ge=1, le=_MOST, description="How many bytes the bank and weights of a session may take.")
     ] = 8 * 2**30
-    max_step_bytes: Annotated[int, Field(ge=1, description="How many bytes the tensors of a step may take.")] = (
-        256 * 2**20
-    )
+    max_step_bytes: Annotated[
+        int, Field(ge=1, le=_MOST, description="How many bytes the tensors of a step may take.")
+    ] = 256 * 2**20
     max_shared_bytes: Annotated[
-        int, Field(ge=1, description="How many bytes may be shared with trainers at once, all together.")
+        int, Field(ge=1, le=_MOST, description="How many bytes may be shared with trainers at once, all together.")
     ] = 2**30
-    max_streams: Annotated[int, Field(ge=1, description="How many calls may be under way at once.")] = 128
+    max_streams: Annotated[int, Field(ge=1, le=_MOST, description="How many calls may be under way at once.")] = 128
     drain_seconds: Annotated[
         float, Field(ge=0, description="How long SIGTERM waits for the steps that are under way.")
     ] = 20.0

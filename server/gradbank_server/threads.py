@@ -77,6 +77,10 @@ class Computing:
             self._under_way += 1
         try:
             return self._ran(step)
+        except Exception:
+            raise
+        except BaseException as error:  # of a component: nobody's thread is to end by it, without an answer
+            raise RuntimeError(f"{type(error).__name__} was raised as a step was computed") from error
         finally:
             with self._counting:
                 self._under_way -= 1

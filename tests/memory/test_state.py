@@ -217,3 +217,34 @@ def test_queue_does_not_follow_the_tensor_that_was_passed(queue_of: Any, batch: 
 def test_queue_that_makes_no_sense_is_refused(arguments: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         losses.CrossBatchMemory(*arguments)
+
+
+def test_a_checkpoint_of_narrow_labels_or_rows_goes_on(queue_of: Any, batch: Any) -> None:
+    whole, narrow = queue_of(10, 2), queue_of(10, 0)
+    state = whole.state_dict()
+    state["embedding_memory"] = state["embedding_memory"].half().float()  # as float16 can hold
+    whole.load_state_dict(state)
+    narrow.load_state_dict(
+        {**state, "embedding_memory": state["embedding_memory"].half(), "label_memory": state["label_memory"].int()}
+    )
+    for seed in range(3):
+        assert torch.equal(narrow(*batch(4, seed)), whole(*batch(4, seed)))
+    assert narrow.embedding_memory.dtype == torch.float32
+    assert torch.equal(narrow.label_memory, whole.label_memory)
+
+
+@pytest.mark.parametrize("first", [torch.float64, torch.float32])
+@pytest.mark.parametrize("then", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("miner", ["BatchHardMiner", "DistanceWeightedMiner", "AngularMiner", "PairMarginMiner", None])
+def test_a_batch_may_be_of_another_dtype_than_the_queue(
+    first: torch.dtype, then: torch.dtype, miner: str | None
+) -> None:
+    torch.manual_seed(0)
+    made = None if miner is None else getattr(miners, miner)()
+    queue = losses.CrossBatchMemory(losses.TripletMarginLoss(), 6, 30, made)
+    labels = torch.arange(12) % 3
+    queue(torch.randn(12, 6, dtype=first), labels)
+    embeddings = torch.randn(12, 6).to(then).requires_grad_()
+    queue(embeddings, labels).backward()
+    assert embeddings.grad is not None
+    assert (embeddings.grad.dtype, queue.embedding_memory.dtype) == (then, first)

@@ -175,7 +175,7 @@ class Machine(RuleBasedStateMachine):
         model, session = self.model, self.sessions["run"]
         counts = (session.tally.steps, session.tally.replayed, session.tally.rejected)
         assert counts == (model.steps, model.replayed, model.rejected)
-        bank = session.bank
+        bank = session.banks[0]
         assert bank is not None
         assert (len(bank), bank.cursor, bank.is_full) == (len(model), model.cursor, model.filled)
         if model.steps % 3 == 0:  # reading settles the rows that wait: not after every step

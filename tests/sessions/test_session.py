@@ -237,7 +237,7 @@ def test_no_more_sessions_than_allowed(hosted: Hosted, sessions: Sessions) -> No
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (memory(32_769).spec(), r"memory_size=32769 .* 1,048,608 bytes .* the largest memory_size that fits is 32,768"),
+        (memory(26_215).spec(), r"memory_size=26215 .* 1,048,600 bytes .* the largest memory_size that fits is 26,214"),
         (losses.ArcFaceLoss(1, 8).spec()._replace(arguments={"num_classes": 10**12, "embedding_size": 8}), "classes="),
     ],
 )

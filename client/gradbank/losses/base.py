@@ -151,7 +151,7 @@ class BaseMetricLossFunction(Loss, Recorder):
             check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels")
         rows = widened(embeddings)
         here = None if labels is None else as_labels(labels, rows.device)
-        others = rows if ref_emb is None or ref_emb is embeddings else widened(ref_emb)
+        others = rows if ref_emb is None or ref_emb is embeddings else ref_emb.to(rows.dtype)
         theirs = here if ref_labels is None or ref_labels is labels else as_labels(ref_labels, rows.device)
 
         def call(rows: Tensor, references: References) -> Any:
@@ -186,7 +186,7 @@ class BaseMetricLossFunction(Loss, Recorder):
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
     ) -> Tensor:
         """The loss over pairs, or triplets, that were named one by one."""
-        rows = references.whole()
+        rows = references.whole().to(embeddings.dtype)
         rows = rows if rows.requires_grad else rows.clone()  # a queue may change before the backward pass
         with full_precision(embeddings.device):
             parts = self.compute_loss(embeddings, labels, indices, rows, references.labels)

@@ -8,7 +8,7 @@ from torch import Tensor
 from gradbank.checks import check_batch
 from gradbank.component import foundation
 from gradbank.distances import Distance, LpDistance
-from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision
+from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision, widened
 from gradbank.recorder import Recorder
 
 
@@ -78,6 +78,8 @@ class Miner(Recorder):
 
     def _listed(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         self.reset_stats()
+        if ref_emb is not embeddings:  # a queue keeps the dtype of its first batch
+            ref_emb = ref_emb.to(widened(embeddings).dtype)
         with torch.no_grad(), full_precision(embeddings.device):
             chosen = self.mine(embeddings, labels, ref_emb, ref_labels)
         self._count(chosen)

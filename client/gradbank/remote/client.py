@@ -205,7 +205,9 @@ class Client:
 
 
 def _state_to_send(loss: Loss) -> dict[str, torch.Tensor]:
-    """What a fresh copy of the loss would lack: its weights, and its queue if that holds rows."""
-    if isinstance(loss, CrossBatchMemory) and not len(loss):
-        return {name: value.detach() for name, value in loss.named_parameters()}
-    return dict(loss.state_dict())
+    """What a fresh copy of the loss would lack: its weights, and the queues that hold rows."""
+    state: dict[str, torch.Tensor] = {}
+    for path, module in loss.named_modules(remove_duplicate=False):
+        if not isinstance(module, CrossBatchMemory) or len(module):  # an empty one is not even allocated
+            module._save_to_state_dict(state, f"{path}." if path else "", keep_vars=False)
+    return state

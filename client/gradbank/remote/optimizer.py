@@ -28,7 +28,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.token = nn.Parameter(torch.ones(()))
         try:  # with a matrix, for some take no scalar
             defaults = made([nn.Parameter(torch.ones(1, 1))], **options).defaults
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             raise InvalidRequest(f"{name} cannot be made: {error}") from None
         super().__init__([self.token], defaults)
         self.name, self.options = name, options

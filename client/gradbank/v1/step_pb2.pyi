@@ -412,9 +412,9 @@ class StepOutput(_message.Message):
     payload_bytes: _builtins.int
     """The size of the payload."""
     loss: _builtins.float
-    """The loss, exactly: a float32 or a float64."""
+    """The loss, exactly: a floating number."""
     loss_dtype: _tensor_pb2.Dtype.ValueType
-    """Which of the two."""
+    """Of which dtype."""
     replayed: _builtins.bool
     """Whether this is the stored answer of a step that was sent before."""
     bank_rows: _builtins.int
@@ -477,7 +477,7 @@ Global___StepOutput: _TypeAlias = StepOutput  # noqa: Y015
 
 @_typing.final
 class TrainerTimings(_message.Message):
-    """Where a trainer's time went, in seconds: none below 0, or not finite."""
+    """Where a trainer's time went, in seconds: none below 0, or beyond ten years."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

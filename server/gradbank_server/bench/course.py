@@ -124,7 +124,7 @@ def bench(address: str, timeout: float, workload: Workload, via: Via = "auto") -
     """
     with gradbank.connect(address, timeout, via) as client:
         info = client.server()
-        if workload.bank * workload.dimension * 4 > info.max_session_bytes:  # before it is made here
+        if workload.bank * (workload.dimension * 4 + 8) > info.max_session_bytes:  # before it is made here
             raise LimitExceeded(
                 f"{workload} does not fit the server, of which a session may take {info.max_session_bytes:,} bytes; "
                 "choose a smaller --bank or --dimension"

@@ -33,6 +33,7 @@ from gradbank_server.settings import ServerSettings
 from gradbank_server.threads import Computing
 
 log = structlog.get_logger()
+_LOOKS_EVERY_S = 0.02
 
 SHORT_CALLS = 16  # threads for calls that are no streams
 
@@ -91,7 +92,7 @@ class Server:
         self._nearer = stats_pb2.GetServerResponse(unix_socket=settings.unix_socket)
         self._add_services()
         try:
-            self.port = self._grpc.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
+            self.port = self._grpc.add_insecure_port(f"{bracketed(settings.host)}:{settings.port}")
         except RuntimeError:
             raise OSError(
                 f"cannot listen on {settings.host}:{settings.port}: {_why_not(settings.host, settings.port)}; choose "
@@ -107,7 +108,7 @@ class Server:
     def address(self) -> str:
         """Where clients on this machine connect."""
         host = self.settings.host
-        return f"{_bracketed('127.0.0.1' if host in ('0.0.0.0', '') else '::1' if host == '::' else host)}:{self.port}"
+        return f"{bracketed('127.0.0.1' if host in ('0.0.0.0', '') else '::1' if host == '::' else host)}:{self.port}"
 
     @property
     def computes(self) -> bool:
@@ -137,12 +138,14 @@ class Server:
         """Refuses new steps, waits for those under way, and ends."""
         if self._gate.closing.is_set():
             return
-        log.info("draining", seconds=self.settings.drain_seconds)
-        self._health.enter_graceful_shutdown()
         self._gate.closing.set()
+        self._health.enter_graceful_shutdown()
+        log.info("draining", seconds=self.settings.drain_seconds)
         until = time.monotonic() + self.settings.drain_seconds
         for session in self.service.sessions.all():
             session.wait(max(until - time.monotonic(), 0.0))
+        while self.computes and time.monotonic() < until:  # a step of a session that is being closed
+            time.sleep(_LOOKS_EVERY_S)
         # streams of trainers do not end by themselves: this is for the last answers to leave
         self._grpc.stop(grace=min(2.0, self.settings.drain_seconds)).wait()
         if self._shared is not None:
@@ -184,6 +187,8 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InvalidRequest(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidRequest(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
@@ -210,5 +215,5 @@ def _why_not(host: str, port: int) -> str:
     return "gRPC could not bind to it"
 
 
-def _bracketed(host: str) -> str:
+def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host

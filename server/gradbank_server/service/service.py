@@ -226,7 +226,7 @@ class Service:
         return catalog_pb2.ListComponentsResponse(components=component_infos())
 
     def _stats(self, session: Session) -> stats_pb2.SessionStats:
-        tally, bank, now = session.tally, session.bank, time.monotonic()
+        tally, banks, now = session.tally, session.banks, time.monotonic()
         return stats_pb2.SessionStats(
             session=session.name,
             steps=tally.steps,
@@ -235,9 +235,9 @@ class Service:
             optimizer_steps=tally.optimizer_steps,
             last_loss=tally.last_loss,
             mean_loss=tally.mean_loss,
-            bank_rows=0 if bank is None else len(bank),
-            bank_capacity=0 if bank is None else bank.capacity,
-            bank_bytes=0 if bank is None else bank.nbytes,
+            bank_rows=session.bank_rows,
+            bank_capacity=sum(bank.capacity for bank in banks),
+            bank_bytes=sum(bank.nbytes for bank in banks),
             weight_bytes=session.weight_bytes,
             received_bytes=tally.received_bytes,
             sent_bytes=tally.sent_bytes,

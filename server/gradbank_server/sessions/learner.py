@@ -13,6 +13,12 @@ from gradbank_server.sessions.batch import Backward, OptimizerSpec, OptimizerSte
 
 GRADIENTS_KEPT = 4  # of each rank: how many steps may be taken before the backward pass of the first is told
 
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no room; on a CPU, torch says so with a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 Waiting = OrderedDict[tuple[int, int], list[Tensor]]
 
 
@@ -63,9 +69,9 @@ class Update:
             copy.grad = gradient * scale
         try:
             beside.step()
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # torch divides by zero, overflows, asserts
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise
             raise InvalidUpdate(f"{type(beside).__name__} cannot step with {dict(options)}: {error}") from None
         if not all(bool(copy.isfinite().all()) for copy in copies):
             raise InvalidUpdate(
@@ -127,7 +133,7 @@ class Learner:
         made = optimizer_named(spec.name)
         try:
             return made(self.weights, **spec.options)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise InvalidRequest(f"{spec.name} cannot be made: {error}") from None
 
     def configure(self, spec: OptimizerSpec) -> None:

@@ -41,7 +41,7 @@ class Producer:
         if incarnation <= held.incarnation and not (held.nonce and previous_nonce == held.nonce):
             raise Fenced(
                 f"rank {self.rank} is held by a trainer that started later; give each trainer a rank of its own, "
-                "or stop one of them"
+                "or stop one of them (if the clock of its machine was ahead, close the session)"
             )
         return ProducerRecord(held.epoch + 1, incarnation, nonce)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradbank.component import Spec, same
 from gradbank.errors import InvalidRequest, LimitExceeded, SessionConflict, SessionNotFound
 from gradbank.losses.base import Loss
-from gradbank_server.sessions.session import Clock, Run, Session, here
+from gradbank_server.sessions.session import Clock, Run, Session, banks_of, here
 from gradbank_server.storage import Storage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -73,7 +73,7 @@ class Sessions:
         check_size(spec, self._limits.session_bytes)
         with torch.device("meta"):  # the spec with every default, at the price of no weights
             made = self._build(spec)
-        check_weights(made, self._limits.session_bytes)
+        check_whole(made, self._limits.session_bytes)
         asked = made.spec()
         with self._changed:
             while name in self._coming:
@@ -142,6 +142,9 @@ class Sessions:
         return True
 
 
+_LABEL_BYTES = 8  # of each row of a bank
+
+
 def check_size(spec: Spec, limit: int) -> None:
     """Refuses a bank or class weights larger than `limit` before a byte of them is allocated.
 
@@ -150,13 +153,15 @@ def check_size(spec: Spec, limit: int) -> None:
     """
     arguments = spec.arguments
     dimension = arguments.get("embedding_size")
-    for rows in ("memory_size", "num_classes"):
+    for rows, beside in (("memory_size", _LABEL_BYTES), ("num_classes", 0)):
         count = arguments.get(rows, 0)
-        if isinstance(dimension, int) and isinstance(count, int) and count * dimension * 4 > limit:
+        if not (isinstance(dimension, int) and isinstance(count, int)):
+            continue
+        row = dimension * 4 + beside
+        if count * row > limit:
             raise LimitExceeded(
-                f"{spec.name} with {rows}={count} and embedding_size={dimension} takes {count * dimension * 4:,} bytes "
-                f"in float32, and a session may take {limit:,}: the largest {rows} that fits is "
-                f"{limit // (4 * dimension):,}"
+                f"{spec.name} with {rows}={count} and embedding_size={dimension} takes {count * row:,} bytes in "
+                f"float32, and a session may take {limit:,}: the largest {rows} that fits is {limit // row:,}"
             )
     for inner in _inner(arguments):
         check_size(inner, limit)
@@ -171,16 +176,18 @@ def _inner(value: Any) -> Iterator[Spec]:
             yield from _inner(item)
 
 
-def check_weights(loss: Loss, limit: int) -> None:
-    """The same by what was made, for weights that no `num_classes` tells; `loss` is on the meta device.
+def check_whole(loss: Loss, limit: int) -> None:
+    """The same by what was made, for all that it holds together; `loss` is on the meta device.
 
     Raises:
         LimitExceeded: the message names the size and the limit.
     """
-    size = sum(tensor.nbytes for tensor in itertools.chain(loss.parameters(), loss.buffers()))
-    if size > limit:
+    weights = sum(tensor.nbytes for tensor in itertools.chain(loss.parameters(), loss.buffers()))
+    banks = sum(bank.capacity * (bank.dimension * 4 + _LABEL_BYTES) for bank in banks_of(loss))
+    if weights + banks > limit:
         raise LimitExceeded(
-            f"the weights of {type(loss).__name__} take {size:,} bytes, and a session may take {limit:,}"
+            f"{type(loss).__name__} takes {weights:,} bytes of weights and {banks:,} of banks with their labels, and a "
+            f"session may take {limit:,}"
         )
 
 

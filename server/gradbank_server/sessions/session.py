@@ -1,5 +1,6 @@
 """A loss and all that it remembers: its steps run one at a time, each as a whole or not at all."""
 
+import inspect
 import math
 import secrets
 import threading
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradbank.bank import Bank
 from gradbank.checks import check_batch, check_finite
@@ -25,7 +26,7 @@ from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
 from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec, Outcome
-from gradbank_server.sessions.learner import Learner, Update
+from gradbank_server.sessions.learner import Learner, Update, is_out_of_memory
 from gradbank_server.sessions.producers import Attachment, Producer
 from gradbank_server.sessions.tally import Tally
 from gradbank_server.storage import ProducerRecord, Storage
@@ -45,6 +46,7 @@ def here(call: Callable[[], T]) -> T:
     return call()
 
 
+_NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_RANKS = 256  # each keeps a few answers and weight gradients
 
 
@@ -60,6 +62,9 @@ class Session:
         spec: what it was built from.
         clock: seconds that never go back.
         run: has steps computed.
+
+    Attributes:
+        banks: those of the loss, and of the losses within it.
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class Session:
         self.name, self.loss, self.spec = name, loss, spec
         self._device, self._storage, self._clock, self._run = device, storage, clock, run
         self._learner, self._statistics = Learner(loss), Statistics(loss)
+        self.banks = banks_of(loss)
+        self._takes = set(inspect.signature(loss.forward).parameters)
         self._producers = {r: Producer(r, record) for r, record in storage.producers(name).items()}
         # random, so that a trainer of an earlier session of this name cannot step in this one
         self._nobody = ProducerRecord(epoch=secrets.randbits(48), incarnation=-1, nonce=b"")
@@ -180,7 +187,7 @@ class Session:
 
     def wait(self, seconds: float) -> bool:
         """Waits until no step is under way; whether that came to pass in time."""
-        idle = self._turn.acquire(timeout=seconds)
+        idle = self._turn.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
         if idle:
             self._turn.release()
         return idle
@@ -194,8 +201,9 @@ class Session:
         return self._learner.spec
 
     @property
-    def bank(self) -> Bank | None:
-        return self.loss.bank if isinstance(self.loss, CrossBatchMemory) else None
+    def bank_rows(self) -> int:
+        """How many rows all banks hold together."""
+        return sum(len(bank) for bank in self.banks)
 
     @property
     def weight_bytes(self) -> int:
@@ -210,15 +218,15 @@ class Session:
 
     def _answered(self, batch: Batch, update: Update, rank: int, seq: int) -> Answer:
         """Computes a step with the updated weights, and commits it."""
-        bank = self.bank
+        is_queue = isinstance(self.loss, CrossBatchMemory)
         if batch.embeddings is None:
             update.commit()
-            return Answer.nothing(0 if bank is None else len(bank))
+            return Answer.nothing(self.bank_rows)
         check_batch(batch.embeddings, batch.labels)
         check_finite(batch.embeddings)
         embeddings = self._leaf(batch.embeddings, batch.embeddings_need_gradient)
         arguments = {"labels": self._here(batch.labels)}
-        if bank is not None and (batch.ref_emb is not None or batch.ref_labels is not None):
+        if is_queue and (batch.ref_emb is not None or batch.ref_labels is not None):
             raise InvalidRequest("a CrossBatchMemory compares with its queue: it takes no ref_emb or ref_labels")
         if batch.ref_labels is not None:
             arguments["ref_labels"] = self._here(batch.ref_labels)
@@ -226,7 +234,7 @@ class Session:
         if batch.indices:
             arguments["indices_tuple"] = tuple(index.to(self._device) for index in batch.indices)  # type: ignore[assignment]
         if batch.enqueue_mask is not None:
-            if bank is None:
+            if not is_queue:
                 raise InvalidRequest(f"enqueue_mask needs a CrossBatchMemory, and this is {self.spec.name}")
             arguments["enqueue_mask"] = self._here(batch.enqueue_mask)
         if batch.ref_emb is not None:
@@ -235,14 +243,13 @@ class Session:
             ref_emb = self._leaf(batch.ref_emb, batch.ref_emb_needs_gradient)
             arguments["ref_emb"] = ref_emb
             wanted += [ref_emb] if batch.ref_emb_needs_gradient else []
+        for name, value in arguments.items():
+            if value is not None and name not in self._takes:
+                raise InvalidRequest(f"{self.spec.title()} takes no {name}")
         weights = self._learner.weights if batch.weights_need_gradient else []
         with torch.set_grad_enabled(bool(wanted or weights)):
             staged = self.loss.stage(embeddings, **arguments)
-        if not isinstance(staged.loss, Tensor):
-            raise InvalidRequest(
-                f"a hosted loss gives one number, and the reducer of {self.spec.title()} gives "
-                f"{type(staged.loss).__name__}: give it another one, or call the loss here"
-            )
+        _check_number(staged.loss, self.spec)
         made = _gradients(staged.loss, [*wanted, *weights])
         gradients = iter(made[: len(wanted)])
         answer = Answer(
@@ -258,7 +265,7 @@ class Session:
             update.keep(rank, seq, made[len(wanted) :])
         staged.commit()
         update.commit()
-        return answer._replace(bank_rows=0 if bank is None else len(bank))
+        return answer._replace(bank_rows=self.bank_rows)
 
     def _here(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self._device)
@@ -270,6 +277,25 @@ class Session:
     def _check_open(self) -> None:
         if self.closed:
             raise SessionNotFound(f"session {self.name!r} was closed")
+
+
+def banks_of(loss: nn.Module) -> list[Bank]:
+    """Those of the queues that a loss is, or has within it."""
+    return [module.bank for module in loss.modules() if isinstance(module, CrossBatchMemory)]
+
+
+def _check_number(loss: object, spec: Spec) -> None:
+    """Refuses what could not be told once it is computed."""
+    if not isinstance(loss, Tensor):
+        raise InvalidRequest(
+            f"a hosted loss gives one number, and the reducer of {spec.title()} gives {type(loss).__name__}: give it "
+            "another one, or call the loss here"
+        )
+    if loss.numel() != 1 or loss.dtype not in _NUMBERS:
+        raise InvalidRequest(
+            f"a hosted loss gives one number, of {' or '.join(map(str, _NUMBERS))}, and {spec.title()} gives "
+            f"{loss.dtype} of shape {tuple(loss.shape)}"
+        )
 
 
 def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
@@ -297,7 +323,6 @@ def _refusal(error: Exception) -> GradbankError | None:
     """The error that a trainer is told; None if it is a fault of ours."""
     if isinstance(error, GradbankError):
         return error
-    # on a CPU, torch runs out of memory with a plain RuntimeError
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return LimitExceeded("the step does not fit the device's memory; nothing was changed. Send smaller batches")
     return InvalidRequest(str(error)) if isinstance(error, ValueError) else None

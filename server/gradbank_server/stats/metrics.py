@@ -58,7 +58,7 @@ class _SessionGauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         sessions = [] if self._sessions is None else self._sessions.all()
-        banks = [session.bank for session in sessions if session.bank is not None]
+        banks = [bank for session in sessions for bank in session.banks]
         gauges: dict[str, tuple[str, Any]] = {
             "gradbank_sessions": ("Open sessions.", len(sessions)),
             "gradbank_bank_rows": ("Rows in all banks.", sum(len(bank) for bank in banks)),

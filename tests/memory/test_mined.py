@@ -75,6 +75,18 @@ def test_the_size_of_a_tile_does_not_change_what_is_counted() -> None:
     assert counts[0]["num_triplets"] > 0
 
 
+@pytest.mark.parametrize("forced", ["tiled", "dense"])
+@pytest.mark.parametrize("miner", ["MultiSimilarityMiner", "PairMarginMiner", "TripletMarginMiner", "BatchHardMiner"])
+def test_of_an_empty_queue_there_is_nothing_to_take(forced: str, miner: str) -> None:
+    queue, _ = both("TripletMarginLoss", miner, "LpDistance")
+    embeddings, labels = batch(0)
+    with engine.using(forced):
+        loss = queue(embeddings.requires_grad_(), labels, enqueue_mask=torch.zeros(8, dtype=torch.bool))
+        loss.backward()
+        queue(embeddings[:0], labels[:0])
+    assert (loss.item(), queue.miner.num_triplets, queue.miner.num_pos_pairs) == (0, 0, 0)
+
+
 def test_nothing_is_counted_that_was_not_asked_for() -> None:
     queue = losses.CrossBatchMemory(losses.ContrastiveLoss(), D, SLOTS, miners.MultiSimilarityMiner())
     queue(*batch(0))

@@ -48,8 +48,8 @@ class MinedPairs(Pairs):
 
     def listing(self, rows: slice, edges: Tensor) -> Listing | None:
         listing = self.base.listing(rows, edges)
-        if listing is None:
-            return None
+        if listing is None or len(edges) < 2:  # there is nothing to choose from
+            return listing
         whole = replace(listing, positive=None)
         width = int((edges[1:] - edges[:-1]).max())
         s = self.distance.closeness(distances_of(self.distance, self.queries[rows], self.references, whole, width))

@@ -34,7 +34,8 @@ class Bounds:
         rows: anchors in a block, at most, where there are references enough to fill a tile.
         positives: positive pairs held, at most; each takes some 50 bytes. Where there are more, blocks of anchors are
             written one at a time, each (but for a single anchor) with no more than these.
-        kept: entries of the distance matrix, at most, that are kept from a first sweep for a second one.
+        kept: entries of the distance matrix, at most, that are kept from a first sweep for a second one; statistics
+            may keep as many numbers of their own.
         ready: numbers of the references that are normalised once for all blocks, at most.
 
     The defaults are for a CPU.

@@ -13,6 +13,7 @@ import pytest
 
 import gradbank
 from gradbank_server.service import Server
+from gradbank_server.settings import ServerSettings
 
 UP, DOWN = "up", "down"  # from the client to the server, and back
 
@@ -155,3 +156,18 @@ def anyway(request: pytest.FixtureRequest, nearby: Server) -> Iterator[gradbank.
     else:
         with gradbank.connect(nearby.address, timeout=20, via=request.param) as client:
             yield client
+
+
+def serving(**settings: object) -> Server:
+    return Server(ServerSettings(port=0, metrics_port=-1, shared_memory=True, drain_seconds=1, **settings))
+
+
+@pytest.fixture
+def shm(nearby: Server) -> Iterator[gradbank.Client]:
+    with gradbank.connect(nearby.address, timeout=20, via="shm") as client:
+        yield client
+
+
+@pytest.fixture
+def place(shm: gradbank.Client) -> str:
+    return shm.server().shared_memory_socket

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import hypothesis
 import pytest
 import pytorch_metric_learning.losses as pml_losses
 import pytorch_metric_learning.miners as pml_miners
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradbank
 from gradbank import losses, miners
+from gradbank.engine import Bounds
 from gradbank_server.service import Server
 
 PAIR_LOSSES = ("ContrastiveLoss", "MultiSimilarityLoss", "NTXentLoss", "SupConLoss", "TripletMarginLoss")
@@ -105,3 +108,13 @@ def host(request: pytest.FixtureRequest, nearby: Server) -> Iterator[gradbank.Cl
     with way as connected:
         assert connected.via == request.param.removesuffix("://")
         yield connected
+
+
+bounds = st.builds(Bounds, tile=st.integers(1, 200), rows=st.integers(1, 8), positives=st.integers(1, 40))
+
+
+def examples(number: int) -> hypothesis.settings:
+    checks = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+    return hypothesis.settings(
+        max_examples=number, deadline=None, database=None, derandomize=True, suppress_health_check=checks
+    )

@@ -182,16 +182,19 @@ class CrossBatchMemory(Loss, Recorder):
         loss, shape = self.loss, (len(embeddings), len(references))
         once = not loss.counts_repeats
         pairs: Pairs = LabelledPairs(labels, references.labels, own)
-        mines_intervals = isinstance(self.miner, TripletMarginMiner) and self.miner.distance.measures_as(loss.distance)
-        if mines_intervals and loss.takes_interval and indices is None:
-            pairs.interval = self.miner.interval  # type: ignore[union-attr, assignment]
-            self.miner.distance.record(embeddings, references.pieces)  # type: ignore[union-attr]
-            if self.miner.collect_stats:  # type: ignore[union-attr]
-                self.miner.watch(embeddings, references, labels)  # type: ignore[union-attr, operator]
-        elif self.miner is not None:
-            # the miner sees each anchor's own row as a positive, as in PML; the loss does not
+        miner, takes_interval = self.miner, loss.takes_interval and indices is None
+        # what a miner chooses from: each anchor's own row is a positive, as in PML; to the loss it is not
+        seen = LabelledPairs(labels, references.labels)
+        if isinstance(miner, TripletMarginMiner) and takes_interval and miner.distance.measures_as(loss.distance):
+            pairs.interval = seen.interval = miner.interval
+            miner.distance.record(embeddings, references.pieces)
+            if miner.collect_stats:
+                miner.watch(embeddings, references, seen)
+        elif miner is not None:
             with full_precision(embeddings.device):
-                chosen = self.miner.select(embeddings, references, LabelledPairs(labels, references.labels))
+                chosen = miner.select(embeddings, references, seen)
+            if miner.collect_stats and isinstance(chosen, Pairs):
+                miner.watch(embeddings, references, chosen)
             if not isinstance(chosen, Pairs):
                 a, p, n = chosen
                 if own is not None:

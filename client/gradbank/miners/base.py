@@ -48,6 +48,9 @@ class Miner(Recorder):
         chosen = self._listed(embeddings, pairs.labels, references.whole(), pairs.ref_labels)
         return chosen if len(chosen) == 3 else ListedPairs(chosen, (len(embeddings), len(references)))
 
+    def watch(self, embeddings: Tensor, references: References, taken: Pairs) -> None:
+        """Writes the statistics of what was taken of a queue without a list. What is listed is counted already."""
+
     def forward(
         self,
         embeddings: Tensor,

@@ -13,6 +13,7 @@ from gradbank.engine import (
     LabelledPairs,
     Limits,
     MinedPairs,
+    Pairs,
     References,
     every_pair,
     full_precision,
@@ -25,31 +26,29 @@ from gradbank.miners.totals import totals
 
 @foundation
 class PairMiner(Miner):
-    """A miner whose `kept` tells tile by tile which pairs it takes; calling it lists them."""
+    """A miner whose `select` tells tile by tile which pairs are kept; calling it lists them."""
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
         references = References((ref_emb.detach(),), ref_labels)
-        kept = self.kept(embeddings.detach(), references, LabelledPairs(labels, ref_labels, own))
+        kept = self.select(embeddings.detach(), references, LabelledPairs(labels, ref_labels, own))
         if self.collect_stats:
-            self.watch(kept)
+            self.average(kept)
         return tuple(every_pair(kept, len(embeddings), references))
 
     def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
-        kept = self.kept(embeddings, references, pairs)
-        if self.collect_stats:
-            self.reset_stats()
-            self.watch(kept)
-            number = totals(self.distance, kept.queries, kept.references, kept)
-            self.num_pos_pairs, self.num_neg_pairs = int(number.positives.sum()), int(number.negatives.sum())
-        return kept
+        """Those of `pairs` that the miner keeps."""
+        raise NotImplementedError(f"{type(self).__name__} must define select")
 
-    def kept(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
-        """Those of `pairs` that the miner takes."""
-        raise NotImplementedError(f"{type(self).__name__} must define kept")
+    def watch(self, embeddings: Tensor, references: References, taken: Pairs) -> None:
+        assert isinstance(taken, MinedPairs)  # as `select` gives them
+        self.reset_stats()
+        self.average(taken)
+        number = totals(self.distance, taken.queries, taken.references, taken)
+        self.num_pos_pairs, self.num_neg_pairs = int(number.positives.sum()), int(number.negatives.sum())
 
-    def watch(self, kept: MinedPairs) -> None:
-        """Writes the statistics that the class names, of what was chosen and of what it was chosen from."""
+    def average(self, kept: MinedPairs) -> None:
+        """Writes the means that the class names, of what was kept and of what that was chosen from."""
 
 
 @component
@@ -65,7 +64,7 @@ class MultiSimilarityMiner(PairMiner):
     epsilon: float = 0.1
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
 
-    def kept(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
         distance = self.distance
         distance.record(embeddings, references.pieces)
         with full_precision(embeddings.device):
@@ -103,12 +102,12 @@ class PairMarginMiner(PairMiner):
     pos_pair_dist: float | None = field(default=None, init=False)
     neg_pair_dist: float | None = field(default=None, init=False)
 
-    def watch(self, kept: MinedPairs) -> None:
+    def average(self, kept: MinedPairs) -> None:
         every = totals(self.distance, kept.queries, kept.references, kept.base)
         self.pos_pair_dist = float(every.near.sum() / every.positives.sum().clamp(min=1))
         self.neg_pair_dist = float(every.far.sum() / every.negatives.sum().clamp(min=1))
 
-    def kept(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
         distance = self.distance
         distance.record(embeddings, references.pieces)
         with full_precision(embeddings.device):

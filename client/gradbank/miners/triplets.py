@@ -14,6 +14,7 @@ from gradbank.engine import (
     Hinge,
     Indices,
     LabelledPairs,
+    Pairs,
     Part,
     References,
     Statistic,
@@ -82,36 +83,36 @@ class TripletMarginMiner(Miner):
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         found = TripletList(embeddings.device)
-        sums = torch.zeros(3, dtype=torch.float64, device=embeddings.device)
         for rows, d, positives, negatives in matrix(self.distance, embeddings, labels, ref_emb, ref_labels):
             u = -d if self.distance.is_inverted else d
             row, p = positives.nonzero(as_tuple=True)
             near, far = u[row, p], u.masked_fill(~negatives, torch.inf)
-            if self.collect_stats:
-                sums += _sums(u, positives, negatives)
             ordered, column = far.sort(1)
             start, stop = _below(ordered, row, self.interval(near)).unbind(1)
             counts = stop - start
             found.add(row + rows.start, p, counts, partial(_runs, column.int(), row, start, counts))
         if self.collect_stats:
-            self._set_stats(*sums.tolist())
+            own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
+            self._average(embeddings, References((ref_emb,), ref_labels), LabelledPairs(labels, ref_labels, own))
         return found.triplets()
 
-    def watch(self, embeddings: Tensor, references: References, labels: Tensor) -> None:
-        """Writes the statistics of what it takes of a queue, of which it makes no list."""
-        assert references.labels is not None
+    def watch(self, embeddings: Tensor, references: References, taken: Pairs) -> None:
         self.reset_stats()
+        self._average(embeddings, references, taken)
+        number = _Number(self)
+        with full_precision(embeddings.device):
+            look(number, embeddings, references, taken)
+        self.num_triplets = int(number.reducer.value())
+
+    def _average(self, embeddings: Tensor, references: References, pairs: Pairs) -> None:
+        """Writes the means over all triplets that could be made of the pairs."""
         with full_precision(embeddings.device):
             queries = self.distance.prepare(widened(embeddings.detach()))
-        pairs, number = LabelledPairs(labels, references.labels), _Number(self)
         every = totals(self.distance, queries, references.detach(), pairs)
-        sign = -1 if self.distance.is_inverted else 1
-        near, far = sign * every.near @ every.negatives, sign * every.far @ every.positives
-        self._set_stats(*torch.stack([near, far, every.positives @ every.negatives]).tolist())
-        pairs.interval = self.interval
-        with full_precision(embeddings.device):
-            look(number, embeddings, references, pairs)
-        self.num_triplets = int(number.reducer.value())
+        number = (every.positives @ every.negatives).clamp(min=1)
+        self.pos_pair_dist = float(every.near @ every.negatives / number)
+        self.neg_pair_dist = float(every.far @ every.positives / number)
+        self.avg_triplet_margin = float(self.distance.margin(self.neg_pair_dist, self.pos_pair_dist))
 
     def _first_above(self, u: Tensor, margin: float) -> Tensor:
         """The smallest `v` for which the rounded `v - u` exceeds the margin."""
@@ -119,11 +120,6 @@ class TripletMarginMiner(Miner):
             return torch.nextafter(u, torch.full_like(u, torch.inf))
         slack = 8 * torch.finfo(u.dtype).eps * (u.abs() + abs(margin))
         return first_not_above(lambda v: u - v, u + margin, slack, -margin, strict=False)
-
-    def _set_stats(self, near: float, far: float, number: float) -> None:
-        near, far = near / max(number, 1), far / max(number, 1)
-        sign = -1 if self.distance.is_inverted else 1
-        self.avg_triplet_margin, self.pos_pair_dist, self.neg_pair_dist = far - near, sign * near, sign * far
 
 
 class _Number:
@@ -176,11 +172,3 @@ def _below(ordered: Tensor, row: Tensor, thresholds: Tensor) -> Tensor:
     table = ordered.new_zeros(len(ordered), int(number.max()), 2)
     table[row, slot] = thresholds
     return torch.searchsorted(ordered, table.flatten(1)).view(table.shape)[row, slot]
-
-
-def _sums(u: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """Over all triplets of a block of anchors: the sum of their positives' and negatives' distances, their number."""
-    number_p, number_n = positives.sum(1), negatives.sum(1)
-    near = u.masked_fill(~positives, 0).sum(1, dtype=torch.float64)
-    far = u.masked_fill(~negatives, 0).sum(1, dtype=torch.float64)
-    return torch.stack([near @ number_n.double(), far @ number_p.double(), (number_p * number_n).sum().double()])

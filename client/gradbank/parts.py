@@ -51,8 +51,8 @@ def _told(value: Any) -> str:
 def _parts(cls: type) -> dict[str, Part]:
     try:
         hints = get_type_hints(cls)
-    except NameError:  # what is imported for type checkers only
-        return {}
+    except Exception:  # an annotation is for type checkers, and need not mean anything here
+        return _parts(cls.__mro__[1])
     found = {name: _part(hint) for name, hint in hints.items()}
     return {name: part for name, part in found.items() if part is not None}
 

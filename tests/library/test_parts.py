@@ -10,14 +10,10 @@ from pytorch_metric_learning import distances as pml_distances
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning import reducers as pml_reducers
-from pytorch_metric_learning import samplers as pml_samplers
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-import gradbank
 from gradbank import distances, losses, miners, reducers, regularizers
 from gradbank.component import Component, foundation
 from gradbank.distances import Distance
-from gradbank.errors import InvalidRequest
 
 BATCH = torch.randn(8, 4), torch.arange(8) % 2
 MAKES_ONE = r"gradbank\.from_pml\(\.\.\.\) makes it one"
@@ -76,28 +72,16 @@ def test_labels_that_are_no_tensor_are_refused(given: Any) -> None:
         losses.NTXentLoss()(BATCH[0].numpy(), BATCH[1])
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (pml_losses.NTXentLoss, r"from_pml converts objects, got the class NTXentLoss"),
-        (AccuracyCalculator(), r"build gradbank\.evaluation\.AccuracyCalculator with the same arguments"),
-        (pml_samplers.MPerClassSampler([0, 1] * 4, 2), r"build gradbank\.samplers\.MPerClassSampler"),
-    ],
-)
-def test_what_holds_nothing_to_convert_is_told_so(given: Any, told: str) -> None:
-    with pytest.raises(TypeError, match=told):
-        gradbank.from_pml(given)
+def test_annotations_that_mean_nothing_here_are_not_looked_at() -> None:
+    """Those of the classes that it is written on still are."""
 
+    @foundation
+    class Annotated(losses.ContrastiveLoss):
+        nowhere: "absent.Type | None" = None  # type: ignore[name-defined]  # noqa: F821  # as of a type checker's import
+        subscripted: "int[str] | None" = None  # type: ignore[type-arg]
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        (torch.optim.SGD, 'made by its name, as .*"SGD", lr=0.1.*, got the class SGD'),
-        (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "got a SGD"),
-        ("sgd", "did you mean 'SGD'"),
-        ("LBFGS", "no optimizer is called 'LBFGS'"),
-    ],
-)
-def test_an_optimizer_is_made_by_its_name(name: Any, told: str) -> None:
-    with gradbank.connect("local://") as client, pytest.raises(InvalidRequest, match=told):
-        client.open("run", losses.ArcFaceLoss(2, 4)).optimizer(name, lr=0.1)
+    made = Annotated(nowhere="anything")
+    assert made.nowhere == "anything"
+    assert made(*BATCH).isfinite()
+    with pytest.raises(TypeError, match="Annotated: distance must be a Distance, got 'cosine'"):
+        Annotated(distance="cosine")

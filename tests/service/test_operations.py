@@ -250,6 +250,7 @@ def test_a_port_in_use_is_named(flag: str) -> None:
 def test_health_is_an_exit_code(server: Server) -> None:
     well = run("health", "--address", server.address)
     assert (well.returncode, well.stdout.strip()) == (0, f"{server.address}: SERVING")
+    assert run("health", "--address", server.address, "--timeout", "inf").returncode == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     ill = run("health", "--address", address, "--timeout", "0.5")

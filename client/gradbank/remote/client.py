@@ -17,9 +17,8 @@ from gradbank.remote.producer import Producer
 from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats, StatsWatch
 from gradbank.remote.transport import Transport, left_until
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
-from gradbank.wire import component_message, describe
+from gradbank.wire import LONGEST_S, component_message, describe
 
-_LONGEST_S = 10 * 365 * 24 * 3600.0  # of which clocks and locks know no end
 SLOWEST_BYTES_PER_S = 10 * 2**20  # what an upload of weights or of a bank is given time for
 
 
@@ -42,7 +41,7 @@ def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
         raise InvalidRequest(
             f"timeout must be above 0 seconds, got {timeout!r}; math.inf waits for as long as it takes"
         )
-    timeout = min(timeout, _LONGEST_S)
+    timeout = min(timeout, LONGEST_S)
     return Client(transport_to(address, timeout, via), address, timeout)
 
 

@@ -3,13 +3,23 @@
 from gradbank.wire.components import argument_messages, argument_values, component_message, spec_of
 from gradbank.wire.errors import ERROR_TRAILER, error_message, error_of, status_of
 from gradbank.wire.frames import Frame, frame_of, gradient_bytes, request_frame, response_frame
-from gradbank.wire.payload import CHUNK_BYTES, MESSAGE_BYTES, PACKET_BYTES, WINDOW, Assembly, assembled, chunks
+from gradbank.wire.payload import (
+    CHUNK_BYTES,
+    LONGEST_S,
+    MESSAGE_BYTES,
+    PACKET_BYTES,
+    WINDOW,
+    Assembly,
+    assembled,
+    chunks,
+)
 from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype, wire_dtype
 from gradbank.wire.timings import seconds_of, seconds_of_both
 
 __all__ = [
     "CHUNK_BYTES",
     "ERROR_TRAILER",
+    "LONGEST_S",
     "MESSAGE_BYTES",
     "PACKET_BYTES",
     "WINDOW",

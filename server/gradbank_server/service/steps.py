@@ -12,10 +12,9 @@ from torch import Tensor
 
 from gradbank.errors import GradbankError, InvalidRequest
 from gradbank.v1 import step_pb2, tensor_pb2
-from gradbank.wire import CHUNK_BYTES, TensorReader, argument_values, describe, torch_dtype, wire_dtype
+from gradbank.wire import CHUNK_BYTES, LONGEST_S, TensorReader, argument_values, describe, torch_dtype, wire_dtype
 from gradbank_server.sessions import Answer, Backward, Batch, OptimizerStep, WeightEvent, ZeroGradient
 
-_LONGEST_S = 10 * 365 * 24 * 3600.0  # which no phase of a step takes
 _HIGHEST = 15  # below 2 to this, float16 has all of its digits
 
 
@@ -106,8 +105,8 @@ def check_header(step: step_pb2.StepInput) -> None:
     if step.answered_seq and step.answered_seq >= step.seq:
         raise InvalidRequest(f"answered_seq is {step.answered_seq}, and this is step {step.seq}: it can have none yet")
     told = step.trainer_timings
-    if not all(0 <= spent <= _LONGEST_S for spent in (told.client_encode_s, told.network_s, told.client_decode_s)):
-        raise InvalidRequest(f"trainer_timings must be from 0 to {_LONGEST_S:,.0f} seconds")
+    if not all(0 <= spent <= LONGEST_S for spent in (told.client_encode_s, told.network_s, told.client_decode_s)):
+        raise InvalidRequest(f"trainer_timings must be from 0 to {LONGEST_S:,.0f} seconds")
     if step.gradient_dtype not in (0, tensor_pb2.DTYPE_BFLOAT16, tensor_pb2.DTYPE_FLOAT16):
         raise InvalidRequest(f"gradient_dtype must be bfloat16 or float16, got {step.gradient_dtype}")
 

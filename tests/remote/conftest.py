@@ -123,6 +123,20 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 
 @pytest.fixture
+def far(proxy: Proxy) -> Iterator[gradbank.Client]:
+    """A client behind the proxy."""
+    with gradbank.connect(proxy.address, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture(params=[False, True], ids=["", "read-ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the server read the next step meanwhile whatever its size, too."""
+    if request.param:
+        monkeypatch.setattr("gradbank_server.service.steps.CHUNK_BYTES", 0)
+
+
+@pytest.fixture
 def near(server: Server) -> Iterator[gradbank.Client]:
     """A client of this test's own, without the proxy in between."""
     with gradbank.connect(server.address, timeout=20) as client:

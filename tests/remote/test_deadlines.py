@@ -18,7 +18,7 @@ from gradbank.remote.ticket import NO_NEWS
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 
-from .conftest import DOWN
+from .conftest import DOWN, wait_until
 
 D = 8
 
@@ -192,7 +192,7 @@ def test_closing_the_loss_ends_the_wait_of_who_connects(name: str) -> None:
     told = list[float]()
     thread = threading.Thread(target=lambda: told.append(seconds(lambda: there(*batch(1)), ServerUnavailable)))
     thread.start()
-    time.sleep(0.5)
+    wait_until(lambda: there.producer._busy)  # it connects
     there.close()
     thread.join(20)
     assert told[0] < 10

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -38,12 +38,6 @@ def loss_and_gradient(loss_fn: Callable[..., torch.Tensor], seed: int) -> tuple[
 def assert_same(there: Any, here: Any, seed: int) -> None:
     for made, expected in zip(loss_and_gradient(there, seed), loss_and_gradient(here, seed), strict=True):
         assert torch.equal(made, expected), f"batch {seed}"
-
-
-@pytest.fixture
-def far(proxy: Any) -> Iterator[gradbank.Client]:
-    with gradbank.connect(proxy.address, timeout=20) as client:
-        yield client
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import io
 import pickle
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,20 @@ def test_sparse_embeddings_are_refused_by_name(anyway: gradbank.Client, name: st
     there = anyway.open(name, losses.NTXentLoss())
     with pytest.raises(InvalidRequest, match=r"layout torch.sparse_coo cannot be sent; make it dense"):
         there(batch(0)[0].detach().to_sparse(), batch(0)[1])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        (torch.optim.SGD, 'made by its name, as .*"SGD", lr=0.1.*, got the class SGD'),
+        (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "got a SGD"),
+        ("sgd", "did you mean 'SGD'"),
+        ("LBFGS", "no optimizer is called 'LBFGS'"),
+    ],
+)
+def test_an_optimizer_is_made_by_its_name(client: gradbank.Client, name: str, optimizer: Any, told: str) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        client.open(name, losses.ArcFaceLoss(2, 4)).optimizer(optimizer, lr=0.1)
 
 
 def test_frozen_weights_are_not_given_an_optimizer(client: gradbank.Client, name: str) -> None:

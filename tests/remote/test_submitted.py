@@ -21,12 +21,7 @@ from gradbank_server.settings import ServerSettings
 
 from .conftest import DOWN, UP
 
-
-@pytest.fixture(autouse=True, params=[False, True], ids=["", "read-ahead"])
-def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the server read the next step meanwhile whatever its size, too."""
-    if request.param:
-        monkeypatch.setattr("gradbank_server.service.steps.CHUNK_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("ahead")
 
 
 def memory() -> losses.CrossBatchMemory:
@@ -183,12 +178,6 @@ def test_a_large_step_is_decoded_while_the_one_before_is_computed(
     assert fourth, "the fourth step was not read while the third was computed"
 
 
-@pytest.fixture
-def far(proxy: Any) -> Any:
-    with gradbank.connect(proxy.address, timeout=20) as client:
-        yield client
-
-
 def test_steps_in_flight_survive_cuts_and_are_carried_out_once(
     proxy: Any, far: gradbank.Client, near: gradbank.Client, name: str
 ) -> None:
@@ -252,32 +241,6 @@ def test_one_thread_submits_while_another_waits(anyway: gradbank.Client, name: s
         future, leaf, seed = waiting[number]
         assert_same(future.result(), leaf, here, seed)
     thread.join(20)
-
-
-def test_threads_share_a_loss_through_cuts(proxy: Any, far: gradbank.Client, near: gradbank.Client, name: str) -> None:
-    """Whoever waits reads for the others, and opens the connection again for them."""
-    there, here, where = far.open(name, losses.ContrastiveLoss()), losses.ContrastiveLoss(), random.Random(0)
-    wrong: list[object] = []
-
-    def train(thread: int) -> None:
-        try:
-            for seed in range(100 * thread, 100 * thread + 20, 2):
-                future = there.submit(*batch(seed))
-                made = {seed + 1: there(*batch(seed + 1)), seed: future.result()}
-                wrong.extend(each for each, loss in made.items() if not torch.equal(loss, here(*batch(each))))
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=train, args=(number,), daemon=True) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        proxy.cut_after(where.choice([UP, DOWN]), where.randrange(1, 9000))
-        time.sleep(where.uniform(0.01, 0.1))
-    proxy.spare()
-    assert wrong == []
-    assert near.stats(name).steps == 80
-    assert proxy.cuts >= 2
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["tcp", "shm"])

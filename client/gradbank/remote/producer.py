@@ -312,8 +312,8 @@ class Producer:
                 if left <= pause:
                     waited = time.monotonic() - begun
                     raise ServerUnavailable(
-                        f"session {self.session!r} could not be reached for {waited:.3g} s: {error}. If the step was "
-                        "carried out, the server still has the answer: calling again with the same batch is safe"
+                        f"session {self.session!r} did not answer for {waited:.3g} s: {error}. If the step was carried "
+                        "out, the server still has the answer: calling again with the same batch is safe"
                     ) from None
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 

@@ -44,6 +44,14 @@ class OddLoss(losses.Loss):
         return ODD[self.how](loss) if int(labels[0]) else loss
 
 
+@component
+class AnyLoss(losses.Loss):
+    """The mean square and the first label."""
+
+    def forward(self, embeddings: Tensor, **more: Any) -> Tensor:
+        return embeddings.square().mean() + more["labels"][0]
+
+
 def batch(odd: bool = False) -> tuple[Tensor, Tensor]:
     return torch.ones(6, D).requires_grad_(), torch.full((6,), int(odd))
 
@@ -122,13 +130,19 @@ def test_what_a_hosted_loss_does_not_take_is_refused_by_name(
     assert session.tally.steps == 0
 
 
+def test_a_loss_that_takes_any_argument_gets_those_that_are_sent(client: gradbank.Client, name: str) -> None:
+    there = client.open(name, AnyLoss())
+    there._signature = inspect.signature(losses.NTXentLoss().forward)  # as above
+    assert there(torch.ones(6, D), torch.full((6,), 2)).item() == 3
+
+
 def test_all_banks_of_a_session_count_towards_its_limit_and_its_statistics(name: str) -> None:
     settings = ServerSettings(port=0, metrics_port=-1, max_session_bytes=4000)
     with Server(settings) as small, gradbank.connect(small.address, timeout=10) as client:
         both = losses.MultipleLosses([losses.CrossBatchMemory(losses.NTXentLoss(), D, 100) for _ in "12"])
         with pytest.raises(LimitExceeded, match="takes 0 bytes of weights and 4,800 of banks with their labels"):
             client.open(name, both)
-        there = client.open(name, losses.MultipleLosses([losses.CrossBatchMemory(losses.NTXentLoss(), D, 60)] * 1))
+        there = client.open(name, losses.MultipleLosses([losses.CrossBatchMemory(losses.NTXentLoss(), D, 60)]))
         there(torch.randn(6, D), torch.arange(6) % 2)
         told = client.stats(name)
         assert (told.bank_rows, told.bank_capacity) == (6, 60)

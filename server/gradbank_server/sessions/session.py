@@ -81,7 +81,8 @@ class Session:
         self._device, self._storage, self._clock, self._run = device, storage, clock, run
         self._learner, self._statistics = Learner(loss), Statistics(loss)
         self.banks = banks_of(loss)
-        self._takes = set(inspect.signature(loss.forward).parameters)
+        self._takes = inspect.signature(loss.forward).parameters
+        self._takes_any = any(each.kind == each.VAR_KEYWORD for each in self._takes.values())
         self._producers = {r: Producer(r, record) for r, record in storage.producers(name).items()}
         # random, so that a trainer of an earlier session of this name cannot step in this one
         self._nobody = ProducerRecord(epoch=secrets.randbits(48), incarnation=-1, nonce=b"")
@@ -244,7 +245,7 @@ class Session:
             arguments["ref_emb"] = ref_emb
             wanted += [ref_emb] if batch.ref_emb_needs_gradient else []
         for name, value in arguments.items():
-            if value is not None and name not in self._takes:
+            if value is not None and name not in self._takes and not self._takes_any:
                 raise InvalidRequest(f"{self.spec.title()} takes no {name}")
         weights = self._learner.weights if batch.weights_need_gradient else []
         with torch.set_grad_enabled(bool(wanted or weights)):

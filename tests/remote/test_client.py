@@ -296,6 +296,19 @@ def test_a_second_trainer_with_another_loss_is_told_the_difference(either: gradb
     assert either.stats(name).bank_rows == 8
 
 
+@pytest.mark.parametrize("interval", [1e10, float("inf")])
+def test_watch_may_look_as_seldom_as_it_likes(either: gradbank.Client, name: str, interval: float) -> None:
+    either.open(name, losses.NTXentLoss())
+    assert next(either.watch(name, interval)).steps == 0
+
+
+@pytest.mark.parametrize("interval", [float("nan"), 0.0, -1e9])
+def test_but_not_at_no_interval(either: gradbank.Client, name: str, interval: float) -> None:
+    either.open(name, losses.NTXentLoss())
+    with pytest.raises(InvalidRequest, match=r"interval_s must be at least 0\.05"):
+        next(either.watch(name, interval))
+
+
 def test_watch_tells_until_the_session_ends(either: gradbank.Client, name: str) -> None:
     there = either.open(name, memory())
     watched = either.watch(name, interval=0.05)

@@ -3,6 +3,7 @@
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ import torch
 import gradbank
 from gradbank import losses
 from gradbank.errors import InvalidRequest, InvalidUpdate
+from gradbank.remote.flight import Flight
 from gradbank.remote.optimizer import GRADIENTS_KEPT
 from gradbank.remote.ticket import NO_NEWS
 from gradbank.v1 import step_pb2
 from gradbank.wire import describe
+from gradbank_server.service import Server
 from gradbank_server.sessions import learner
+from gradbank_server.settings import ServerSettings
 
 
 def batch(seed: int, rows: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,6 +28,20 @@ def batch(seed: int, rows: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
 
 class Interrupted(BaseException):
     """As Ctrl-C would raise."""
+
+
+class Once:
+    """A lock that is interrupted as it is taken."""
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight, self._lock = flight, flight._lock
+
+    def __enter__(self) -> None:
+        self._flight._lock = self._lock
+        raise Interrupted
+
+    def __exit__(self, *_: object) -> None:
+        raise AssertionError("it was not taken")
 
 
 def test_what_follows_an_interrupt_is_not_the_answer_before_it(client: gradbank.Client, name: str) -> None:
@@ -50,6 +68,21 @@ def test_what_follows_an_interrupt_is_not_the_answer_before_it(client: gradbank.
         here.add_to_memory(*batch(10, 2048))
     for answer, seed in zip(answers, (11, 12)):
         assert torch.equal(answer, here(*batch(seed)))
+
+
+@pytest.mark.parametrize("via", ["tcp", "shm"])
+def test_a_stream_is_ended_that_was_just_made_as_the_interrupt_came(name: str, via: Any) -> None:
+    settings = ServerSettings(port=0, metrics_port=-1, max_streams=4, shared_memory=True, drain_seconds=1)
+    with Server(settings) as small, gradbank.connect(small.address, timeout=10, via=via) as client:
+        there = client.open(name, losses.NTXentLoss())
+        there(*batch(0))
+        flight = there.producer._flight
+        for seed in range(1, 7):
+            there.close()
+            flight._lock = Once(flight)  # taken to keep the stream that was made
+            with pytest.raises(Interrupted):
+                there(*batch(seed))
+        there(*batch(7))
 
 
 def trained(

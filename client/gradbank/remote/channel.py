@@ -75,7 +75,8 @@ class GrpcTransport:
         return state, payload.payload()
 
     def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> "Arriving":
-        return self._arriving(lambda: self._stats.WatchStats(request), request.interval_s + timeout)
+        between = max(0.0, request.interval_s)  # the server refuses others, which are no time to wait
+        return self._arriving(lambda: self._stats.WatchStats(request), between + timeout)
 
     def steps(self, timeout: float) -> Steps:
         return self._answer(lambda: GrpcSteps(self._channel, self._renew))

@@ -88,6 +88,8 @@ class Client:
             SessionConflict: the name is taken by another loss; the message names the difference.
             InvalidComponent: the server does not know the loss, or an argument of it.
             LimitExceeded: the server is full, or the bank too large for it.
+            InvalidUpdate: the loss that was open under this name had an optimizer, whose last step the server refuses;
+                the next call opens it.
         """
         transport = self._checked()
         if not isinstance(loss, Loss):
@@ -98,9 +100,10 @@ class Client:
             raise InvalidRequest(f"rank must be a whole number from 0 on, got {rank!r}")
         if wire not in (None, torch.bfloat16, torch.float16):
             raise InvalidRequest(f"wire must be torch.bfloat16, torch.float16 or None, got {wire!r}")
-        if (name, rank) in self._open:
+        known = self._open.get((name, rank))
+        if known is not None:
             with suppress(Fenced, SessionNotFound):  # nobody is left to tell
-                self._open[name, rank].flush()
+                known.flush()
         named, payload = [], []
         for key, value in _state_to_send(loss).items():
             message, data = describe(value)
@@ -141,7 +144,7 @@ class Client:
 
     def watch(self, name: str, interval: float = 1.0) -> StatsWatch:
         """The same every `interval` seconds, until the session ends or the iterator is closed."""
-        request = stats_pb2.WatchStatsRequest(session=name, interval_s=interval)
+        request = stats_pb2.WatchStatsRequest(session=name, interval_s=min(interval, LONGEST_S))
         return StatsWatch(self._checked().watch(request, self.timeout))
 
     def server(self) -> ServerInfo:

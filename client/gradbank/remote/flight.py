@@ -23,7 +23,7 @@ class Flight:
         self._lock = lock
         self._tickets: deque[Ticket] = deque()
         self._steps: Steps | None = None
-        self._halted = False  # whether those in flight are to be sent again, before any other
+        self.halted = False  # whether those in flight are to be sent again, before any other
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -37,9 +37,11 @@ class Flight:
 
     def takes(self, step: step_pb2.StepInput) -> bool:
         """Whether this step can be sent now, without a wait for the server."""
+        if self.halted:
+            return False
         if self._steps is None:
             return bool(self._tickets)  # a thread that waits for those makes a stream, and sends all there is
-        return not self._halted and self._steps.takes(step)
+        return self._steps.takes(step)
 
     def connect(self, step: step_pb2.StepInput, transport: Transport, deadline: float) -> None:
         """Has a stream take a step, while nothing is in flight."""
@@ -51,6 +53,8 @@ class Flight:
                     self._steps = steps
             steps.prepare(step, left_until(deadline))
         except BaseException:
+            if steps is not None:  # which may be nobody's yet
+                steps.close()
             with self._lock:
                 self.drop()
             raise
@@ -119,8 +123,8 @@ class Flight:
 
     def halt(self) -> None:
         """The oldest step was refused: the server refuses those behind it too, under the numbers that they have."""
+        self.halted = True  # until `renumber` is done, or they are let go of
         self.answered()
-        self._halted = True  # until `renumber` is done, or the stream dropped
 
     def renumber(self, last: int, deadline: float) -> None:
         """Sends all again, under the numbers after `last`, once the server has refused them."""
@@ -135,15 +139,14 @@ class Flight:
             for number, ticket in enumerate(self._tickets, last + 1):
                 ticket.step.seq = number
                 steps.send(ticket.step, ticket.parts, left_until(deadline))
-            self._halted = False
+            self.halted = False
 
     def clear(self) -> None:
         """Lets go of the steps in flight."""
-        self._tickets = deque()
+        self._tickets, self.halted = deque(), False
 
     def drop(self) -> None:
         """Ends the stream: nobody knows which of the steps in flight are carried out."""
         if self._steps is not None:
             self._steps.close()
             self._steps = None
-        self._halted = False

@@ -195,7 +195,6 @@ class Producer:
 
     def _read(self, transport: Transport, deadline: float) -> None:
         """Settles the oldest step in flight, or all of them if that fails. What goes wrong is in the tickets."""
-        renumbered = False
         try:
             answer = self._retried(lambda: self._flight.answer(transport, deadline), deadline)
             with self._lock:
@@ -207,13 +206,12 @@ class Producer:
                     self._note(ticket)
                     self._flight.answered()
                     return
-                renumbered = True  # before it is so: then those behind are only asked for anew
                 self._flight.halt()
                 self._refuse(ticket, error_of(output.error))
             self._flight.renumber(self.last_seq, deadline)
         except BaseException as error:
             with self._lock:
-                self._give_up(error, renumbered)
+                self._give_up(error)
             if not isinstance(error, GradbankError):
                 raise
 
@@ -242,7 +240,7 @@ class Producer:
             self._give_up(error)
             raise
 
-    def _give_up(self, error: BaseException, renumbered: bool = False) -> None:
+    def _give_up(self, error: BaseException) -> None:
         """Lets go of what is in flight, which is in doubt from now on: to be sent again as it was, but for what may
         have been sent under two numbers."""
         told = error if isinstance(error, GradbankError) else ServerUnavailable(_INTERRUPTED)
@@ -253,7 +251,7 @@ class Producer:
                 self._note(ticket)
                 continue
             ticket.error = told
-            self._doubts.append(ticket, fits=not renumbered)
+            self._doubts.append(ticket, fits=not self._flight.halted)
         self._flight.clear()  # now, for an interrupt before it leaves them to the next who gives up
         for ticket in tickets:
             if ticket.error is not None:
@@ -301,6 +299,7 @@ class Producer:
         """What `call` gives, once the server can be reached."""
         begun, pause, closed = time.monotonic(), _FIRST_PAUSE_S, self._closed
         while True:
+            self.transport()  # or the client was closed meanwhile
             try:
                 return call()
             except ServerUnavailable as error:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 _CONTAINERS = (list, tuple, dict)
+_HELD = (*_CONTAINERS, nn.ModuleList, nn.ModuleDict)  # as a component has them
 
 
 class Part(NamedTuple):
@@ -25,8 +26,8 @@ def check_part(cls: type, name: str, value: Any) -> None:
     part = _parts(cls).get(name)
     if part is None or value is None:
         return
-    if part.is_many and isinstance(value, _CONTAINERS):
-        given = list(value.values()) if isinstance(value, dict) else list(value)
+    if part.is_many and isinstance(value, _HELD):
+        given = list(value.values() if isinstance(value, dict | nn.ModuleDict) else value)
     else:
         given = [value]
     for each in given:

@@ -10,6 +10,7 @@ from pytorch_metric_learning import distances as pml_distances
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning import reducers as pml_reducers
+from torch import nn
 
 from gradbank import distances, losses, miners, reducers, regularizers
 from gradbank.component import Component, foundation
@@ -37,6 +38,11 @@ MAKES_ONE = r"gradbank\.from_pml\(\.\.\.\) makes it one"
         ),
         (lambda: losses.MultipleLosses([losses.NTXentLoss]), "losses must be a Module, got the class NTXentLoss"),
         (lambda: losses.MultipleLosses({"a": losses.NTXentLoss}), "losses must be a Module, got the class NTXentLoss"),
+        (lambda: losses.MultipleLosses([reducers.MeanReducer()]), "losses must each be a Loss, got MeanReducer"),
+        (
+            lambda: losses.MultipleLosses([losses.NTXentLoss()], [distances.LpDistance()]),
+            "miners must each be a Miner, got LpDistance",
+        ),
         (lambda: losses.SelfSupervisedLoss(pml_losses.NTXentLoss()), f"loss must be a Loss, .*{MAKES_ONE}"),
         (lambda: miners.MultiSimilarityMiner(distance=pml_distances.LpDistance()), "MultiSimilarityMiner: distance"),
         (lambda: reducers.MultipleReducers({"loss": pml_reducers.MeanReducer()}), "reducers must be a Reducer"),
@@ -52,6 +58,20 @@ def test_so_is_one_that_is_put_in_place_of_another() -> None:
     with pytest.raises(TypeError, match="NTXentLoss: reducer must be a Reducer, got 'sum'"):
         loss_fn.reducer = "sum"  # type: ignore[assignment]
     assert isinstance(loss_fn.reducer, reducers.MeanReducer)
+
+
+def test_several_may_be_given_as_a_module_has_them() -> None:
+    @foundation
+    class Several(Component):
+        parts: list[Distance] | dict[str, Distance]
+
+    made = Several([distances.LpDistance(), distances.CosineSimilarity()])
+    again = Several(made.parts)  # a ModuleList
+    again.parts = again.parts
+    named = Several(nn.ModuleDict({"near": distances.LpDistance()}))  # type: ignore[arg-type]
+    assert (len(again.parts), list(named.parts)) == (2, ["near"])
+    with pytest.raises(TypeError, match=r"parts must be a Distance, got .*MeanReducer"):
+        Several(nn.ModuleList([reducers.MeanReducer()]))  # type: ignore[arg-type]
 
 
 def test_what_may_be_a_component_or_something_else_is_not_looked_at() -> None:

@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gradbank.component import component
+from gradbank.component import Component, component
 from gradbank.engine import Indices, at_once, full_precision, widened
 from gradbank.losses.base import Loss, Staged
 from gradbank.miners.base import Miner
@@ -26,6 +26,7 @@ class MultipleLosses(Loss):
 
     Raises:
         ValueError: no losses, or miners or weights that do not belong to them.
+        TypeError: a component of another kind among the losses or miners.
     """
 
     losses: list[nn.Module] | dict[str, nn.Module]
@@ -35,8 +36,10 @@ class MultipleLosses(Loss):
     def __post_init__(self) -> None:
         if not len(self.losses):
             raise ValueError("MultipleLosses needs at least one loss")
+        _check_kind("losses", self.losses, Loss)
         if self.miners:
             self._check("miners", self.miners)
+            _check_kind("miners", self.miners, Miner)
         if self.weights is None:
             self.weights = dict.fromkeys(self._keys(), 1.0) if self.is_dict else [1.0] * len(self.losses)
         self._check("weights", self.weights)
@@ -110,6 +113,13 @@ class MultipleLosses(Loss):
             raise Mismatch(f"{what} are given for {sorted(set(given) - set(self._keys()))}, which no loss is called")
         if named and what == "weights" and set(given) != set(self._keys()):
             raise Mismatch(f"weights are missing for {sorted(set(self._keys()) - set(given))}")
+
+
+def _check_kind(what: str, given: Any, kind: type[Component]) -> None:
+    """Refuses a component of another kind; a module that is no component may be any."""
+    for each in given.values() if isinstance(given, dict | nn.ModuleDict) else given:
+        if isinstance(each, Component) and not isinstance(each, kind):
+            raise TypeError(f"MultipleLosses: {what} must each be a {kind.__name__}, got {type(each).__name__}")
 
 
 def _staged(loss: nn.Module, embeddings: Tensor, labels: Tensor | None, indices: Indices | None) -> Staged:

@@ -37,7 +37,8 @@ class CrossBatchMemory(Loss, Recorder):
     queue; an anchor's own row is not its positive. Rows in the queue get no gradient.
 
     A call that fails leaves the queue as it was. It has no statistics of its own: its loss writes some, and so does a
-    miner that lists what it takes. Those that list nothing here (of pairs, and `TripletMarginMiner`) count nothing.
+    miner that lists what it takes. Those that list nothing here (of pairs, and `TripletMarginMiner`) count what they
+    took with `collect_stats`.
 
     Args:
         loss: a loss of pairs or triplets.

@@ -201,6 +201,32 @@ class FarPositives(miners.BaseMiner):
         return *torch.where(same & (mat < self.margin)), *torch.where(negatives)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_miner_of_ones_own_gets_what_it_is_called_with(dtype: torch.dtype) -> None:
+    class Alike(miners.BaseMiner):
+        def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Any:
+            assert embeddings.dtype == ref_emb.dtype == dtype
+            near = embeddings @ ref_emb.T > 0
+            same = labels[:, None] == ref_labels
+            return *(near & same).nonzero(as_tuple=True), *(near & ~same).nonzero(as_tuple=True)
+
+    embeddings, labels = batch(12)
+    assert len(Alike()(embeddings.to(dtype), labels, embeddings.to(dtype), labels.clone())[0]) >= 12
+
+
+def test_pair_miner_of_ones_own_may_list() -> None:
+    class Lists(miners.MultiSimilarityMiner):
+        def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> Any:
+            return miners.BaseMiner.select(self, embeddings, references, pairs)
+
+        def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Any:
+            return *(labels[:, None] == ref_labels).nonzero(as_tuple=True), *(2 * [labels[:0]])
+
+    miner = Lists(collect_stats=True)
+    losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 32, miner)(*batch(12))
+    assert miner.num_pos_pairs > 0
+
+
 def test_miner_of_ones_own_is_called_and_put_before_a_queue() -> None:
     embeddings, labels = batch(12)
     miner = FarPositives(0.4, collect_stats=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from gradbank.checks import check_batch
 from gradbank.component import foundation
 from gradbank.distances import Distance, LpDistance
-from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision, widened
+from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision
 from gradbank.recorder import Recorder
 
 
@@ -45,7 +45,8 @@ class Miner(Recorder):
 
     def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> Pairs | Indices:
         """What is chosen of the pairs that labels make, for a queue: pairs, or listed triplets `(a, p, n)`."""
-        chosen = self._listed(embeddings, pairs.labels, references.whole(), pairs.ref_labels)
+        ref_emb = references.whole().to(embeddings.dtype)  # a queue keeps that of its first batch
+        chosen = self._listed(embeddings, pairs.labels, ref_emb, pairs.ref_labels)
         return chosen if len(chosen) == 3 else ListedPairs(chosen, (len(embeddings), len(references)))
 
     def watch(self, embeddings: Tensor, references: References, taken: Pairs) -> None:
@@ -81,8 +82,6 @@ class Miner(Recorder):
 
     def _listed(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         self.reset_stats()
-        if ref_emb is not embeddings:  # a queue keeps the dtype of its first batch
-            ref_emb = ref_emb.to(widened(embeddings).dtype)
         with torch.no_grad(), full_precision(embeddings.device):
             chosen = self.mine(embeddings, labels, ref_emb, ref_labels)
         self._count(chosen)

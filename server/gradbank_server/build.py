@@ -86,7 +86,7 @@ def build(spec: Spec, where: str = "") -> Component:
         return made(**arguments)
     except (TypeError, ValueError) as error:
         raise InvalidComponent(f"{where} cannot be built: {error}") from None
-    except Exception as error:  # arguments that fit their types may still be too much for a constructor
+    except (Exception, SystemExit) as error:  # arguments that fit their types may still be too much for a constructor
         raise InvalidComponent(f"{where} cannot be built: {type(error).__name__}: {error}") from error
 
 

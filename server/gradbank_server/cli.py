@@ -34,6 +34,7 @@ app = App(
 # off a terminal, a table is as wide as it needs to be: somebody's grep is reading
 console = Console() if sys.stdout.isatty() else Console(width=200)
 
+_LONGEST_S = 10 * 365 * 24 * 3600.0  # as in `gradbank.wire`, which imports torch
 _LOST_DEVICE = 70  # what a supervisor starts again
 
 Address = Annotated[str, Parameter(help="host:port of the server, or unix:///path.")]
@@ -170,13 +171,11 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from gradbank.wire import LONGEST_S
-
     with grpc.insecure_channel(address) as channel:
         try:
             request = health_pb2.HealthCheckRequest()
             call = health_pb2_grpc.HealthStub(channel).Check
-            status = call(request, timeout=min(timeout, LONGEST_S), wait_for_ready=True).status
+            status = call(request, timeout=min(timeout, _LONGEST_S), wait_for_ready=True).status
         except grpc.RpcError as error:
             console.print(f"{address}: {error.code().name}", style="red")
             return 1

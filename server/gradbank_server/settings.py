@@ -49,7 +49,12 @@ class ServerSettings(BaseSettings):
     ] = ()
     max_sessions: Annotated[int, Field(ge=1, le=_MOST, description="How many sessions there may be.")] = 64
     max_session_bytes: Annotated[
-        int, Field(ge=1, le=_MOST, description="How many bytes the bank and weights of a session may take.")
+        int,
+        Field(
+            ge=1,
+            le=_MOST,
+            description="How many bytes the bank, counted as float32, and the weights of a session may take.",
+        ),
     ] = 8 * 2**30
     max_step_bytes: Annotated[
         int, Field(ge=1, le=_MOST, description="How many bytes the tensors of a step may take.")

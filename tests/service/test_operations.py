@@ -258,6 +258,14 @@ def test_health_is_an_exit_code(server: Server) -> None:
     assert address in ill.stdout + ill.stderr
 
 
+def test_health_needs_no_torch(server: Server) -> None:
+    asked = f"import sys; from gradbank_server.cli import health; print(health(address={server.address!r}))"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{asked}; print('torch' in sys.modules)"], capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout.split()[-2:] == ["0", "False"]
+
+
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(
     serve: Callable[..., Process], closed: bool

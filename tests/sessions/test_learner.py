@@ -230,6 +230,7 @@ def test_a_learning_rate_that_ruins_the_weights_leaves_them_as_they_were(
 # -- the same through a client ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # of a first step that the scaler skips
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
 def test_a_training_loop_is_the_same_with_the_weights_on_the_server(
     embedded: gradbank.Client, name: str, scaled: bool, batch: Make

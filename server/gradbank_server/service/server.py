@@ -1,5 +1,6 @@
 """A server: the service behind gRPC, with health, reflection and /metrics, and an orderly end."""
 
+import errno
 import socket
 import time
 from collections.abc import Callable
@@ -95,8 +96,7 @@ class Server:
             self.port = self._grpc.add_insecure_port(f"{bracketed(settings.host)}:{settings.port}")
         except RuntimeError:
             raise OSError(
-                f"cannot listen on {settings.host}:{settings.port}: {_why_not(settings.host, settings.port)}; choose "
-                "another --port, or 0 for one that is free"
+                f"cannot listen on {settings.host}:{settings.port}: {_why_not(settings.host, settings.port)}"
             ) from None
         if settings.unix_socket:
             listen_on_socket(self._grpc, settings.unix_socket)
@@ -211,7 +211,9 @@ def _why_not(host: str, port: int) -> str:
         with socket.socket(family, kind) as attempt:
             attempt.bind(address)
     except OSError as error:
-        return str(error.strerror)
+        if error.errno == errno.EADDRINUSE:
+            return f"{error.strerror}; choose another --port, or 0 for one that is free"
+        return f"{error.strerror}; --host is an address of this machine"
     return "gRPC could not bind to it"
 
 

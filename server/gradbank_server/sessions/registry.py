@@ -93,6 +93,7 @@ class Sessions:
         try:  # outside the lock: other sessions go on while weights are made and moved
             loss = self._build(spec)
             _load(loss, state)
+            check_whole(loss, self._limits.session_bytes)  # again, for weights may have come in another dtype
             loss = loss.to(self._device)
             session = Session(name, loss, asked, self._device, self._storage, self._clock, self._run)
             return session, True
@@ -177,13 +178,15 @@ def _inner(value: Any) -> Iterator[Spec]:
 
 
 def check_whole(loss: Loss, limit: int) -> None:
-    """The same by what was made, for all that it holds together; `loss` is on the meta device.
+    """The same by what was made, for all that it holds together.
 
     Raises:
         LimitExceeded: the message names the size and the limit.
     """
+    held = banks_of(loss)
+    banks = sum(bank.capacity * (bank.dimension * 4 + _LABEL_BYTES) for bank in held)
     weights = sum(tensor.nbytes for tensor in itertools.chain(loss.parameters(), loss.buffers()))
-    banks = sum(bank.capacity * (bank.dimension * 4 + _LABEL_BYTES) for bank in banks_of(loss))
+    weights -= sum(tensor.nbytes for bank in held for tensor in bank.buffers())  # which are counted
     if weights + banks > limit:
         raise LimitExceeded(
             f"{type(loss).__name__} takes {weights:,} bytes of weights and {banks:,} of banks with their labels, and a "

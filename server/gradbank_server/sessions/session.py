@@ -81,8 +81,9 @@ class Session:
         self._device, self._storage, self._clock, self._run = device, storage, clock, run
         self._learner, self._statistics = Learner(loss), Statistics(loss)
         self.banks = banks_of(loss)
-        self._takes = inspect.signature(loss.forward).parameters
-        self._takes_any = any(each.kind == each.VAR_KEYWORD for each in self._takes.values())
+        taken = inspect.signature(loss.forward).parameters
+        self._takes = set(taken)
+        self._takes_any = any(each.kind == each.VAR_KEYWORD for each in taken.values())
         self._producers = {r: Producer(r, record) for r, record in storage.producers(name).items()}
         # random, so that a trainer of an earlier session of this name cannot step in this one
         self._nobody = ProducerRecord(epoch=secrets.randbits(48), incarnation=-1, nonce=b"")

@@ -30,7 +30,7 @@ from gradbank.engine.named import listed_distances, of_triplets
 from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, Pairs
 from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
-from gradbank.engine.room import room
+from gradbank.engine.room import room, whole
 from gradbank.engine.separable import Separable
 from gradbank.engine.statistics import Running, Statistic
 from gradbank.engine.sums import Each, Number, Sum
@@ -166,7 +166,7 @@ def evaluate_triplets(
 
 def _is_small(loss: Declaration, embeddings: Tensor, references: References, pairs: Pairs) -> bool:
     """Whether the matrix is worth holding whole, and with it a row for each positive, where a statistic wants that."""
-    width, most = len(references) * references.vectors, room(2**18, embeddings.device)
+    width, most = len(references) * references.vectors, whole(embeddings.device)
     entries = len(embeddings) * width
     if entries <= 2**12 or entries > most:
         return entries <= 2**12

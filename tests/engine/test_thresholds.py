@@ -34,7 +34,7 @@ def test_each_value_is_put_where_a_plain_search_puts_it(data: st.DataObject) -> 
     anchor = torch.randint(anchors, (number,), generator=generator)
     thresholds = 1 + spread * torch.randn(number, dtype=dtype, generator=generator)
     if data.draw(st.booleans()) and number:  # several alike
-        thresholds[::2] = thresholds[0]
+        thresholds[::2] = thresholds[0].clone()
     values = 1 + spread * torch.randn(anchors, data.draw(st.integers(0, 33)), dtype=dtype, generator=generator)
     if number and values.numel():  # and values that are thresholds
         values.view(-1)[: min(number, values.numel())] = thresholds[: min(number, values.numel())]

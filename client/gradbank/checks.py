@@ -18,6 +18,8 @@ def check_batch(
         ValueError: embeddings that are not `(B, D)` floats, or labels that are not `(B,)`.
     """
     for each, called in ((embeddings, name), (labels, labels_name)):
+        if each is None and called == name:
+            raise TypeError(f"{called} must be a tensor, got None")
         if each is not None and not isinstance(each, Tensor):
             raise TypeError(
                 f"{called} must be a tensor, got {type(each).__name__}: torch.as_tensor({called}) makes it one"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradbank.bank import STATE, Bank
 from gradbank.checks import as_labels, check_batch, check_finite
-from gradbank.component import component
+from gradbank.component import Component, component, components
 from gradbank.engine import (
     ChosenPairs,
     Indices,
@@ -61,8 +61,7 @@ class CrossBatchMemory(Loss, Recorder):
     miner: Miner | None = None
 
     def __post_init__(self) -> None:
-        remembers = type(self.loss).stage is not Loss.stage  # which only a call of the loss itself would see to
-        if not self.loss.takes_references or remembers:
+        if not _compares(type(self.loss)):
             raise ValueError(
                 "CrossBatchMemory needs a loss that compares embeddings with references, got "
                 f"{type(self.loss).__name__}"
@@ -71,6 +70,11 @@ class CrossBatchMemory(Loss, Recorder):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.bank = Bank(self.memory_size, self.embedding_size)
+
+    @staticmethod
+    def supported_losses() -> list[str]:
+        """The names of all losses that it takes, those of one's own included that are components."""
+        return [name for name, each in components().items() if _compares(each)]
 
     def reset_queue(self) -> None:
         """Empties the queue."""
@@ -186,14 +190,15 @@ class CrossBatchMemory(Loss, Recorder):
         miner, takes_interval = self.miner, loss.takes_interval and indices is None
         # what a miner chooses from: each anchor's own row is a positive, as in PML; to the loss it is not
         seen = LabelledPairs(labels, references.labels)
-        if isinstance(miner, TripletMarginMiner) and takes_interval and miner.distance.measures_as(loss.distance):
+        by_interval = isinstance(miner, TripletMarginMiner) and not miner.overrides("interval") and takes_interval
+        if isinstance(miner, TripletMarginMiner) and by_interval and miner.distance.measures_as(loss.distance):
             pairs.interval = seen.interval = miner.interval
             miner.distance.record(embeddings, references.pieces)
             if miner.collect_stats:
                 miner.watch(embeddings, references, seen)
         elif miner is not None:
             with full_precision(embeddings.device):
-                chosen = miner.select(embeddings, references, seen)
+                chosen = miner.chosen_of(embeddings, references, seen)
             if miner.collect_stats and isinstance(chosen, Pairs):
                 miner.watch(embeddings, references, chosen)
             if not isinstance(chosen, Pairs):
@@ -252,6 +257,11 @@ class CrossBatchMemory(Loss, Recorder):
             self.bank.load(own)
         except ValueError as error:
             rest[-1].append(f"{prefix.removesuffix('.') or 'the memory'}: {error}")  # what torch raises at the end
+
+
+def _compares(loss: type[Component]) -> bool:
+    """Whether a loss compares with references, and remembers nothing, to which only a call of it would see."""
+    return issubclass(loss, BaseMetricLossFunction) and loss.takes_references and loss.stage is Loss.stage
 
 
 def enqueue_mask_of(positions: Tensor, batch: int) -> Tensor:

@@ -1,10 +1,13 @@
 """Arguments that hold something: lists, dictionaries, tensors and components, here and over the wire."""
 
+import math
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
 from torch import Tensor, nn
 
 import gradbank
@@ -224,3 +227,28 @@ def test_a_session_of_tensors_is_joined_by_an_equal_loss(several: Any, embedded:
         embedded.open(name, other, rank=2)
     assert first.local().spec() == loss(0.1, 0.2, 0.7).spec()
     embedded.close_session(name)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "given"),
+    [
+        (lambda library, _: library.ArcFaceLoss(3, 8), "margin", 20.0),
+        (lambda library, _: library.SubCenterArcFaceLoss(num_classes=3, embedding_size=8), "margin", 20.0),
+        (lambda library, _: library.TupletMarginLoss(), "margin", 3.0),
+        (lambda _, mining: mining.AngularMiner(), "angle", 25.0),
+    ],
+)
+def test_an_angle_is_an_attribute_in_degrees_as_it_is_given(make: Any, name: str, given: float) -> None:
+    """PML holds it in radians."""
+    made, torch_state = [], torch.get_rng_state()
+    for library, mining, angle in (
+        (losses, miners, given),
+        (pml_losses, pml_miners, math.radians(given)),
+    ):
+        torch.set_rng_state(torch_state)
+        each = make(library, mining)
+        setattr(each, name, angle)
+        generator = torch.Generator().manual_seed(0)
+        answer = each(torch.randn(12, 8, generator=generator), torch.arange(12) % 3)
+        made.append(len(answer[0]) if name == "angle" else answer)
+    torch.testing.assert_close(made[0], made[1])

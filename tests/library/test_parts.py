@@ -90,6 +90,10 @@ def test_labels_that_are_no_tensor_are_refused(given: Any) -> None:
             loss_fn(BATCH[0], given)
     with pytest.raises(TypeError, match="embeddings must be a tensor, got ndarray"):
         losses.NTXentLoss()(BATCH[0].numpy(), BATCH[1])
+    with pytest.raises(TypeError, match="indices_tuple must hold tensors, got list"):
+        losses.CircleLoss()(*BATCH, ([0], [2], [1]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^labels are 5 to 6, but must stay within 0\.\.1"):
+        losses.MarginLoss(num_classes=2)(BATCH[0], BATCH[1] + 5)
 
 
 def test_annotations_that_mean_nothing_here_are_not_looked_at() -> None:

@@ -153,3 +153,9 @@ def test_too_few_embeddings_to_draw_proxies_for_are_refused() -> None:
 def test_another_dimension_is_refused(error: type[Exception]) -> None:
     with pytest.raises(error, match="have dimension 5, but ManifoldLoss was built with l=6"):
         losses.ManifoldLoss(D)(torch.ones(3, 5))
+
+
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    embeddings = torch.randn(12, 8)
+    embeddings[2, 3] = torch.nan
+    assert losses.ManifoldLoss(8, K=4)(embeddings).isnan()

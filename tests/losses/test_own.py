@@ -168,3 +168,36 @@ def test_it_runs_on_a_server_that_knows_it(embedded: gradbank.Client, name: str)
         found, wanted = call(there, rows.float(), labels), call(here, rows.float(), labels)
         assert torch.equal(found[0], wanted[0])
         assert torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("TripletMarginLoss", "compute_loss"),
+        ("NTXentLoss", "_compute_loss"),
+        ("ArcFaceLoss", "modify_cosine_of_target_classes"),
+        ("CosFaceLoss", "scale_logits"),
+    ],
+)
+def test_an_override_that_nobody_would_call_is_refused(base: str, name: str) -> None:
+    def override(self: Any, *_: Any) -> Any:
+        return {}
+
+    with pytest.raises(TypeError, match=rf"Mine overrides {name}, which {base} does not call: derive it from Generic"):
+        type("Mine", (getattr(losses, base),), {name: override})
+    whole = type("Mine", (getattr(losses, base),), {name: override, "forward": lambda self, *_: getattr(self, name)()})
+    arguments = (2, 4) if "Face" in base else ()
+    assert whole(*arguments)(torch.randn(4, 4), torch.arange(4) % 2) == {}
+
+
+@pytest.mark.parametrize("loss", ["NTXentLoss", "ContrastiveLoss", "TripletMarginLoss", "CircleLoss"])
+def test_a_reducer_of_elements_reduces_pairs_and_triplets_too(loss: str) -> None:
+    def reduced(of_losses: Any, of_reducers: Any) -> Tensor:
+        class SevenTimes(of_reducers.MeanReducer):  # type: ignore[misc]
+            def element_reduction(self, losses: Tensor, *_: Any) -> Tensor:
+                return 7 * losses.sum()
+
+        torch.manual_seed(0)
+        return getattr(of_losses, loss)(reducer=SevenTimes())(torch.randn(12, 6).double(), torch.arange(12) % 3)
+
+    torch.testing.assert_close(reduced(losses, reducers), reduced(pml_losses, pml_reducers))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_metric_learning import losses as pml_losses
 
 from gradbank import distances, engine, losses, miners
 
@@ -164,3 +165,9 @@ def test_mined_queue_is_the_same_in_tiles(loss: str, batch: Any) -> None:
             answers.append((value.detach(), embeddings.grad))
         for other in answers[1:]:
             torch.testing.assert_close(other, answers[0], rtol=1e-9, atol=1e-12)
+
+
+def test_it_names_the_losses_that_it_takes() -> None:
+    named = losses.CrossBatchMemory.supported_losses()
+    assert set(pml_losses.CrossBatchMemory.supported_losses()) < set(named)
+    assert not {"ArcFaceLoss", "FastAPLoss", "MultipleLosses", "CrossBatchMemory", "DynamicSoftMarginLoss"} & set(named)

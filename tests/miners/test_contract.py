@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import pytest
+import pytorch_metric_learning.losses as pml_losses
 import pytorch_metric_learning.miners as pml_miners
 import torch
 from torch import Tensor
@@ -267,3 +268,33 @@ def test_references_that_do_not_fit_are_refused() -> None:
         miner(embeddings, labels, torch.randn(7, 4), torch.zeros(6))
     with pytest.raises(ValueError, match="the same dimension, got 4 and 3"):
         miner(embeddings, labels, torch.randn(7, 3), torch.zeros(7))
+
+
+@pytest.mark.parametrize("method", ["mine", "forward"])
+@pytest.mark.parametrize("base", ["MultiSimilarityMiner", "PairMarginMiner", "TripletMarginMiner", "BatchHardMiner"])
+@pytest.mark.parametrize("loss", ["ContrastiveLoss", "TripletMarginLoss"])
+def test_what_a_subclass_changes_counts_in_a_queue(loss: str, base: str, method: str) -> None:
+    def stepped(of_losses: Any, of_miners: Any) -> Tensor:
+        class Few(getattr(of_miners, base)):  # type: ignore[misc]
+            pass
+
+        def few(self: Any, *given: Any, **named: Any) -> Any:
+            found = getattr(super(Few, self), method)(*given, **named)
+            groups = [found] if len(found) == 3 else [found[:2], found[2:]]
+            return tuple(index[group[0] < 4] for group in groups for index in group)  # the first anchors'
+
+        setattr(Few, method, few)
+        queue = of_losses.CrossBatchMemory(getattr(of_losses, loss)(), 4, 32, miner=Few())
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            made = queue(torch.randn(12, 4, generator=generator).double(), torch.arange(12) % 3)
+        return made
+
+    torch.testing.assert_close(stepped(losses, miners), stepped(pml_losses, pml_miners))
+
+
+def test_miner_without_labels_says_that_it_needs_them() -> None:
+    with pytest.raises(ValueError, match="BatchHardMiner needs labels"):
+        miners.BatchHardMiner()(batch()[0], None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="embeddings must be a tensor, got None"):
+        losses.NTXentLoss()(None, batch()[1])  # type: ignore[arg-type]

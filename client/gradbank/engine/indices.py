@@ -11,10 +11,15 @@ def as_pairs(indices: Indices, device: torch.device) -> Indices:
 
     Raises:
         ValueError: neither three nor four tensors, or a tensor that does not hold integers in one dimension.
+        TypeError: what is no tensor.
     """
     if len(indices) not in (3, 4):
         raise ValueError(f"indices_tuple must be (a, p, n) or (a1, p, a2, n), got {len(indices)} tensors")
     for index in indices:
+        if not isinstance(index, Tensor):
+            raise TypeError(
+                f"indices_tuple must hold tensors, got {type(index).__name__}: torch.as_tensor makes it one"
+            )
         if index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"indices_tuple must hold integers, got {index.dtype}")
         if index.ndim != 1:
@@ -63,6 +68,5 @@ def check_indices(kind: str, index: Tensor, size: int) -> None:
         ValueError: the message names the kind and the range.
     """
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
-        raise ValueError(
-            f"indices_tuple names {kind}s {int(index.min())} to {int(index.max())}, but must stay within 0..{size - 1}"
-        )
+        named = "labels are" if kind == "label" else f"indices_tuple names {kind}s"
+        raise ValueError(f"{named} {int(index.min())} to {int(index.max())}, but must stay within 0..{size - 1}")

@@ -130,5 +130,5 @@ class ManifoldLoss(BaseMetricLossFunction):
     def _exceeding(self, to_proxies: Tensor, own: Tensor) -> Tensor:
         """The mean, over embeddings, of what proxies other than their own cost: `(N, K)` and `(N, 1)`."""
         excess = to_proxies - to_proxies.gather(1, own) + self.margin
-        counts = (excess >= 0).scatter(1, own, False)
+        counts = (~(excess < 0)).scatter(1, own, False)  # and NaN, which is to be seen
         return torch.where(counts, excess, -math.inf).exp().sum(1).log1p().mean()

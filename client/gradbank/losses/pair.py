@@ -26,6 +26,11 @@ from gradbank.engine import (
 )
 from gradbank.losses.base import BaseMetricLossFunction
 
+_NOT_CALLED = (  # what subclasses override in PML, and nobody would call here
+    *("compute_loss", "_compute_loss", "pair_based_loss", "mat_based_loss", "triplet_based_loss"),
+    *("get_cosine", "get_angles", "modify_cosine_of_target_classes", "scale_logits"),
+)
+
 
 @foundation
 class PairLoss(BaseMetricLossFunction):
@@ -34,6 +39,16 @@ class PairLoss(BaseMetricLossFunction):
     A subclass declares which statistics of an anchor's negatives it needs, and writes its parts on those and on the
     positives; the engines do the rest, in bounded memory, for any number of references.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        lost = [name for name in _NOT_CALLED if callable(vars(cls).get(name))]
+        if lost and cls.forward.__module__.startswith("gradbank."):
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(lost)}, which {cls.__mro__[1].__name__} does not call: derive it "
+                "from GenericPairLoss or BaseMetricLossFunction, which do, or override what it is declared by "
+                "(negatives and terms, or forward as a whole)"
+            )
 
     joins_anchors: ClassVar[bool] = False
     """Whether a part is written on several anchors together, rather than on each by itself."""

@@ -46,8 +46,20 @@ class Miner(Recorder):
     def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> Pairs | Indices:
         """What is chosen of the pairs that labels make, for a queue: pairs, or listed triplets `(a, p, n)`."""
         ref_emb = references.whole().to(embeddings.dtype)  # a queue keeps that of its first batch
-        chosen = self._listed(embeddings, pairs.labels, ref_emb, pairs.ref_labels)
+        chosen = self(embeddings, pairs.labels, ref_emb, pairs.ref_labels)
         return chosen if len(chosen) == 3 else ListedPairs(chosen, (len(embeddings), len(references)))
+
+    def chosen_of(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> Pairs | Indices:
+        """`select`; or a list, where a subclass of a miner that has one overrides how that lists."""
+        if self.overrides("select"):
+            return Miner.select(self, embeddings, references, pairs)
+        return self.select(embeddings, references, pairs)
+
+    def overrides(self, name: str) -> bool:
+        """Whether a class that is written on the one with this method has another `mine` or `forward`."""
+        classes = type(self).__mro__
+        last = next(place for place, cls in enumerate(classes) if name in vars(cls))
+        return any(each in vars(cls) for cls in classes[:last] for each in ("mine", "forward"))
 
     def watch(self, embeddings: Tensor, references: References, taken: Pairs) -> None:
         """Writes the statistics of what was taken of a queue without a list. What is listed is counted already."""
@@ -71,6 +83,8 @@ class Miner(Recorder):
             ValueError: a shape that does not fit.
         """
         check_batch(embeddings, labels)
+        if labels is None:
+            raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")
         if ref_emb is not None:
             self.distance.check_shapes(embeddings, ref_emb)
         is_self = ref_labels is None or ref_labels is labels

@@ -17,8 +17,8 @@ class Reducer(Recorder):
     """A mean over the losses that lie strictly between two bounds.
 
     A reducer of your own overrides `element_reduction`, `pos_pair_reduction`, `neg_pair_reduction` and
-    `triplet_reduction`, each called with `(losses, indices, embeddings, labels)`, or `forward` as a whole. It then
-    sees every loss, so every loss is held in memory.
+    `triplet_reduction`, each called with `(losses, indices, embeddings, labels)`, the first in place of those that it
+    does not override; or `forward` as a whole. It then sees every loss, so every loss is held in memory.
 
     Where a loss has several parts, statistics are those of the last; a `MultipleReducers` has a reducer for each.
 
@@ -36,8 +36,7 @@ class Reducer(Recorder):
     @property
     def needs_list(self) -> bool:
         """Whether the reducer must see every loss: it has methods that are not of this package."""
-        names = ("forward", "combine", *(f"{kind}_reduction" for kind in _KINDS))
-        return any(not f"{getattr(type(self), name).__module__}.".startswith(_PACKAGE) for name in names)
+        return any(map(self._is_own, ("forward", "combine", *(f"{kind}_reduction" for kind in _KINDS))))
 
     @property
     def collects(self) -> bool:
@@ -108,8 +107,15 @@ class Reducer(Recorder):
             return zero
         # methods of a user's own take no divisor
         extra = {"divisor": part["divisor"]} if "divisor" in part and not self.needs_list else {}
-        made: Tensor = getattr(self, f"{kind}_reduction")(losses, part["indices"], embeddings, labels, **extra)
+        name = f"{kind}_reduction"
+        if kind in _LISTED and not self._is_own(name) and self._is_own("element_reduction"):
+            name = "element_reduction"
+        made: Tensor = getattr(self, name)(losses, part["indices"], embeddings, labels, **extra)
         return made
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a method is not of this package."""
+        return not f"{getattr(type(self), name).__module__}.".startswith(_PACKAGE)
 
     def already_reduced_reduction(self, losses: Tensor, indices: Any, embeddings: Tensor, labels: Any) -> Tensor:
         return losses.reshape(())
@@ -148,7 +154,8 @@ class Reducer(Recorder):
         return ratio.value().to(losses.dtype)
 
 
-_KINDS = ("already_reduced", "element", "pos_pair", "neg_pair", "triplet")
+_LISTED = ("pos_pair", "neg_pair", "triplet")
+_KINDS = ("already_reduced", "element", *_LISTED)
 _PACKAGE = __name__.removesuffix("base")  # with the dot at its end
 
 

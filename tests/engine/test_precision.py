@@ -1,5 +1,8 @@
 """Losses keep their digits, whatever the code around them does."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
@@ -129,3 +132,29 @@ def test_gradients_of_gradients_are_refused_rather_than_dropped() -> None:
     embeddings, labels = batch()
     with pytest.raises(RuntimeError, match="no gradients of gradients"):
         torch.autograd.grad(losses.NTXentLoss()(embeddings, labels), embeddings, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["dense", "tiled"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: losses.ArcFaceLoss(4, 6),
+        lambda: losses.SoftTripleLoss(4, 6),
+        lambda: losses.MarginLoss(learn_beta=True, num_classes=4),
+        lambda: losses.MultipleLosses([losses.ProxyAnchorLoss(4, 6)]),
+    ],
+)
+def test_a_hook_of_a_weight_runs_once_in_the_backward_pass(make: Any, kind: str) -> None:
+    torch.manual_seed(0)
+    plain = make()
+    hooked, embeddings, labels = copy.deepcopy(plain), torch.randn(12, 6), torch.arange(12) % 4
+    seen = []
+    for weight in hooked.parameters():
+        weight.register_hook(lambda gradient: seen.append(1) or 2 * gradient)
+    with engine.using(kind):
+        loss, other = hooked(embeddings, labels), plain(embeddings, labels)
+    assert seen == []
+    for each in (loss, other):
+        each.backward()
+    for doubled, weight in zip(hooked.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(doubled.grad, 2 * weight.grad)

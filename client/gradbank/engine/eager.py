@@ -4,7 +4,8 @@ What the loss was computed from may change before `backward` (a bank does, with 
 send the gradients along anyway: so they are computed at once, and `backward` multiplies them by what came down.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,10 +85,24 @@ def scaled(gradients: Iterable[Tensor | None], grad_output: Tensor, owned: bool)
     return [None if each is None else each * grad_output.to(each) for each in gradients]
 
 
+@contextmanager
+def _unhooked(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Keeps the hooks of leaves from gradients that are computed on the way: they are for those of `backward`."""
+    held = {id(each): (each, each._backward_hooks) for each in tensors if each.is_leaf and each._backward_hooks}
+    try:
+        for each, _ in held.values():
+            each._backward_hooks = None
+        yield
+    finally:
+        for each, hooks in held.values():
+            each._backward_hooks = hooks
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, evaluation: Evaluation, owned: bool, *inputs: Tensor) -> Tensor:
-        value, gradients = evaluation(inputs, ctx.needs_input_grad[2:])
+        with _unhooked(inputs):
+            value, gradients = evaluation(inputs, ctx.needs_input_grad[2:])
         ctx.owned = owned
         ctx.save_for_backward(*gradients)
         return value

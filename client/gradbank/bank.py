@@ -1,5 +1,6 @@
 """A bank: the last rows that entered it, with their labels, by slot."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class Bank(nn.Module):
         self.register_buffer("slots", torch.zeros(0, self.dimension), persistent=False)
         self.register_buffer("slot_labels", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.waiting: Entering | None = None
+        self._last = (0, 0)  # the slot that the last rows entered first, and how many these were
         self._squares: _Squares | None = None
         self._shown = False  # whether somebody else may hold the slots: what he writes to `.data` is not counted
         self.cursor = 0
@@ -105,6 +107,11 @@ class Bank(nn.Module):
         step = torch.arange(len(entering.rows), device=entering.rows.device)
         return (entering.start + step) % self.capacity
 
+    def last_slots(self) -> Tensor:
+        """`(N,)`: the slots that the last rows entered."""
+        (start, number), held = self._last, self.slots if self.waiting is None else self.waiting.rows
+        return (start + torch.arange(number, device=held.device)) % self.capacity
+
     def references(self, entering: Entering) -> References:
         """The bank as it will be once `entering` is in it, by slot, without writing it. Settle it first."""
         new, first = entering.rows, entering.start
@@ -142,6 +149,7 @@ class Bank(nn.Module):
         """Makes `entering` part of the bank: references and integers only, so it cannot fail half-way."""
         last = entering.start + len(entering.rows)
         self.waiting = entering if len(entering.rows) else None
+        self._last = (entering.start, len(entering.rows))
         self.cursor = last % self.capacity
         self.is_full = self.is_full or last >= self.capacity
 
@@ -170,6 +178,12 @@ class Bank(nn.Module):
         slots = torch.zeros(self.capacity, self.dimension, dtype=like.dtype, device=like.device)
         self.slot_labels = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
         self.slots = slots
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bank":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        if self.waiting is not None:  # these go where the others do, and become of their dtype
+            self.waiting = self.waiting._replace(rows=fn(self.waiting.rows), labels=fn(self.waiting.labels))
+        return self
 
     def state(self) -> dict[str, Tensor]:
         """All that it takes to go on from here, under PML's names and two more: the cursor and whether it is full."""
@@ -201,7 +215,7 @@ class Bank(nn.Module):
             raise ValueError("embedding_memory must hold floats and label_memory integers")
         if not 0 <= cursor < self.capacity or labels.shape != rows.shape[:1]:
             raise ValueError(f"queue_idx and label_memory do not fit {self.capacity} slots")
-        self.waiting = None
+        self.waiting, self._last = None, (0, 0)
         dtype = torch.promote_types(rows.dtype, torch.float32)
         self.slots, self.slot_labels = (x.detach().to(t, copy=True) for x, t in ((rows, dtype), (labels, torch.int64)))
         self.cursor, self.is_full = cursor, bool(state["has_been_filled"])

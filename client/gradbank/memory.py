@@ -1,5 +1,6 @@
 """A queue of past embeddings to compare each batch with."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class CrossBatchMemory(Loss, Recorder):
                 f"{type(self.loss).__name__}"
             )
         for name in ("embedding_size", "memory_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {getattr(self, name)!r}")
         self.bank = Bank(self.memory_size, self.embedding_size)
 
     @staticmethod
@@ -107,8 +108,7 @@ class CrossBatchMemory(Loss, Recorder):
     @property
     def curr_batch_idx(self) -> Tensor:
         """The slots that the last batch entered, until the next one comes."""
-        last = self.bank.waiting
-        return torch.zeros(0, dtype=torch.int64) if last is None else self.bank.slots_of(last)
+        return self.bank.last_slots()
 
     def forward(
         self,

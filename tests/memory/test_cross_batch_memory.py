@@ -171,3 +171,32 @@ def test_it_names_the_losses_that_it_takes() -> None:
     named = losses.CrossBatchMemory.supported_losses()
     assert set(pml_losses.CrossBatchMemory.supported_losses()) < set(named)
     assert not {"ArcFaceLoss", "FastAPLoss", "MultipleLosses", "CrossBatchMemory", "DynamicSoftMarginLoss"} & set(named)
+
+
+def test_the_last_slots_are_known_until_the_next_batch(queue_of: Any, batch: Any) -> None:
+    queue = queue_of(10)
+    for expected in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]):
+        queue(*batch(4, 0))
+        for _ in range(2):
+            assert queue.curr_batch_idx.tolist() == expected
+            assert len(queue.embedding_memory) == 10  # which writes the rows that wait
+    queue.reset_queue()
+    assert queue.curr_batch_idx.tolist() == []
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_queue_becomes_of_another_dtype_with_the_rows_that_wait(queue_of: Any, batch: Any, steps: int) -> None:
+    queue, reference = queue_of(10, steps=steps), queue_of(10, steps=steps)
+    rows = reference.embedding_memory.double()
+    queue.double()
+    assert torch.equal(queue.embedding_memory, rows)
+    assert queue.label_memory.dtype == torch.int64
+    embeddings, labels = batch(4, 9)
+    queue(embeddings.double(), labels)
+    assert queue.embedding_memory.dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [0, -1, 20.0, "20"])
+def test_sizes_are_whole_numbers(size: Any) -> None:
+    with pytest.raises(ValueError, match=f"memory_size must be a whole number, at least 1, got {size!r}"):
+        losses.CrossBatchMemory(losses.NTXentLoss(), 8, size)

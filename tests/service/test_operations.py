@@ -247,6 +247,12 @@ def test_a_port_in_use_is_named(flag: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_an_address_of_another_machine_is_named() -> None:
+    ended = run("serve", "--host", "192.0.2.7", "--insecure", "--port", "0", "--metrics-port", "-1")
+    assert ended.returncode == 2
+    assert re.search(r"cannot listen on 192\.0\.2\.7:0: .*; --host must be an address of this machine", ended.stderr)
+
+
 def test_health_is_an_exit_code(server: Server) -> None:
     well = run("health", "--address", server.address)
     assert (well.returncode, well.stdout.strip()) == (0, f"{server.address}: SERVING")

@@ -211,9 +211,9 @@ def _why_not(host: str, port: int) -> str:
         with socket.socket(family, kind) as attempt:
             attempt.bind(address)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return f"{error.strerror}; choose another --port, or 0 for one that is free"
-        return f"{error.strerror}; --host is an address of this machine"
+        another = "choose another --port, or 0 for one that is free"
+        advice = {errno.EADDRINUSE: another, errno.EACCES: another}
+        return f"{error.strerror}; {advice.get(error.errno or 0, '--host must be an address of this machine')}"
     return "gRPC could not bind to it"
 
 

@@ -190,8 +190,12 @@ class CrossBatchMemory(Loss, Recorder):
         miner, takes_interval = self.miner, loss.takes_interval and indices is None
         # what a miner chooses from: each anchor's own row is a positive, as in PML; to the loss it is not
         seen = LabelledPairs(labels, references.labels)
-        by_interval = isinstance(miner, TripletMarginMiner) and not miner.overrides("interval") and takes_interval
-        if isinstance(miner, TripletMarginMiner) and by_interval and miner.distance.measures_as(loss.distance):
+        if (
+            takes_interval
+            and isinstance(miner, TripletMarginMiner)
+            and not miner.overrides("interval")
+            and miner.distance.measures_as(loss.distance)
+        ):
             pairs.interval = seen.interval = miner.interval
             miner.distance.record(embeddings, references.pieces)
             if miner.collect_stats:

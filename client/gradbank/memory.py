@@ -51,7 +51,7 @@ class CrossBatchMemory(Loss, Recorder):
         bank: the queue itself.
 
     Raises:
-        ValueError: a loss that takes no references, or a size below 1.
+        ValueError: a loss that takes no references, or a size that is no whole number, at least 1.
 
     Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020.
     """

@@ -152,9 +152,11 @@ def test_a_hook_of_a_weight_runs_once_in_the_backward_pass(make: Any, kind: str)
     for weight in hooked.parameters():
         weight.register_hook(lambda gradient: seen.append(1) or 2 * gradient)
     with engine.using(kind):
+        hooked(embeddings, labels)  # a call before does not leave another hook behind
         loss, other = hooked(embeddings, labels), plain(embeddings, labels)
     assert seen == []
     for each in (loss, other):
         each.backward()
     for doubled, weight in zip(hooked.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(doubled.grad, 2 * weight.grad)
+    assert len(seen) == len(list(hooked.parameters()))

@@ -45,6 +45,15 @@ class OddLoss(losses.Loss):
 
 
 @component
+class ExitsElsewhere(losses.Loss):
+    """Is built by trainers alone."""
+
+    def __post_init__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise SystemExit(3)
+
+
+@component
 class AnyLoss(losses.Loss):
     """The mean square and the first label."""
 
@@ -130,6 +139,12 @@ def test_what_a_hosted_loss_does_not_take_is_refused_by_name(
     with pytest.raises(InvalidRequest, match="NPairLoss takes no ref_"):
         there(torch.randn(4, D), torch.arange(4) // 2, None, torch.randn(4, D), torch.arange(4) // 2)
     assert session.tally.steps == 0
+
+
+def test_a_constructor_that_exits_is_refused(client: gradbank.Client, name: str) -> None:
+    with pytest.raises(InvalidComponent, match="ExitsElsewhere cannot be built: SystemExit: 3"):
+        client.open(name, ExitsElsewhere())
+    assert client.open(name, losses.NTXentLoss()).created
 
 
 def test_a_loss_that_takes_any_argument_gets_those_that_are_sent(client: gradbank.Client, name: str) -> None:

@@ -40,6 +40,9 @@ class PairLoss(BaseMetricLossFunction):
     positives; the engines do the rest, in bounded memory, for any number of references.
     """
 
+    joins_anchors: ClassVar[bool] = False
+    """Whether a part is written on several anchors together, rather than on each by itself."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         lost = [name for name in _NOT_CALLED if callable(vars(cls).get(name))]
@@ -49,9 +52,6 @@ class PairLoss(BaseMetricLossFunction):
                 "from GenericPairLoss or BaseMetricLossFunction, which do, or override what it is declared by "
                 "(negatives and terms, or forward as a whole)"
             )
-
-    joins_anchors: ClassVar[bool] = False
-    """Whether a part is written on several anchors together, rather than on each by itself."""
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         """The statistics of each anchor's negatives that `terms` uses, by name."""

@@ -1,9 +1,9 @@
 """Components that write down statistics of their last call."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,7 +14,8 @@ from gradbank.component import Component, foundation
 class Recorder(Component):
     """A component with statistics: its fields that no argument sets and that are 0 or None by default.
 
-    Those that are None are only written if they are asked for, and are 0 from then until the first call.
+    Those that are None are only written if they are asked for, and are 0 from then until the first call. A class of
+    your own may name its statistics in its constructor instead: see `add_to_recordable_attributes`.
 
     Args:
         collect_stats: whether a call also writes the statistics that the class names; None is no.
@@ -27,10 +28,28 @@ class Recorder(Component):
         if name == "collect_stats" and value:
             self.reset_stats()
 
+    def add_to_recordable_attributes(
+        self, name: str | None = None, list_of_names: Iterable[str] = (), is_stat: bool = False
+    ) -> None:
+        """Gives the component these attributes, 0 where it has none yet, as in PML.
+
+        Args:
+            is_stat: they are statistics: only where these are collected, and 0 again with each `reset_stats`.
+        """
+        names = [*([] if name is None else [name]), *(list_of_names or ())]
+        if is_stat and not self.collect_stats:
+            return
+        if is_stat:
+            known = self.__dict__.get("_named", ())
+            self._named = (*known, *(each for each in names if each not in known))
+        for each in names:
+            if not hasattr(self, each):
+                setattr(self, each, 0)
+
     def reset_stats(self) -> None:
         """Sets to 0 what is always counted, and the statistics too if they are collected."""
         for each in _statistics(self):
-            if each.default == 0 or self.collect_stats:
+            if each.always or self.collect_stats:
                 setattr(self, each.name, 0)
 
 
@@ -39,7 +58,7 @@ class Statistics:
 
     def __init__(self, component: nn.Module) -> None:
         self._places = {
-            ".".join(filter(None, (path, each.name))): (module, each.name, "float" not in str(each.type))
+            ".".join(filter(None, (path, each.name))): (module, each.name, each.counts)
             for path, module in component.named_modules()
             if isinstance(module, Recorder)
             for each in _statistics(module)
@@ -58,6 +77,14 @@ class Statistics:
                 setattr(module, name, int(value) if counts and value.is_integer() else value)
 
 
-def _statistics(recorder: Recorder) -> Iterator[dataclasses.Field[Any]]:
-    """The fields that are statistics."""
-    return (each for each in dataclasses.fields(recorder) if not each.init and each.default in (None, 0))
+class _Statistic(NamedTuple):
+    name: str
+    always: bool = False  # written, asked for or not
+    counts: bool = False  # is a number of things, not of any size
+
+
+def _statistics(recorder: Recorder) -> Iterator[_Statistic]:
+    for each in dataclasses.fields(recorder):
+        if not each.init and each.default in (None, 0) and each.default is not False:
+            yield _Statistic(each.name, each.default == 0, "float" not in str(each.type))
+    yield from map(_Statistic, recorder.__dict__.get("_named", ()))

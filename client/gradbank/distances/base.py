@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradbank.component import foundation
 from gradbank.recorder import Recorder
@@ -19,12 +20,13 @@ class Distance(Recorder):
     A *similarity* is an inverted distance: larger is closer. Losses never ask which they hold: they ask
     `margin` for a signed difference and `closeness` for a matrix in which larger is closer.
 
-    A distance of your own overrides `compute_mat`; every engine then works with it.
+    A distance of your own overrides `compute_mat`, and perhaps `maybe_normalize`; every engine then works with it.
 
     Args:
         normalize_embeddings: divide each embedding by its `p`-norm first.
         p: the norm, for normalising and (in `LpDistance`) for the distance itself.
         power: the exponent put on every entry of the matrix.
+        is_inverted: whether larger is closer; None is what the class says, and no if it says nothing.
 
     Attributes:
         initial_avg_query_norm, initial_avg_ref_norm: with `collect_stats`, the mean `p`-norms of what the last call (or
@@ -34,12 +36,32 @@ class Distance(Recorder):
     normalize_embeddings: bool = True
     p: float = 2
     power: float = 1
+    is_inverted: bool = field(default_factory=bool)
     initial_avg_query_norm: float | None = field(default=None, init=False)
     initial_avg_ref_norm: float | None = field(default=None, init=False)
     final_avg_query_norm: float | None = field(default=None, init=False)
     final_avg_ref_norm: float | None = field(default=None, init=False)
 
-    is_inverted: ClassVar[bool] = False
+    _normalizes_itself: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        lost = [name for name in _NOT_CALLED if callable(own.get(name))]
+        if lost and not cls.__module__.startswith("gradbank."):
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(lost)}, which losses and miners do not call: a distance is its "
+                "compute_mat, of what maybe_normalize makes of embeddings, and is_inverted says that larger is closer"
+            )
+        if "compute_mat" in own:  # what it inherits may know a quicker way to what is no longer computed
+            for name in _WAYS_AROUND - own.keys():
+                setattr(cls, name, getattr(Distance, name))
+        if "maybe_normalize" in own or "normalize" in own:
+            cls._normalizes_itself = True
+
+    def get_default_is_inverted(self) -> bool:
+        """Whether larger is closer, where the constructor is not told."""
+        return bool(getattr(type(self), "is_inverted", False))
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
         """The `(B, M)` matrix between `(B, D)` queries and `(M, D)` references (themselves if None).
@@ -55,7 +77,21 @@ class Distance(Recorder):
 
     def prepare(self, embeddings: Tensor) -> Tensor:
         """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to."""
+        if self._normalizes_itself:
+            return self.normalized(self.maybe_normalize(embeddings), None)
         return self.normalized(embeddings, self.inverse_norms(embeddings))
+
+    def maybe_normalize(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
+        """`normalize`, unless told not to: what `compute_mat` gets. A subclass may do something else here."""
+        return self.normalize(embeddings, dim=dim, **kwargs) if self.normalize_embeddings else embeddings
+
+    def normalize(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
+        """Embeddings divided by their `p`-norms along `dim`; `torch.nn.functional.normalize` gets the rest."""
+        return F.normalize(embeddings, p=self.p, dim=dim, **kwargs)
+
+    def get_norm(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
+        """The `p`-norms along `dim`; `torch.linalg.vector_norm` gets the rest."""
+        return torch.linalg.vector_norm(embeddings, ord=self.p, dim=dim, **kwargs)  # type: ignore[no-any-return]
 
     def normalized(self, embeddings: Tensor, inverse: Tensor | None) -> Tensor:
         """`prepare`, given what `inverse_norms` made of the embeddings."""
@@ -89,9 +125,14 @@ class Distance(Recorder):
         return mat if self.power == 1 else mat.square() if self.power == 2 else mat**self.power
 
     def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
-        """Prepared `(P, D)` queries, each with the reference of its own row: `(P,)`. A subclass may do it better."""
-        few = zip(torch.split(queries, _PAIRS_AT_ONCE), torch.split(references, _PAIRS_AT_ONCE))
-        return torch.cat([self.matrix(q, r).diagonal() for q, r in few])
+        """Prepared `(P, D)` queries, each with the reference of its own row: `(P,)`."""
+        return self.raised(self.pairwise_distance(queries, references))
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """The diagonal of `compute_mat`, `(P,)`, for `(P, D)` queries, each with the reference of its own row: neither
+        normalised nor with `power`. A subclass may compute it better."""
+        few = zip(torch.split(query_emb, _PAIRS_AT_ONCE), torch.split(ref_emb, _PAIRS_AT_ONCE))
+        return torch.cat([self.compute_mat(q, r).diagonal() for q, r in few])
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """The `(B, M)` matrix before `power`, a new tensor: the one method that a distance must write."""
@@ -154,6 +195,14 @@ class Distance(Recorder):
         """How much farther `x` is than `y`: positive when it is."""
         return y - x if self.is_inverted else x - y  # type: ignore[return-value]  # a float of two floats
 
+    def smallest_dist(self, *args: Any, **kwargs: Any) -> Any:
+        """`torch.min`, or `torch.max` where larger is closer: the closest."""
+        return (torch.max if self.is_inverted else torch.min)(*args, **kwargs)
+
+    def largest_dist(self, *args: Any, **kwargs: Any) -> Any:
+        """`torch.max`, or `torch.min` where larger is closer: the farthest."""
+        return (torch.min if self.is_inverted else torch.max)(*args, **kwargs)
+
     def closeness(self, mat: Tensor) -> Tensor:
         """`mat` with larger meaning closer."""
         return mat if self.is_inverted else -mat
@@ -202,10 +251,12 @@ class Distance(Recorder):
 
 @cache
 def _computes_as(kind: type[Distance], known: type[Distance]) -> bool:
-    names = ("prepare", "normalized", "inverse_norms", "compute_mat", "matrix", "raised")
+    names = ("prepare", "normalized", "inverse_norms", "compute_mat", "matrix", "raised", "_normalizes_itself")
     return all(getattr(kind, name) is getattr(known, name) for name in names)
 
 
+_NOT_CALLED = ("forward", "margin", "smallest_dist", "largest_dist")  # what subclasses might override in PML
+_WAYS_AROUND = {"normalized", "matrix", "tile", "pairs", "pairwise_distance"}  # `compute_mat`, which may differ
 _HOLD_SQUARES = (torch.float32, torch.float64)  # of the smallest norms that matter
 _PAIRS_AT_ONCE = 32  # rows of a matrix of which only the diagonal is wanted
 _NUMBERS_AT_ONCE = 2**18  # of the rows whose norms are taken

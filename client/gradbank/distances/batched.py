@@ -26,6 +26,7 @@ class BatchedDistance(Distance):
     normalize_embeddings: bool = field(default=True, init=False)
     p: float = field(default=2, init=False)
     power: float = field(default=1, init=False)
+    is_inverted: bool = field(default_factory=bool, init=False)
 
     def __post_init__(self) -> None:
         for name in ("normalize_embeddings", "p", "power", "is_inverted"):
@@ -45,6 +46,9 @@ class BatchedDistance(Distance):
     def prepare(self, embeddings: Tensor) -> Tensor:
         return self.distance.prepare(embeddings)
 
+    def maybe_normalize(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
+        return self.distance.maybe_normalize(embeddings, dim=dim, **kwargs)
+
     def _measured(self, embeddings: Tensor) -> Tensor:
         return self.distance._measured(embeddings)
 
@@ -53,6 +57,9 @@ class BatchedDistance(Distance):
 
     def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
         return self.distance.pairs(queries, references)
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return self.distance.pairwise_distance(query_emb, ref_emb)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from gradbank.distances.base import Distance
 @component
 class LpDistance(Distance):
     """The Lp distance: `d[a, b] = (sum_k |a_k - b_k|^p)^(power / p)`."""
+
+    is_inverted: bool = field(default=False, init=False)
 
     @property
     def knows_pull(self) -> bool:
@@ -58,8 +61,8 @@ class LpDistance(Distance):
         made = squared_distances(queries, references, squares)
         return made if self.power == 2 else made.sqrt_()
 
-    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
-        return self.raised(torch.linalg.vector_norm(queries - references, ord=self.p, dim=1))
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(query_emb - ref_emb, ord=self.p, dim=1)  # type: ignore[no-any-return]
 
 
 _DIRECT_AT_MOST = 25  # rows whose distances are sums of squared differences, exact; as torch.cdist has it

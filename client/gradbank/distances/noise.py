@@ -1,6 +1,7 @@
 """The noise-to-signal ratio."""
 
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ class SNRDistance(Distance):
     Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR 2019.
     """
 
+    is_inverted: bool = field(default=False, init=False)
+
     def normalized(self, embeddings: Tensor, inverse: Tensor | None) -> Tensor:
         """`(N, D)` embeddings as `matrix` wants them: normalised, unless told not to, and less their mean."""
         return _centered(super().normalized(embeddings, inverse))
 
     def _measured(self, embeddings: Tensor) -> Tensor:
-        # a mean that is taken off is not part of a norm
-        return super().normalized(embeddings, self.inverse_norms(embeddings))
+        return self.maybe_normalize(embeddings)  # a mean that is taken off is not part of a norm
 
     @property
     def knows_pull(self) -> bool:
@@ -58,6 +60,10 @@ class SNRDistance(Distance):
 
     def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
         return self.raised((queries - references).square().sum(1) / queries.square().sum(1))
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        noise, signal = _centered(query_emb - ref_emb), _centered(query_emb)
+        return noise.square().sum(1) / signal.square().sum(1)
 
 
 def _centered(rows: Tensor) -> Tensor:

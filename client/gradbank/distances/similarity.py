@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from gradbank.distances.base import Distance
 class Product(Distance):
     """`s[a, b] = a . b` of prepared embeddings, by one matrix product: larger is closer."""
 
-    is_inverted: ClassVar[bool] = True
+    is_inverted: bool = field(default=True, init=False)
 
     @property
     def is_product(self) -> bool:
@@ -41,8 +40,8 @@ class Product(Distance):
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         return query_emb @ ref_emb.mT
 
-    def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
-        return self.raised((queries * references).sum(1))
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return (query_emb * ref_emb).sum(1)
 
 
 @component

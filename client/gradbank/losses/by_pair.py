@@ -126,7 +126,7 @@ class _NearerOfTwo(Distance):
 
     def __init__(self, distance: Distance) -> None:
         super().__init__()
-        self.of_each, self.is_inverted = distance, distance.is_inverted  # type: ignore[misc]
+        self.of_each, self.is_inverted = distance, distance.is_inverted
 
     def _halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         half = rows.shape[1] // 2

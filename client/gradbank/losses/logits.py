@@ -1,7 +1,6 @@
 """Logits: what a softmax over classes takes, of embeddings and the weights of the classes."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +22,7 @@ class Logits(Distance):
         merge: makes one logit of a class's `(..., K)`; then its weights are `(D, K)`, K centers.
     """
 
-    is_inverted: ClassVar[bool] = True
+    is_inverted = True
 
     def __init__(
         self,

@@ -24,7 +24,8 @@ class _Squares(NamedTuple):
 
 
 _ROWS_AT_ONCE = 2**13
-STATE = ("embedding_memory", "label_memory", "queue_idx", "has_been_filled")  # the names of a bank's state
+SAVED_BY_PML = ("embedding_memory", "label_memory")
+STATE = (*SAVED_BY_PML, "queue_idx", "has_been_filled")  # the names of a bank's state
 
 
 class Bank(nn.Module):
@@ -199,13 +200,17 @@ class Bank(nn.Module):
         return {**self.__dict__, "_squares": None}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state`.
+        """Goes on from a `state`, or from what PML saves of its queue: that does not say which slots were filled, so
+        those are taken to be the ones before the first row of zeros, and row 0 the oldest of a full queue.
 
         Raises:
             ValueError: a part is missing or does not fit; the bank is as it was.
         """
         absent = [name for name in STATE if name not in state]
-        if absent:
+        if state.keys() == set(SAVED_BY_PML):
+            held = int(state["embedding_memory"].any(1).int().cumprod(0).sum())
+            state = {**state, "queue_idx": held % self.capacity, "has_been_filled": held == self.capacity}
+        elif absent:
             raise ValueError(f"a queue cannot be restored without {', '.join(absent)}")
         rows, labels, cursor = state["embedding_memory"], state["label_memory"], int(state["queue_idx"])
         if rows.shape != (self.capacity, self.dimension):

@@ -1,11 +1,31 @@
 """What a batch must be before anything is computed from it."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from gradbank.errors import NonFiniteError
+
+
+def check_counts(component: object, *names: str) -> None:
+    """Refuses arguments of a component that are no whole numbers, or less than 1.
+
+    Raises:
+        ValueError: the message names the first.
+    """
+    for name in names:
+        value = getattr(component, name)
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+
+
+def require_positive(**values: float) -> None:
+    """Refuses, by ValueError, a number that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
 
 
 def check_batch(

@@ -64,6 +64,8 @@ class Component(nn.Module):
             self.__dict__.pop(name, None)  # what was there before, and was no tensor
             self.register_buffer(name, value, persistent=False)  # it is of the spec, and not of the state
         else:
+            if name in self._buffers and not isinstance(value, Tensor):
+                delattr(self, name)  # torch would have a tensor there for good
             super().__setattr__(name, value)
 
     def arguments(self) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """A queue of past embeddings to compare each batch with."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradbank.bank import STATE, Bank
-from gradbank.checks import as_labels, check_batch, check_finite
+from gradbank.bank import SAVED_BY_PML, STATE, Bank
+from gradbank.checks import as_labels, check_batch, check_counts, check_finite
 from gradbank.component import Component, component, components
 from gradbank.engine import (
     ChosenPairs,
@@ -67,9 +66,7 @@ class CrossBatchMemory(Loss, Recorder):
                 "CrossBatchMemory needs a loss that compares embeddings with references, got "
                 f"{type(self.loss).__name__}"
             )
-        for name in ("embedding_size", "memory_size"):
-            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1, got {getattr(self, name)!r}")
+        check_counts(self, "embedding_size", "memory_size")
         self.bank = Bank(self.memory_size, self.embedding_size)
 
     @staticmethod
@@ -90,20 +87,36 @@ class CrossBatchMemory(Loss, Recorder):
         """The slot that the next row enters."""
         return self.bank.cursor
 
+    @queue_idx.setter
+    def queue_idx(self, value: int) -> None:
+        self._put("queue_idx", value)
+
     @property
     def has_been_filled(self) -> bool:
         """Whether every slot holds a row."""
         return self.bank.is_full
+
+    @has_been_filled.setter
+    def has_been_filled(self, value: bool) -> None:
+        self._put("has_been_filled", value)
 
     @property
     def embedding_memory(self) -> Tensor:
         """`(M, D)`: the queue by slot, zeros where it holds no row yet."""
         return self.bank.rows()
 
+    @embedding_memory.setter
+    def embedding_memory(self, value: Tensor) -> None:
+        self._put("embedding_memory", value)
+
     @property
     def label_memory(self) -> Tensor:
         """`(M,)`: the labels by slot."""
         return self.bank.labels()
+
+    @label_memory.setter
+    def label_memory(self, value: Tensor) -> None:
+        self._put("label_memory", value)
 
     @property
     def curr_batch_idx(self) -> Tensor:
@@ -227,6 +240,9 @@ class CrossBatchMemory(Loss, Recorder):
             pairs = LabelledPairs(labels, references.labels, None if loss.sees_own else own, anchor_weight=weight)
         return loss.compare(embeddings, references, pairs)
 
+    def _put(self, name: str, value: Any) -> None:
+        self.bank.load({**self.bank.state(), name: torch.as_tensor(value)})
+
     def _mask(
         self, embeddings: Tensor, indices: Indices | None, mask: Tensor | None, positions: Tensor | None
     ) -> Tensor | None:
@@ -236,6 +252,7 @@ class CrossBatchMemory(Loss, Recorder):
             mask = enqueue_mask_of(positions, len(embeddings)).to(embeddings.device)
         if mask is None:
             return None
+        mask = torch.as_tensor(mask)
         if indices is not None:
             raise ValueError("indices_tuple and enqueue_mask are mutually exclusive")
         if mask.shape != embeddings.shape[:1] or mask.is_floating_point():
@@ -254,7 +271,8 @@ class CrossBatchMemory(Loss, Recorder):
         own = {name: state_dict[prefix + name] for name in STATE if prefix + name in state_dict}
         others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in STATE}
         super()._load_from_state_dict(others, prefix, metadata, strict, missing, *rest)
-        missing.extend(prefix + name for name in STATE if name not in own)
+        if own.keys() != set(SAVED_BY_PML):
+            missing.extend(prefix + name for name in STATE if name not in own)
         if not own:
             return
         try:

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml
+from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning import reducers as pml_reducers
 from torch import Tensor
 
-from gradbank import losses
+from gradbank import losses, miners, reducers
 from gradbank.errors import NonFiniteError
 
 
@@ -156,3 +158,41 @@ def test_arcface_is_finite_along_the_class_weight() -> None:
         loss_fn(embedding, torch.tensor([0])).backward()
         assert embedding.grad is not None
         assert bool(embedding.grad.isfinite().all()) is finite
+
+
+def test_a_loss_that_pml_rounds_to_zero_counts_as_one_above_zero() -> None:
+    embeddings, labels = unit(0, 1, 179, 180, 90), torch.tensor([0, 0, 1, 1, 2])
+    mine, theirs = (
+        library.NTXentLoss(temperature=0.05, reducer=of.AvgNonZeroReducer())(embeddings, labels)
+        for library, of in ((losses, reducers), (pml, pml_reducers))
+    )
+    assert 0 < float(mine) < 1e-8
+    assert float(theirs) == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("AngularLoss", "CircleLoss", "GeneralizedLiftedStructureLoss", "LiftedStructureLoss"),
+        *("MultiSimilarityLoss", "TupletMarginLoss"),
+    ],
+)
+def test_losses_that_nobody_reduced_lie_in_a_row(name: str) -> None:
+    embeddings, labels = unit(0, 30, 100, 200, 220), torch.tensor([0, 0, 0, 1, 1])
+    here, there = (
+        getattr(library, name)(reducer=of.DoNothingReducer())(embeddings, labels)["loss"]["losses"]
+        for library, of in ((losses, reducers), (pml, pml_reducers))
+    )
+    assert here.shape == (len(there),)
+    assert there.shape == (len(there), 1)
+
+
+def test_angular_loss_of_mined_positives_alone_still_has_its_negatives() -> None:
+    embeddings, labels = unit(0, 30, 100, 200, 220), torch.tensor([0, 0, 0, 1, 1])
+    plain = losses.CrossBatchMemory(losses.AngularLoss(), 2, 8)
+    mined = losses.CrossBatchMemory(losses.AngularLoss(), 2, 8, miners.PairMarginMiner(pos_margin=0, neg_margin=-1))
+    theirs = pml.CrossBatchMemory(pml.AngularLoss(), 2, 8, pml_miners.PairMarginMiner(pos_margin=0, neg_margin=-1))
+    wanted = plain(embeddings, labels)
+    assert float(wanted) > 0
+    torch.testing.assert_close(mined(embeddings, labels), wanted)
+    assert float(theirs(embeddings, labels)) == 0

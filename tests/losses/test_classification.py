@@ -300,8 +300,8 @@ def test_bad_input_is_refused(name: str, call: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("ArcFaceLoss", {"num_classes": 0}, "num_classes must be at least 1"),
-        ("ProxyNCALoss", {"embedding_size": 0}, "embedding_size must be at least 1"),
+        ("ArcFaceLoss", {"num_classes": 0}, "num_classes must be a whole number, at least 1"),
+        ("ProxyNCALoss", {"embedding_size": 0}, "embedding_size must be a whole number, at least 1"),
         ("ArcFaceLoss", {"distance": distances.LpDistance()}, "needs distance=CosineSimilarity"),
         ("CosFaceLoss", {"distance": distances.DotProductSimilarity()}, "needs distance=CosineSimilarity"),
         ("CosFaceLoss", {"scale": 0}, "scale must be above 0"),
@@ -317,6 +317,13 @@ def test_bad_input_is_refused(name: str, call: Any, message: str) -> None:
 def test_bad_arguments_are_refused(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours(name, **arguments)
+
+
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "ProxyAnchorLoss", "SoftTripleLoss"])
+def test_logits_are_of_embeddings_of_its_dimension(name: str) -> None:
+    loss = ours(name)
+    with pytest.raises(ValueError, match=rf"dimension {loss.embedding_size + 1}, but {name} was built with"):
+        loss.get_logits(torch.randn(3, loss.embedding_size + 1))
 
 
 def test_sub_centers_are_taken_by_position_too() -> None:

@@ -3,13 +3,15 @@
 from typing import Any
 
 import pytest
+import pytorch_metric_learning.distances as pml_distances
 import pytorch_metric_learning.losses as pml_losses
 import pytorch_metric_learning.reducers as pml_reducers
+import pytorch_metric_learning.regularizers as pml_regularizers
 import torch
 from torch import Tensor
 
 import gradbank
-from gradbank import component, losses, miners, reducers
+from gradbank import component, distances, losses, miners, reducers, regularizers
 
 
 def mat_based(library: Any) -> Any:
@@ -59,6 +61,43 @@ def from_nothing(library: Any) -> Any:
     return Lengths()
 
 
+def with_weights(library: Any) -> Any:
+    """As PML's own losses of classes are written: the mixin first."""
+
+    class Nearest(library.WeightRegularizerMixin, library.BaseMetricLossFunction):  # type: ignore[misc]
+        def __init__(self, num_classes: int, embedding_size: int, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.W = torch.nn.Parameter(torch.empty(num_classes, embedding_size, dtype=torch.float64))
+            self.weight_init_func(self.W)
+            self.add_to_recordable_attributes(list_of_names=["num_classes"], is_stat=False)
+            self.add_to_recordable_attributes(name="largest", is_stat=True)
+
+        def compute_loss(
+            self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+        ) -> Any:
+            cost = self.distance(embeddings, self.W)[torch.arange(len(labels)), labels]
+            self.largest = cost.max().item()
+            parts = {"loss": {"losses": cost, "indices": torch.arange(len(cost)), "reduction_type": "element"}}
+            self.add_weight_regularization_to_loss_dict(parts, self.W)
+            return parts
+
+    mine = library is losses
+    of_distances, of_reducers, of_regularizers = (
+        (distances, reducers, regularizers) if mine else (pml_distances, pml_reducers, pml_regularizers)
+    )
+    return Nearest(
+        4,
+        6,
+        weight_regularizer=of_regularizers.LpRegularizer(power=2),
+        weight_reg_weight=0.3,
+        weight_init_func=lambda w: torch.nn.init.constant_(w, 0.5),
+        embedding_regularizer=of_regularizers.LpRegularizer(),
+        distance=of_distances.LpDistance(power=2),
+        reducer=of_reducers.SumReducer(),
+        collect_stats=True,
+    )
+
+
 def batch(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(size, 6, dtype=torch.float64, generator=generator)
@@ -73,7 +112,7 @@ def call(loss: Any, embeddings: Tensor, *rest: Any, **named: Any) -> tuple[Tenso
     return value.detach(), leaf.grad
 
 
-OWN = [mat_based, pair_based, from_nothing]
+OWN = [mat_based, pair_based, from_nothing, with_weights]
 
 
 @pytest.mark.parametrize("own", OWN)
@@ -89,7 +128,18 @@ def test_a_loss_written_for_pml_is_the_same_here(own: Any, how: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("own", OWN)
+def test_a_loss_written_for_pml_has_its_own_statistics() -> None:
+    loss, theirs = with_weights(losses), with_weights(pml_losses)
+    assert loss.largest == theirs.largest == 0
+    for each in (loss, theirs):
+        each(*batch(0))
+    assert loss.largest == theirs.largest != 0
+    loss.reset_stats()
+    assert loss.largest == 0
+    assert loss.num_classes == theirs.num_classes == 0
+
+
+@pytest.mark.parametrize("own", OWN[:3])
 def test_it_runs_in_a_queue(own: Any) -> None:
     """Against all of the queue, each anchor's own row left out: as with the same rows passed as references."""
     bank = losses.CrossBatchMemory(own(losses), 6, 32).double()
@@ -144,6 +194,27 @@ def test_a_reducer_that_does_nothing_gives_the_losses(name: str) -> None:
                 torch.testing.assert_close(
                     a.flatten().sort().values, b.flatten().sort().values, rtol=1e-9, atol=1e-12, check_dtype=False
                 )
+
+
+def geometric(library: Any) -> Any:
+    """Gives nothing where there is nothing, as PML's own reducers do; and a mean that minds how many zeros it sees."""
+
+    class Geometric(library.BaseReducer):  # type: ignore[misc]
+        def element_reduction(self, losses: Tensor, indices: Any, embeddings: Tensor, labels: Tensor) -> Tensor:
+            some = losses[losses > 0]
+            return some.log().mean().exp() if len(some) else self.zero_loss(embeddings)
+
+    return library.PerAnchorReducer(Geometric(), aggregation_func=lambda table, _: table.softmax(1).amax(1))
+
+
+@pytest.mark.parametrize("only", [4, 1], ids=["of four classes", "of one"])
+def test_a_function_by_anchor_sees_the_zeros_that_it_sees_in_pml(only: int) -> None:
+    embeddings, labels = batch(4)
+    found, wanted = (
+        call(library.ContrastiveLoss(reducer=geometric(of)), embeddings, labels % only)
+        for library, of in ((losses, reducers), (pml_losses, pml_reducers))
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 @component

@@ -248,3 +248,35 @@ def test_a_batch_may_be_of_another_dtype_than_the_queue(
     queue(embeddings, labels).backward()
     assert embeddings.grad is not None
     assert (embeddings.grad.dtype, queue.embedding_memory.dtype) == (then, first)
+
+
+@pytest.mark.parametrize("entered", [[3], [8, 2], [8, 5]], ids=["partly filled", "full", "around the end"])
+def test_what_pml_saved_of_its_queue_is_loaded(batch: Any, entered: list[int]) -> None:
+    theirs = pml_losses.CrossBatchMemory(pml_losses.NTXentLoss(), 4, 10)
+    for seed, number in enumerate(entered):
+        theirs(*batch(number, seed))
+    ours = losses.CrossBatchMemory(losses.NTXentLoss(), 4, 10)
+    assert ours.load_state_dict(theirs.state_dict()).missing_keys == []
+    assert torch.equal(ours.embedding_memory, theirs.embedding_memory)
+    assert torch.equal(ours.label_memory, theirs.label_memory)
+    assert ours.has_been_filled == theirs.has_been_filled
+    if not theirs.has_been_filled:  # else PML says nothing of where it went on, and restores nothing itself
+        assert ours.queue_idx == theirs.queue_idx
+    ours.queue_idx = theirs.queue_idx
+    more = batch(2, 9)
+    torch.testing.assert_close(ours(*more), theirs(*more))
+    assert torch.equal(ours.embedding_memory, theirs.embedding_memory)
+
+
+def test_a_queue_can_be_set_by_hand(queue_of: Any, batch: Any, state: Any) -> None:
+    queue, other = queue_of(10, steps=3), queue_of(10)
+    for name in ("embedding_memory", "label_memory", "queue_idx", "has_been_filled"):
+        setattr(other, name, getattr(queue, name))
+    assert state(other) == state(queue)
+    assert torch.equal(other(*batch(3, 7)), queue(*batch(3, 7)))
+    before = state(other)
+    with pytest.raises(ValueError, match="queue_idx and label_memory do not fit 10 slots"):
+        other.queue_idx = 10
+    with pytest.raises(ValueError, match=r"embedding_memory: expected \(10, 4\), got \(4, 10\)"):
+        other.embedding_memory = torch.zeros(4, 10)
+    assert state(other) == before

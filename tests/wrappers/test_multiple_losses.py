@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml_losses
@@ -176,3 +177,9 @@ def test_multiple_losses_are_built_again_from_their_arguments(form: str) -> None
 def test_wrappers_are_losses_too() -> None:
     for kind in (CrossBatchMemory, MultipleLosses, SelfSupervisedLoss):
         assert getattr(losses, kind.__name__) is kind
+
+
+@pytest.mark.parametrize("weights", [torch.tensor([1.0, 0.5]), np.array([1.0, 0.5])], ids=["tensor", "array"])
+def test_weights_may_be_a_tensor(weights: Any) -> None:
+    loss = MultipleLosses(list(TWO.values()), weights=weights)
+    assert loss.spec().arguments["weights"] == loss.weights == [1.0, 0.5]

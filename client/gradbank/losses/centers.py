@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradbank.checks import require_positive
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance
 from gradbank.engine import Anchors, full_precision, widened
-from gradbank.losses.classes import ClassificationLoss, require_positive
+from gradbank.losses.classes import ClassificationLoss
 from gradbank.losses.classification import ArcFaceLoss
 from gradbank.losses.logits import Logits, largest
 from gradbank.losses.products import by_class

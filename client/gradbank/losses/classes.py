@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradbank.checks import check_batch
+from gradbank.checks import check_batch, check_counts
 from gradbank.component import foundation
 from gradbank.distances import Distance
 from gradbank.engine import (
@@ -64,9 +64,7 @@ class ClassificationLoss(PairLoss):
     """Whether an embedding that `indices_tuple` names as a positive or a negative is not counted for it."""
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "embedding_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "num_classes", "embedding_size")
         self.make_weights()
 
     def make_weights(self) -> None:
@@ -162,9 +160,18 @@ class ClassificationLoss(PairLoss):
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """`(B, C)` logits of `(B, D)` embeddings, without any margin: their argmax is the predicted class."""
+        self._check_rows(embeddings)
         with full_precision(embeddings.device):
             embeddings = widened(embeddings)
             return self.logits().matrix(self.queries(embeddings), self.classes().to(embeddings))
+
+    def _check_rows(self, embeddings: Tensor, labels: Tensor | None = None) -> None:
+        check_batch(embeddings, labels)
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings have dimension {embeddings.shape[1]}, but {type(self).__name__} was built with "
+                f"embedding_size={self.embedding_size}"
+            )
 
     def _checked(
         self, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
@@ -174,12 +181,7 @@ class ClassificationLoss(PairLoss):
             raise ValueError(f"{name} needs labels")
         if (ref_emb is not None and ref_emb is not embeddings) or (ref_labels is not None and ref_labels is not labels):
             raise ValueError(f"{name} compares with its class weights: it takes no ref_emb or ref_labels")
-        check_batch(embeddings, labels)
-        if embeddings.shape[1] != self.embedding_size:
-            raise ValueError(
-                f"embeddings have dimension {embeddings.shape[1]}, but {name} was built with "
-                f"embedding_size={self.embedding_size}"
-            )
+        self._check_rows(embeddings, labels)
         if labels.is_floating_point():
             raise ValueError(f"labels must be integers, got {labels.dtype}")
         labels = labels.to(embeddings.device, torch.int64)
@@ -189,13 +191,6 @@ class ClassificationLoss(PairLoss):
                 f"{int(labels.min())}..{int(labels.max())}"
             )
         return labels
-
-
-def require_positive(**values: float) -> None:
-    """Refuses, by ValueError, a number that is not above 0."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
 
 
 class Declared:

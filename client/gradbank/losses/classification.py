@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradbank.checks import require_positive
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, DotProductSimilarity
 from gradbank.engine import Anchors
 from gradbank.losses.angles import AngleLoss
-from gradbank.losses.classes import ClassificationLoss, require_positive
+from gradbank.losses.classes import ClassificationLoss
 from gradbank.losses.logits import Logits
 from gradbank.losses.softmax import angle
 

@@ -17,7 +17,7 @@ EmbeddingRegularizerMixin = Loss  # every loss takes an embedding_regularizer
 
 @foundation
 class WeightRegularizerMixin(Loss):
-    """The arguments of a loss that learns a weight per class; put it before `BaseMetricLossFunction`.
+    """The arguments of a loss that learns a weight per class; name it before `BaseMetricLossFunction`.
 
     Args:
         weight_regularizer: a cost of the weights, which `add_weight_regularization_to_loss_dict` adds.
@@ -29,6 +29,17 @@ class WeightRegularizerMixin(Loss):
     weight_reg_weight: float = field(default=1.0, kw_only=True)
     # a function cannot be sent, and need not be: a server gets the weights that it made
     weight_init_func: Any = field(default=None, kw_only=True, metadata={"wire": False})
+
+    def __init__(
+        self,
+        weight_regularizer: Regularizer | None = None,
+        weight_reg_weight: float = 1.0,
+        weight_init_func: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)  # the next of the bases, with all that it takes
+        self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
+        self.weight_init_func = weight_init_func
 
     def get_default_weight_init_func(self) -> Any:
         """What initialises the weights where nothing else is given."""

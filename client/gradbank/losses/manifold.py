@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradbank.checks import check_counts
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance
 from gradbank.losses.base import BaseMetricLossFunction
@@ -58,9 +59,7 @@ class ManifoldLoss(BaseMetricLossFunction):
             raise ValueError(f"lambdaC must not be negative, got {self.lambdaC}")
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
-        for name in ("l", "K"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "l", "K")
         self.proxies = nn.Parameter(torch.randn(self.K, self.l))
 
     def compute_loss(

@@ -6,11 +6,11 @@ from dataclasses import field
 import torch
 from torch import Tensor, nn
 
+from gradbank.checks import require_positive
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, DotProductSimilarity
 from gradbank.engine import Anchors
 from gradbank.losses.angles import AngleLoss
-from gradbank.losses.classes import require_positive
 from gradbank.losses.logits import Logits
 
 

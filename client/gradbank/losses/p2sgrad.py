@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradbank.checks import check_batch
+from gradbank.checks import check_batch, check_counts
 from gradbank.component import component
 from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.reducers import LossDict
@@ -41,9 +41,7 @@ class P2SGradLoss(BaseMetricLossFunction):
     num_classes: int
 
     def __post_init__(self) -> None:
-        for name in ("descriptors_dim", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "descriptors_dim", "num_classes")
         self.weight = nn.Parameter(_unit_columns(torch.empty(self.descriptors_dim, self.num_classes).uniform_(-1, 1)))
 
     def forward(

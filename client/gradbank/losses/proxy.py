@@ -43,6 +43,7 @@ class ProxyLoss(ClassificationLoss):
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """`(B, C)` distances or similarities to the proxies."""
+        self._check_rows(embeddings)
         with full_precision(embeddings.device):
             embeddings = widened(embeddings)
             return self.distance(embeddings, self.proxies.to(embeddings))  # type: ignore[no-any-return]
@@ -147,7 +148,7 @@ class _FromProxies(Distance):
         shifted: whether the last number of an embedding is none of its own, but is added to its logits.
     """
 
-    is_inverted: ClassVar[bool] = True
+    is_inverted = True
 
     def __init__(self, logits: Logits, shifted: bool) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradbank.checks import require_positive
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, LpDistance
 from gradbank.engine import (
@@ -42,6 +43,9 @@ class NTXentLoss(PairLoss):
     temperature: float = 0.07
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
 
+    def __post_init__(self) -> None:
+        require_positive(temperature=self.temperature)
+
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         return {"near": LogSumExp(self._logit)}
 
@@ -70,6 +74,9 @@ class SupConLoss(PairLoss):
     reducer: Reducer = field(default_factory=AvgNonZeroReducer, kw_only=True)
 
     counts_repeats: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_positive(temperature=self.temperature)
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         return {"near": LogSumExp(self._logit)}

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gradbank.checks import check_counts
 from gradbank.component import component
 from gradbank.engine import Indices
 from gradbank.miners.base import Miner, check_unit_euclidean
@@ -76,9 +77,7 @@ class UniformHistogramMiner(Miner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_bins", "pos_per_bin", "neg_per_bin"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "num_bins", "pos_per_bin", "neg_per_bin")
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         pairs = measured_pairs(self.distance, embeddings, labels, ref_emb, ref_labels)

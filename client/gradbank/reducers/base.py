@@ -102,9 +102,8 @@ class Reducer(Recorder):
 
     def _reduced(self, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Tensor:
         losses, kind = part["losses"], part["reduction_type"]
-        if not isinstance(losses, Tensor):
-            zero: Tensor = (embeddings * 0).sum() + losses
-            return zero
+        if is_nothing(losses):
+            return self.zero_loss(embeddings)
         # methods of a user's own take no divisor
         extra = {"divisor": part["divisor"]} if "divisor" in part and not self.needs_list else {}
         name = f"{kind}_reduction"
@@ -112,6 +111,10 @@ class Reducer(Recorder):
             name = "element_reduction"
         made: Tensor = getattr(self, name)(losses, part["indices"], embeddings, labels, **extra)
         return made
+
+    def zero_loss(self, embeddings: Tensor) -> Tensor:
+        """A loss of 0 that backpropagates to the embeddings: what a reducer gives where there is nothing to reduce."""
+        return (embeddings * 0).sum()
 
     def _is_own(self, name: str) -> bool:
         """Whether a method is not of this package."""
@@ -157,6 +160,11 @@ class Reducer(Recorder):
 _LISTED = ("pos_pair", "neg_pair", "triplet")
 _KINDS = ("already_reduced", "element", *_LISTED)
 _PACKAGE = __name__.removesuffix("base")  # with the dot at its end
+
+
+def is_nothing(losses: Any) -> bool:
+    """Whether a part has no losses: none are listed, or 0 stands for them. No reducer is asked about these."""
+    return not losses.numel() if isinstance(losses, Tensor) else losses == 0
 
 
 class Tally(Reducer):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbank.component import component
-from gradbank.reducers.base import Reducer, Tally
+from gradbank.reducers.base import Reducer, Tally, is_nothing
 from gradbank.reducers.kept import Bounds, Kept, LossDict, Ratio, add_up
 from gradbank.reducers.means import MeanReducer
 
@@ -19,8 +19,8 @@ class PerAnchorReducer(Reducer):
 
     Args:
         reducer: how the anchors' means become one number; None is `MeanReducer()`.
-        aggregation_func: in place of the mean: called with `(B, K)` losses by anchor, zero where an anchor has fewer
-            than K, and the number of losses of each; gives `(B,)`. A function cannot be sent to a server.
+        aggregation_func: in place of the mean: called with `(B, K)` losses by anchor, K at least B, zeros where an
+            anchor has fewer, and the number of losses of each; gives `(B,)`. A function cannot be sent to a server.
     """
 
     reducer: Reducer = field(default_factory=MeanReducer)
@@ -51,7 +51,7 @@ class PerAnchorReducer(Reducer):
 
     def _reduced(self, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Tensor:
         losses, kind = part["losses"], part["reduction_type"]
-        if not self.needs_list or not isinstance(losses, Tensor) or kind == "already_reduced":
+        if not self.needs_list or is_nothing(losses) or kind == "already_reduced":
             return super()._reduced(part, embeddings, labels)
         if kind != "element":
             losses = self._aggregated(losses, part["indices"][0], len(embeddings))
@@ -64,7 +64,7 @@ class PerAnchorReducer(Reducer):
             return losses.new_zeros(size).index_add(0, anchor, losses) / counts.clamp(min=1)
         order = anchor.argsort(stable=True)
         place = torch.arange(len(losses), device=losses.device) - (counts.cumsum(0) - counts)[anchor[order]]
-        table = losses.new_zeros(size, int(counts.max()) if size else 0)
+        table = losses.new_zeros(size, max(size, int(counts.max())) if size else 0)  # as wide as PML's, or wider
         made: Tensor = self.aggregation_func(table.index_put((anchor[order], place), losses[order]), counts)
         return made
 

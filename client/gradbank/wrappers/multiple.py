@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +43,8 @@ class MultipleLosses(Loss):
             _check_kind("miners", self.miners, Miner)
         if self.weights is None:
             self.weights = dict.fromkeys(self._keys(), 1.0) if self.is_dict else [1.0] * len(self.losses)
+        elif isinstance(self.weights, Tensor | np.ndarray):
+            self.weights = self.weights.tolist()
         self._check("weights", self.weights)
 
     @property

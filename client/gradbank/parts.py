@@ -31,9 +31,18 @@ def check_part(cls: type, name: str, value: Any) -> None:
     else:
         given = [value]
     for each in given:
-        if each is not None and not isinstance(each, part.kinds):
-            kind = " or ".join(known.__name__ for known in part.kinds)
-            raise TypeError(f"{cls.__name__}: {name} must be a {kind}, got {_told(each)}")
+        if each is not None:
+            check_is(part.kinds, each, f"{cls.__name__}: {name}")
+
+
+def check_is(kinds: tuple[type, ...], value: Any, name: str) -> None:
+    """Refuses what is none of these kinds.
+
+    Raises:
+        TypeError: the message says what to give as `name`.
+    """
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be a {' or '.join(kind.__name__ for kind in kinds)}, got {_told(value)}")
 
 
 def _told(value: Any) -> str:

@@ -1,5 +1,7 @@
 """FaissKNN and FaissKMeans: as torch finds it, and what is said without faiss."""
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 
@@ -108,3 +110,12 @@ def test_faiss_clusters_as_its_arguments_say(digits: tuple[Tensor, Tensor]) -> N
     assert sorted(clusters.unique().tolist()) == list(range(10))
     assert torch.equal(FaissKMeans(niter=5, seed=3)(images, 10), clusters)
     assert not torch.equal(FaissKMeans(niter=5, seed=4)(images, 10), clusters)
+
+
+def test_what_uses_faiss_can_be_copied_and_pickled(digits: tuple[Tensor, Tensor]) -> None:
+    pytest.importorskip("faiss")
+    images, labels = digits[0][:100], digits[1][:100]
+    made = AccuracyCalculator(k="max_bin_count", device="cpu")
+    wanted = made.get_accuracy(images, labels)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert other.get_accuracy(images, labels) == wanted

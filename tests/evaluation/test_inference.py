@@ -1,5 +1,7 @@
 """InferenceModel: embedding, storing and looking up."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,31 @@ def test_by_default_a_cosine_of_nine_tenths_matches() -> None:
     inference = model(nn.Identity())
     x = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.45], [1.0, 0.52]])) * 7
     assert inference.get_matches(x[:1], x[1:], return_tuples=True) == [(0, 0)]
+
+
+class Images(Dataset[Tensor]):
+    """Items that are inputs, without a label."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def test_a_dataset_may_have_no_labels() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(10, 3, 4)
+    found = model(nn.Flatten()).get_embeddings_from_tensor_or_dataset(Images(images), batch_size=4)
+    assert torch.equal(found, F.normalize(images.flatten(1), dim=1))
+
+
+def test_a_model_can_be_copied_and_pickled() -> None:
+    x = torch.randn(10, 6)
+    made = model(parts()[0])
+    made.train_knn(x)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(other.get_nearest_neighbors(x, 2)[1], made.get_nearest_neighbors(x, 2)[1])

@@ -71,3 +71,29 @@ def test_matching_takes_no_gradient_and_a_threshold() -> None:
     for call in (lambda: finder.get_matching_pairs(x), lambda: finder.is_match(x, x)):
         with pytest.raises(ValueError, match="there is no threshold"):
             call()
+
+
+class Taxi(distances.Distance):
+    """A user's own, that knows matrices only."""
+
+    def compute_mat(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
+        return (query_emb[:, None] - ref_emb).abs().sum(2)
+
+
+@pytest.mark.parametrize("distance", [distances.CosineSimilarity(), distances.SNRDistance(), Taxi()], ids=str)
+def test_one_row_is_compared_with_all_of_the_others(distance: distances.Distance) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4), torch.randn(40, 4)
+    finder = MatchFinder(distance, threshold=float(distance(x, y).median()))
+    whole = finder.get_matching_pairs(x, y)
+    np.testing.assert_array_equal(finder.is_match(x, y), np.diagonal(whole))
+    np.testing.assert_array_equal(finder.is_match(x[3:4], y), whole[3])
+    np.testing.assert_array_equal(finder.is_match(x, y[3]), whole[:, 3])
+    assert finder.is_match(x[3], y[4]) is bool(whole[3, 4])
+    with pytest.raises(ValueError, match="as many rows, or one of them one row; got 35 and 40"):
+        finder.is_match(x[:35], y)
+
+
+def test_a_distance_of_pml_is_named() -> None:
+    with pytest.raises(TypeError, match=r"MatchFinder: distance must be a Distance, got pytorch_.*from_pml"):
+        MatchFinder(pml_distances.CosineSimilarity(), threshold=0.5)

@@ -143,3 +143,12 @@ def test_a_distance_has_nothing_stored() -> None:
 def test_a_search_of_ones_own_writes_chunks() -> None:
     with pytest.raises(NotImplementedError, match="KNN must define chunks"):
         KNN()(torch.randn(4, 2), 1)
+
+
+def test_a_batched_distance_searches_by_the_one_within() -> None:
+    reference = grid(40, seed=1)
+    within = distances.LpDistance(normalize_embeddings=False)
+    found = CustomKNN(distances.BatchedDistance(within, batch_size=4))(reference, 5, reference, True)
+    wanted = CustomKNN(within)(reference, 5, reference, True)
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0])

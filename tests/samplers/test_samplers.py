@@ -103,6 +103,22 @@ def test_labels_may_be_words() -> None:
     assert all(words[a] == words[b] for a, b in zip(items[::2], items[1::2]))
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [(0, 1), (1, 0), (0, 1), (1, 0), (2, 2), (2, 2)],
+        [None, "a", None, "a", "b", "b"],
+        [1, "1", 1, "1", 2, 2],
+        [torch.tensor(4), torch.tensor(5), np.int64(4), torch.tensor(5), 6, 6],
+    ],
+    ids=["tuples", "None", "mixed", "scalars"],
+)
+def test_labels_may_be_whatever_can_be_compared(labels: list[Any]) -> None:
+    sampler = MPerClassSampler(labels, 2, 6, 60)
+    assert sorted(map(list, sampler.labels_to_indices.values())) == [[0, 2], [1, 3], [4, 5]]
+    assert all(labels[a] == labels[b] for a, b in np.array(list(sampler)).reshape(-1, 2))
+
+
 def test_the_length_is_what_an_epoch_yields() -> None:
     """PML yields one whole pass here, of 150 items, and says 100."""
     sampler = MPerClassSampler(LABELS, 5, length_before_new_iter=100)
@@ -168,6 +184,7 @@ def test_a_lone_anchor_is_its_own_positive() -> None:
         (lambda: MPerClassSampler(LABELS, 2, 20, 19), "at least batch_size=20, got 19"),
         (lambda: MPerClassSampler([], 2), "one or more, got shape"),
         (lambda: MPerClassSampler(LEVELS, 2), "must be .items,."),
+        (lambda: MPerClassSampler(LEVELS.tolist(), 2), r"must be .items,., numbers or names, got \[25, 4\] of item 0"),
         (lambda: HierarchicalSampler(LABELS, 20, 5), "must be .items, levels."),
         (lambda: HierarchicalSampler(LEVELS, 21, 5), "super_classes_per_batch=2, got 21"),
         (lambda: HierarchicalSampler(LEVELS, 20, 3), "divide the 10 items .* got 3"),

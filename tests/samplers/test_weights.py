@@ -1,5 +1,7 @@
 """TuplesToWeightsSampler: what is mined more often is drawn more often."""
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -123,7 +125,19 @@ def test_principal_components_are_those_of_scikit_learn() -> None:
 
 
 def test_other_arguments_and_labels_are_refused() -> None:
-    with pytest.raises(TypeError, match="batchsize"):
+    with pytest.raises(
+        TypeError, match="TuplesToWeightsSampler takes no argument 'batchsize'; did you mean 'batch_size'"
+    ):
         sampler(Seen(), batchsize=3)
     with pytest.raises(ValueError, match="one label per item"):
         iter(sampler(Seen(), dataset(torch.zeros(50, 2))))
+
+
+def test_it_can_be_copied_and_pickled() -> None:
+    made = sampler(MultiSimilarityMiner())
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        draws = []
+        for each in (made, other):
+            torch.manual_seed(0)
+            draws.append(list(each))
+        assert draws[0] == draws[1]

@@ -1,7 +1,7 @@
 """Retrieval and clustering scores of embeddings."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from gradbank.evaluation.clusters import KMeans, numbered, sklearn_metrics
 from gradbank.evaluation.faiss import FaissKMeans, FaissKNN, has_faiss
 from gradbank.evaluation.labels import EQUALITY, Answers, Comparison, distinct
 from gradbank.evaluation.metrics import SCORES, average, calculation, nothing
-from gradbank.evaluation.neighbors import KNN, ExactKNN
+from gradbank.evaluation.neighbors import KNN, ExactKNN, Found
 from gradbank.evaluation.retrieval import Array, KNNFunction, Retrieval
 from gradbank.evaluation.selection import PREFIX, Selection
 
@@ -43,7 +43,8 @@ class AccuracyCalculator(Selection):
         avg_of_avgs: the mean of each label's mean, rather than that of the queries.
         return_per_class: a list of each label's mean, in the order of the labels.
         k: how many neighbours to find; None is all, "max_bin_count" the largest R.
-        label_comparison_fn: which labels match, of two float tensors that broadcast; equality by default.
+        label_comparison_fn: which labels match, of two float tensors that broadcast (float64 where float32 would run
+            labels together); equality by default.
         device: where to compute; a GPU by default if there is one.
         knn_func: finds neighbours; by default `FaissKNN` where faiss is installed, else `ExactKNN`.
         kmeans_func: `(embeddings, number)` to cluster numbers; by default `FaissKMeans`, else `KMeans`.
@@ -111,7 +112,11 @@ class AccuracyCalculator(Selection):
         self.curr_function_dict = self.get_function_dict(include, exclude)
         if self._uses(["NMI", "AMI"]):
             sklearn_metrics()  # refuse before anything takes long
-        task = Retrieval.of(query, query_labels, reference, reference_labels, ref_includes_query, self.device)
+        task = Retrieval.of(
+            *(query, query_labels, reference, reference_labels, ref_includes_query),
+            device=self.device,
+            numbered=self.label_comparison_fn is EQUALITY,
+        )
         given = {**vars(task), "label_comparison_fn": self.label_comparison_fn}
         values: dict[str, Any] = {}
         if self._uses(self.requires_knn()):
@@ -123,9 +128,12 @@ class AccuracyCalculator(Selection):
             own = int(task.ref_includes_query)
             k = min(self.determine_k(answers.relevant + own, len(task.reference), task.ref_includes_query), task.others)
             if all(self._is_as_here(name) for name in self.curr_function_dict):
-                values = self._scores(task, answers, k)
+                found = task.chunks(self.knn_func, k)
             else:
-                given |= self._neighbors(task, answers, k)
+                distances, indices = task.neighbors(self.knn_func, k)
+                given |= self._neighbors(task, answers, distances, indices)
+                found = iter([(slice(0, len(indices)), distances, indices)])
+            values = self._scores(task, answers, found)
         if self._uses(self.requires_clustering()):
             given["cluster_labels"] = self.get_cluster_labels(**given)
         rest = {name: each for name, each in self.curr_function_dict.items() if name not in values}
@@ -185,18 +193,17 @@ class AccuracyCalculator(Selection):
         """How the metrics are averaged, where it is not by query."""
         return "avg_of_avgs" if self.avg_of_avgs else ""
 
-    def _scores(self, task: Retrieval, answers: Answers, k: int) -> dict[str, Any]:
-        """The metrics of neighbours, none of which needs them all at once."""
-        names = self._uses(SCORES)
+    def _scores(self, task: Retrieval, answers: Answers, found: Iterator[Found]) -> dict[str, Any]:
+        """The metrics of neighbours that are as this class has them: none needs those all at once."""
+        names = [name for name in self._uses(SCORES) if self._is_as_here(name)]
         labels = task.query_labels[answers.relevant > 0]
         if not len(labels):
             return dict.fromkeys(names, nothing(len(answers.counts[0]), self.return_per_class))
-        scores = task.scores(names, self.knn_func, k, answers)
+        scores = task.scores(names, found, answers)
         return {name: average(each, labels, self.avg_of_avgs, self.return_per_class) for name, each in scores.items()}
 
-    def _neighbors(self, task: Retrieval, answers: Answers, k: int) -> dict[str, Any]:
+    def _neighbors(self, task: Retrieval, answers: Answers, distances: Tensor, indices: Tensor) -> dict[str, Any]:
         """All neighbours at once, and what else is given to metrics of one's own."""
-        distances, indices = task.neighbors(self.knn_func, k)
         return {
             "knn_labels": task.reference_labels[indices],
             "knn_distances": distances,
@@ -207,4 +214,5 @@ class AccuracyCalculator(Selection):
 
     def _is_as_here(self, name: str) -> bool:
         """Whether a metric is as this class has it, and so can be computed some queries at a time."""
-        return getattr(type(self), PREFIX + name) is getattr(AccuracyCalculator, PREFIX + name, None)
+        here = getattr(AccuracyCalculator, PREFIX + name, None)
+        return here is not None and getattr(self.curr_function_dict[name], "__func__", None) is here

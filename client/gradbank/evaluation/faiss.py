@@ -46,8 +46,7 @@ class FaissKNN(KNN):
             raise TypeError(f"gpus must be a list of numbers, got {gpus!r}")
         if gpus is not None and len(gpus) == 0:
             raise ValueError("gpus must name one at least; leave it out to search where the queries are")
-        self.faiss = _faiss()
-        self.index_init_fn = index_init_fn or self.faiss.IndexFlatL2
+        self.index_init_fn = index_init_fn or _faiss().IndexFlatL2
         self.reset_before = reset_before
         self.reset_after = reset_after
         self.gpus = gpus
@@ -92,11 +91,11 @@ class FaissKNN(KNN):
 
     def save(self, filename: "str | PathLike[str]") -> None:
         """Writes the index to a file."""
-        self.faiss.write_index(self.index, fspath(filename))
+        _faiss().write_index(self.index, fspath(filename))
 
     def load(self, filename: "str | PathLike[str]") -> None:
         """Reads an index from a file."""
-        self.index = self.faiss.read_index(fspath(filename))
+        self.index = _faiss().read_index(fspath(filename))
 
     def reset(self) -> None:
         """Drops the index."""
@@ -104,14 +103,14 @@ class FaissKNN(KNN):
 
     def _placed(self, k: int, is_cuda: bool) -> Any:
         """The index to search: a copy on the GPUs, where there are any and they can."""
-        if not (is_cuda or self.gpus) or self.faiss.get_num_gpus() == 0:
+        if not (is_cuda or self.gpus) or _faiss().get_num_gpus() == 0:
             return self.index
         if k > LARGEST_GPU_K:
             log.warning(f"searching on the CPU: faiss finds {LARGEST_GPU_K} neighbours at most on a GPU, not {k}")
             return self.index
         if self.gpus is None:
-            return self.faiss.index_cpu_to_all_gpus(self.index)
-        return self.faiss.index_cpu_to_gpus_list(self.index, gpus=list(self.gpus))
+            return _faiss().index_cpu_to_all_gpus(self.index)
+        return _faiss().index_cpu_to_gpus_list(self.index, gpus=list(self.gpus))
 
 
 class FaissKMeans:
@@ -122,13 +121,13 @@ class FaissKMeans:
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        self.faiss = _faiss()
+        _faiss()  # now, rather than after an epoch
         self.kwargs = kwargs
 
     def __call__(self, x: Tensor, nmb_clusters: int) -> Tensor:
         """`(N,)` int64: the cluster of each of `(N, D)` embeddings."""
         rows = _rows(x)
-        kmeans = self.faiss.Kmeans(rows.shape[1], nmb_clusters, **self.kwargs)
+        kmeans = _faiss().Kmeans(rows.shape[1], nmb_clusters, **self.kwargs)
         kmeans.train(rows)
         _, nearest = kmeans.index.search(rows, 1)
         return torch.from_numpy(nearest[:, 0]).to(x.device)

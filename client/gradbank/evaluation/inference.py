@@ -62,7 +62,8 @@ class InferenceModel:
         return F.normalize(embeddings, dim=1) if self.normalize_embeddings else embeddings
 
     def get_embeddings_from_tensor_or_dataset(self, inputs: Any, batch_size: int) -> Tensor:
-        """`(N, D)` embeddings of a tensor, a list, or a dataset of `(input, ...)`, `batch_size` at a time.
+        """`(N, D)` embeddings of a tensor, a list, or a dataset of `(input, ...)` or inputs, `batch_size` at a
+        time.
 
         Raises:
             TypeError: anything else.
@@ -72,7 +73,10 @@ class InferenceModel:
         if isinstance(inputs, Tensor | list):
             batches: Any = (inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size))
         elif isinstance(inputs, Dataset):
-            batches = (batch[0] for batch in DataLoader(inputs, batch_size=batch_size))
+            batches = (
+                batch[0] if isinstance(batch, list | tuple) else batch
+                for batch in DataLoader(inputs, batch_size=batch_size)
+            )
         else:
             raise TypeError(f"inputs must be a tensor, a list or a dataset, got {type(inputs).__name__}")
         embeddings = [self.get_embeddings(batch) for batch in batches]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradbank.distances import Distance
 from gradbank.evaluation.neighbors import BUDGET
+from gradbank.parts import check_is
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -20,9 +21,13 @@ class MatchFinder:
     Args:
         distance: how embeddings are compared.
         threshold: where none is given in a call.
+
+    Raises:
+        TypeError: what is no distance of gradbank's.
     """
 
     def __init__(self, distance: Distance, threshold: float | None = None) -> None:
+        check_is((Distance,), distance, "MatchFinder: distance")
         self.distance = distance
         self.threshold = threshold
 
@@ -58,12 +63,21 @@ class MatchFinder:
     def is_match(self, x: Tensor, y: Tensor, threshold: float | None = None) -> bool | Mask:
         """Whether each row of `x`, `(N, D)`, matches the same row of `y`: a `(N,)` numpy mask, or a bool for one row.
 
-        The same answer as `get_matching_pairs`, where PML compares embeddings that are not normalised.
+        The same answer as `get_matching_pairs`, where PML compares embeddings that are not normalised. One row, or an
+        embedding by itself, `(D,)`, is compared with all of the others.
+
+        Raises:
+            ValueError: numbers of rows that differ, none being 1, or dimensions that do.
         """
         limit = self._limit(threshold)
+        x, y = (each[None] if each.ndim == 1 else each for each in (x, y))
+        self.distance.check_shapes(x, y)
+        if len(x) != len(y) and 1 not in (len(x), len(y)):
+            raise ValueError(f"x and y must have as many rows, or one of them one row; got {len(x)} and {len(y)}")
         with torch.no_grad():
-            self.distance.check_shapes(x, y)
-            found = self.distance.pairs(self.distance.prepare(x), self.distance.prepare(y))
+            x, y = self.distance.prepare(x), self.distance.prepare(y)
+            rows = max(len(x), len(y)) if len(x) and len(y) else 0
+            found = self.distance.pairs(x.expand(rows, -1), y.expand(rows, -1))
             matches = self._matches(found, limit)
         return bool(matches) if len(matches) == 1 else matches.cpu().numpy()
 

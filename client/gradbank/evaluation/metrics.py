@@ -106,6 +106,7 @@ def calculation(name: str) -> Callable[..., float | list[float]]:
         return average(scores, labels, self.avg_of_avgs, self.return_per_class)
 
     calculate.__doc__ = score.__doc__
+    calculate.__name__ = calculate.__qualname__ = f"calculate_{name}"  # as which a copy of its calculator looks for it
     return calculate
 
 

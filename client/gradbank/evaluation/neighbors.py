@@ -6,7 +6,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from gradbank.distances import Distance
+from gradbank.distances import BatchedDistance, Distance
 
 BUDGET = 1 << 21  # numbers that one block may hold: queries x references, or rows x dimension
 FEWEST_QUERIES = 16  # in one block, however many references there are: fewer would leave the processor idle
@@ -92,11 +92,14 @@ class CustomKNN(KNN):
     Unlike PML's it never holds the whole matrix, with or without `batch_size`.
 
     Args:
-        distance: how queries and references are compared.
+        distance: how queries and references are compared; of a `BatchedDistance` it is the one within, in its batches.
         batch_size: queries compared at a time; None is as many as fit a fixed block of memory.
     """
 
     def __init__(self, distance: Distance, batch_size: int | None = None) -> None:
+        if isinstance(distance, BatchedDistance):
+            batch_size = batch_size or distance.batch_size
+            distance = distance.distance
         self.distance = distance
         self.batch_size = batch_size
 

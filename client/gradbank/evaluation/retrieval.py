@@ -36,8 +36,12 @@ class Retrieval:
         reference_labels: Array | None,
         ref_includes_query: bool,
         device: torch.device,
+        numbered: bool = True,
     ) -> "Retrieval":
         """Checks them, and takes the queries for references where there are none.
+
+        Args:
+            numbered: whether labels may be told by their places among all labels.
 
         Raises:
             ValueError: lengths that differ, NaN or infinity, or first references that are not the queries.
@@ -56,8 +60,7 @@ class Retrieval:
                 f"queries and references must be alike, got embeddings of shape {tuple(x.shape)} and {tuple(y.shape)}, "
                 f"labels of shape {tuple(labels.shape)} and {tuple(known.shape)}"
             )
-        common = torch.promote_types(labels.dtype, known.dtype)
-        labels, known = labels.to(common), known.to(common)
+        labels, known = _comparable(labels, known, numbered)
         included = (
             len(x) <= len(y) and torch.allclose(x, y[: len(x)]) and torch.allclose(labels, known[: len(x)])
             if ref_includes_query and y is not x
@@ -90,13 +93,13 @@ class Retrieval:
             return none, none.long()
         return knn_func(self.query, k, self.reference, self.ref_includes_query)
 
-    def scores(self, names: Iterable[str], knn_func: KNN | KNNFunction, k: int, answers: Answers) -> dict[str, Tensor]:
-        """Each of these metrics for the queries that have an answer, in order."""
+    def scores(self, names: Iterable[str], found: Iterable[Found], answers: Answers) -> dict[str, Tensor]:
+        """Each of these metrics for the queries that have an answer, in order; `found` are all queries' neighbours."""
         has_answer = answers.relevant > 0
         # Made beforehand: small results kept between large blocks would keep the freed blocks from being used again.
         scores = {name: self.query.new_zeros(int(has_answer.sum()), dtype=torch.float64) for name in names}
         done = 0
-        for rows, _, indices in self.chunks(knn_func, k):
+        for rows, _, indices in found:
             asked = has_answer[rows]
             if bool(asked.any()):
                 matches, relevant = answers.among(rows, indices)[asked], answers.relevant[rows][asked]
@@ -115,8 +118,31 @@ def _embeddings(name: str, array: Array, device: torch.device) -> Tensor:
 
 
 def _labels(array: Array, device: torch.device) -> Tensor:
-    """Labels as comparisons want them, floats: in float64 if they are integers, which float32 would run together."""
-    labels = torch.as_tensor(array).to(device)
+    try:
+        labels = torch.as_tensor(array).to(device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"labels must be numbers, {error}: number yours, by np.unique(..., return_inverse=True)"
+        ) from None
     if labels.ndim not in (1, 2):
         raise ValueError(f"labels must be (rows,) or (rows, parts), got shape {tuple(labels.shape)}")
-    return labels.float() if labels.is_floating_point() else labels.double()
+    return labels
+
+
+def _comparable(labels: Tensor, known: Tensor, numbered: bool) -> tuple[Tensor, Tensor]:
+    """Labels as comparisons want them, floats: float32, as in PML, unless that would run integers together."""
+    largest = max(
+        (abs(int(end)) for each in (labels, known) if not _is_float(each) for end in each.aminmax()), default=0
+    )
+    if largest > _EXACT[torch.float64] and numbered:
+        rows = torch.cat([labels, known])
+        labels, known = torch.unique(rows, return_inverse=True)[1].split([len(labels), len(known)])
+    dtype = torch.float32 if largest <= _EXACT[torch.float32] else torch.float64
+    return labels.to(dtype), known.to(dtype)
+
+
+def _is_float(labels: Tensor) -> bool:
+    return labels.is_floating_point() or labels.dtype == torch.bool
+
+
+_EXACT = {torch.float32: 2**24, torch.float64: 2**53}  # the integers that these tell apart

@@ -6,6 +6,7 @@ give the same batches. With a `torch.Generator` they draw from that alone: `torc
 """
 
 from collections.abc import Sequence
+from numbers import Number
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,12 +49,25 @@ def groups(labels: Labels) -> dict[Any, Indices]:
     Raises:
         SamplingError: labels that are not one per item, or none.
     """
+    if isinstance(labels, list | tuple) and not all(isinstance(each, Number) for each in labels):
+        return _by_equality(labels)  # names, or tuples, which an array would turn into each other
     known = as_array(labels)
     if known.ndim != 1 or len(known) == 0:
         raise SamplingError(f"labels must be (items,), one or more, got shape {known.shape}")
     unique, first, ids = np.unique(known, return_index=True, return_inverse=True)
     items = np.split(np.argsort(ids, kind="stable"), np.bincount(ids).cumsum()[:-1])
     return {unique[i]: items[i] for i in np.argsort(first)}
+
+
+def _by_equality(labels: Sequence[Any]) -> dict[Any, Indices]:
+    items: dict[Any, list[int]] = {}
+    for item, label in enumerate(labels):
+        each = label.item() if isinstance(label, Tensor | np.ndarray) and label.ndim == 0 else label
+        try:
+            items.setdefault(each, []).append(item)
+        except TypeError:
+            raise SamplingError(f"labels must be (items,), numbers or names, got {each!r:.80} of item {item}") from None
+    return {label: np.asarray(rows, dtype=np.int64) for label, rows in items.items()}
 
 
 def as_array(labels: Labels) -> "np.ndarray[Any, Any]":

@@ -1,5 +1,6 @@
 """Items drawn the more often, the more a miner finds of them."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, WeightedRandomSampler
 
+from gradbank.component import did_you_mean
 from gradbank.samplers.random import SamplingError, choose, source
 
 # Of PML's tester, which also tests: what it is told of that does not change the embeddings.
@@ -57,7 +59,10 @@ class TuplesToWeightsSampler(Sampler[int]):
         self.subset_size = subset_size
         self.generator = generator
         self.weights: Tensor | None = None
-        self.embed = _Embedder(**{name: each for name, each in tester_kwargs.items() if name not in UNUSED})
+        options = {name: each for name, each in tester_kwargs.items() if name not in UNUSED}
+        for name in options.keys() - _OPTIONS:
+            raise TypeError(f"TuplesToWeightsSampler takes no argument {name!r}{did_you_mean(name, _OPTIONS)}")
+        self.embed = _Embedder(**options)
 
     def __len__(self) -> int:
         return self.subset_size or len(self.dataset)  # type: ignore[arg-type]
@@ -100,7 +105,7 @@ class _Embedder:
         self.pca = pca
         self.device = torch.device(data_device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype
-        self.getter = data_and_label_getter or (lambda batch: batch)
+        self.getter = data_and_label_getter or _as_it_is
 
     def __call__(self, model: nn.Module, dataset: "Dataset[Any]") -> tuple[Tensor, Tensor]:
         """`(N, D)` embeddings and `(N,)` labels, in the order of the dataset."""
@@ -121,9 +126,16 @@ class _Embedder:
         return (F.normalize(embeddings) if self.normalize_embeddings else embeddings), labels
 
 
+def _as_it_is(batch: Any) -> Any:  # a function with a name can be pickled
+    return batch
+
+
 def _principal(embeddings: Tensor, size: int) -> Tensor:
     """`(N, size)`: the principal components of embeddings whose dimensions were first scaled to unit variance."""
     scaled = (embeddings - embeddings.mean(0)) / embeddings.std(0)
     _, _, directions = torch.linalg.svd(scaled, full_matrices=False)
     projected: Tensor = scaled @ directions[:size].mT
     return projected
+
+
+_OPTIONS = set(inspect.signature(_Embedder).parameters)

@@ -1,0 +1,100 @@
+"""Metrics of a user's own in an AccuracyCalculator, and the labels that they and comparisons get."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradbank.evaluation import AccuracyCalculator, ExactKNN, precision_at_k
+
+RETRIEVAL = ("mean_average_precision", "mean_average_precision_at_r", "mean_reciprocal_rank", "r_precision")
+
+
+def calculator(kind: type[AccuracyCalculator] = AccuracyCalculator, **arguments: Any) -> AccuracyCalculator:
+    return kind(**{"exclude": ("NMI", "AMI"), "knn_func": ExactKNN(), "device": "cpu", **arguments})
+
+
+def task() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(60, 3), torch.randint(4, (60,))
+
+
+class Counting(AccuracyCalculator):
+    """With a metric that needs all neighbours at once."""
+
+    def calculate_neighbours(self, knn_labels: Tensor, **kwargs: Any) -> int:
+        return knn_labels.numel()
+
+    def requires_knn(self) -> list[str]:
+        return [*super().requires_knn(), "neighbours"]
+
+
+@pytest.mark.parametrize("k", [None, 7])
+def test_a_metric_of_ones_own_leaves_the_others_as_they_are(k: int | None) -> None:
+    """Where an index answers -1, as approximate ones do, for neighbours that it did not find."""
+
+    def half(query: Tensor, k: int, reference: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+        far, rows = ExactKNN()(query, k, reference, own)
+        rows[:, k // 2 :] = -1
+        return far, rows
+
+    wanted = calculator(k=k, knn_func=half).get_accuracy(*task())
+    found = calculator(Counting, k=k, knn_func=half).get_accuracy(*task())
+    assert found.pop("neighbours") == 60 * (k or 59)
+    assert found == wanted
+
+
+def test_metrics_may_be_made_for_one_calculator() -> None:
+    class AtRanks(AccuracyCalculator):
+        def __init__(self, ranks: tuple[int, ...], **kwargs: Any) -> None:
+            self.ranks = ranks
+            for rank in ranks:
+                setattr(self, f"calculate_precision_at_{rank}", partial(self.at, rank))
+            super().__init__(**kwargs)
+
+        def at(self, rank: int, knn_labels: Tensor, query_labels: Tensor, **kwargs: Any) -> Any:
+            return precision_at_k(knn_labels, query_labels[:, None], rank)
+
+        def requires_knn(self) -> list[str]:
+            return [*super().requires_knn(), *(f"precision_at_{rank}" for rank in self.ranks)]
+
+    made = AtRanks((1, 2, 5), knn_func=ExactKNN(), device="cpu", exclude=("NMI", "AMI"))
+    made.original_function_dict["queries"] = lambda query, **_: len(query)
+    found = made.get_accuracy(*task())
+    plain = calculator().get_accuracy(*task())
+    assert {name: found[name] for name in RETRIEVAL} == {name: plain[name] for name in RETRIEVAL}
+    assert found["precision_at_1"] == pytest.approx(plain["precision_at_1"])
+    assert 0 < found["precision_at_5"] != found["precision_at_2"] > 0
+    assert found["queries"] == 60
+
+
+@pytest.mark.parametrize("largest", [2**24, 2**24 + 1])
+def test_labels_are_float32_unless_that_would_merge_them(largest: int) -> None:
+    seen = []
+
+    def same(a: Tensor, b: Tensor) -> Tensor:
+        seen.extend([a.dtype, b.dtype])
+        return a == b
+
+    points, labels = task()
+    calculator(label_comparison_fn=same).get_accuracy(points, labels + largest - 3)
+    assert set(seen) == {torch.float32 if largest == 2**24 else torch.float64}
+
+
+@pytest.mark.parametrize("start", [2**60, -(2**63), 2**63 - 9], ids=["large", "lowest", "highest"])
+def test_labels_of_any_size_stay_apart(start: int) -> None:
+    points, labels = task()
+    whole = calculator(return_per_class=True)
+    assert whole.get_accuracy(points, labels + start) == whole.get_accuracy(points, labels)
+    parts, others = torch.stack([labels, labels % 2], 1), (points + 1, torch.stack([labels, labels // 2], 1))
+    wanted = calculator().get_accuracy(points, parts, *others)
+    assert calculator().get_accuracy(points, parts + start, others[0], others[1] + start) == wanted
+
+
+def test_names_are_refused_as_labels() -> None:
+    points, labels = task()
+    for names in ([str(each) for each in labels.tolist()], labels.numpy().astype(str)):
+        with pytest.raises(ValueError, match=r"labels must be numbers, .*return_inverse"):
+            calculator().get_accuracy(points, names)

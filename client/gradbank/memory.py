@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbank.bank import SAVED_BY_PML, STATE, Bank
-from gradbank.checks import as_labels, check_batch, check_counts, check_finite
+from gradbank.checks import check_batch, check_counts, check_finite
 from gradbank.component import Component, component, components
 from gradbank.engine import (
     ChosenPairs,
@@ -73,6 +73,14 @@ class CrossBatchMemory(Loss, Recorder):
     def supported_losses() -> list[str]:
         """The names of all losses that it takes, those of one's own included that are components."""
         return [name for name, each in components().items() if _compares(each)]
+
+    @classmethod
+    def check_loss_support(cls, loss_name: str) -> None:
+        """Refuses, by ValueError, the name of a loss that it does not take."""
+        if loss_name not in cls.supported_losses():
+            raise ValueError(
+                f"CrossBatchMemory does not support {loss_name}; it does {', '.join(cls.supported_losses())}"
+            )
 
     def reset_queue(self) -> None:
         """Empties the queue."""
@@ -158,7 +166,7 @@ class CrossBatchMemory(Loss, Recorder):
     ) -> Staged:
         self._check(embeddings, labels)
         embeddings = widened(embeddings)
-        labels = as_labels(labels, embeddings.device)
+        labels = labels.to(embeddings.device, torch.int64)
         mask = self._mask(embeddings, indices_tuple, enqueue_mask, enqueue_idx)
         self.bank.settle()
         rows, row_labels = (embeddings, labels) if mask is None else (embeddings[mask], labels[mask])
@@ -190,8 +198,8 @@ class CrossBatchMemory(Loss, Recorder):
                 f"embedding_size={self.embedding_size}"
             )
         check_finite(embeddings)
-        if labels.is_floating_point():
-            raise ValueError(f"labels that enter a memory must be integers, got {labels.dtype}")
+        if labels.is_floating_point() and bool((labels != labels.round()).any()):
+            raise ValueError("labels that enter a memory must be whole numbers: it keeps them as int64")
 
     def _compared(
         self, embeddings: Tensor, labels: Tensor, references: References, own: Tensor | None, indices: Indices | None

@@ -15,6 +15,12 @@ from gradbank.losses import CrossBatchMemory
 
 PACKAGE = "pytorch_metric_learning"
 _ABSENT = object()
+_INSTEAD = {
+    "DistributedLossWrapper": "which gradbank does not need: convert the loss within it (its .loss), and let the ranks "
+    "open one session, whose bank they share",
+    "DistributedMinerWrapper": "which gradbank does not need: convert the miner within it (its .miner)",
+    "GenericPairLoss": "which computes nothing by itself: derive your loss from gradbank.losses.GenericPairLoss",
+}
 
 
 def from_pml(obj: nn.Module) -> Any:
@@ -71,7 +77,8 @@ def _class_of(obj: nn.Module, where: str) -> type[Component]:
         )
     made = components().get(cls.__name__)
     if made is None or not made.__module__.startswith("gradbank."):
-        raise TypeError(f"{where} is PML's {cls.__name__}, which gradbank does not have")
+        told = _INSTEAD.get(cls.__name__, "which gradbank does not have")
+        raise TypeError(f"{where} is PML's {cls.__name__}, {told}")
     return made
 
 

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml
-from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning import reducers as pml_reducers
 from torch import Tensor
 
-from gradbank import losses, miners, reducers
+from gradbank import losses, reducers
 from gradbank.errors import NonFiniteError
 
 
@@ -187,12 +186,11 @@ def test_losses_that_nobody_reduced_lie_in_a_row(name: str) -> None:
     assert there.shape == (len(there), 1)
 
 
-def test_angular_loss_of_mined_positives_alone_still_has_its_negatives() -> None:
-    embeddings, labels = unit(0, 30, 100, 200, 220), torch.tensor([0, 0, 0, 1, 1])
-    plain = losses.CrossBatchMemory(losses.AngularLoss(), 2, 8)
-    mined = losses.CrossBatchMemory(losses.AngularLoss(), 2, 8, miners.PairMarginMiner(pos_margin=0, neg_margin=-1))
-    theirs = pml.CrossBatchMemory(pml.AngularLoss(), 2, 8, pml_miners.PairMarginMiner(pos_margin=0, neg_margin=-1))
-    wanted = plain(embeddings, labels)
-    assert float(wanted) > 0
-    torch.testing.assert_close(mined(embeddings, labels), wanted)
-    assert float(theirs(embeddings, labels)) == 0
+@pytest.mark.parametrize("name", ["ContrastiveLoss", "MultiSimilarityLoss", "GeneralizedLiftedStructureLoss"])
+def test_two_views_of_one_sample_are_a_pair_too(name: str) -> None:
+    one, other = unit(0), unit(40)
+    here, there = (
+        float(library.SelfSupervisedLoss(getattr(library, name)(), symmetric=False)(one, other))
+        for library in (losses, pml)
+    )
+    assert there == 0 < here

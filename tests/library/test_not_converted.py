@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pytorch_metric_learning import distances, losses, samplers
+from pytorch_metric_learning.utils import distributed
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 
@@ -48,6 +49,11 @@ def inverted() -> distances.LpDistance:
         ),
         (nn.Linear(2, 2), r"^Linear is a torch.nn.modules.linear.Linear, no class of pytorch_metric_learning"),
         ("NTXentLoss", r"^str is a builtins.str, no class of pytorch_metric_learning"),
+        (
+            distributed.DistributedLossWrapper(losses.NTXentLoss()),
+            r"^DistributedLossWrapper is PML's .*, which gradbank does not need: convert the loss within it",
+        ),
+        (losses.GenericPairLoss(mat_based_loss=True), r"GenericPairLoss, .* derive your loss from gradbank\.losses\.G"),
         (losses.BaseMetricLossFunction(), "PML's BaseMetricLossFunction, which gradbank does not have"),
         (
             losses.ContrastiveLoss(distance=twisted("compute_mat")),

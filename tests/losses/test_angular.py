@@ -159,3 +159,15 @@ def test_what_does_not_fit_is_refused() -> None:
     for distance in (distances.LpDistance(power=2), distances.CosineSimilarity()):
         with pytest.raises(ValueError, match="needs distance=LpDistance"):
             AngularLoss(distance=distance)
+
+
+@pytest.mark.parametrize("taken", [(0.0, -1.0), (5.0, -1.0), (0.0, 1.9)], ids=["positives", "none", "both"])
+def test_a_queue_whose_miner_takes_no_negative_costs_nothing_as_in_pml(taken: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3) for _ in range(3)]
+    ours = losses.CrossBatchMemory(losses.AngularLoss(), 4, 20, miners.PairMarginMiner(*taken)).double()
+    theirs = pml_losses.CrossBatchMemory(pml_losses.AngularLoss(), 4, 20, pml_miners.PairMarginMiner(*taken)).double()
+    for embeddings, labels in batches:
+        found, wanted = ours(embeddings, labels), theirs(embeddings, labels)
+        assert (float(wanted) > 0) == (taken[1] > 0)
+        torch.testing.assert_close(found, wanted)

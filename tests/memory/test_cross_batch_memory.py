@@ -200,3 +200,19 @@ def test_a_queue_becomes_of_another_dtype_with_the_rows_that_wait(queue_of: Any,
 def test_sizes_are_whole_numbers(size: Any) -> None:
     with pytest.raises(ValueError, match=f"memory_size must be a whole number, at least 1, got {size!r}"):
         losses.CrossBatchMemory(losses.NTXentLoss(), 8, size)
+
+
+@pytest.mark.parametrize("loss", [losses.P2SGradLoss(6, 4), losses.ManifoldLoss(6), losses.VICRegLoss()], ids=str)
+def test_a_loss_that_would_not_look_at_the_queue_is_refused(loss: Any) -> None:
+    name = type(loss).__name__
+    with pytest.raises(ValueError, match=f"needs a loss that compares embeddings with references, got {name}"):
+        losses.CrossBatchMemory(loss, 6)
+    with pytest.raises(ValueError, match=f"CrossBatchMemory does not support {name}; it does AngularLoss, "):
+        losses.CrossBatchMemory.check_loss_support(name)
+
+
+def test_every_loss_that_is_said_to_be_supported_is() -> None:
+    embeddings, labels = torch.randn(12, 6), torch.arange(12) % 3
+    for name in losses.CrossBatchMemory.supported_losses():
+        losses.CrossBatchMemory.check_loss_support(name)
+        assert losses.CrossBatchMemory(getattr(losses, name)(), 6)(embeddings, labels).isfinite()

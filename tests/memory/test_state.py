@@ -20,7 +20,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "integers": ({"embeddings": torch.ones(4, 4, dtype=torch.int64)}, "must be floating point"),
     "a vector": ({"embeddings": torch.ones(4)}, r"must be \(batch, dimension\)"),
     "too few labels": ({"labels": torch.arange(3)}, r"labels must be \(4,\)"),
-    "labels of floats": ({"labels": torch.ones(4)}, "integers, got torch.float32"),
+    "labels of fractions": ({"labels": torch.arange(4) / 2}, "must be whole numbers"),
+    "labels of NaN": ({"labels": torch.full((4,), torch.nan)}, "must be whole numbers"),
     "a mask that is too short": ({"enqueue_mask": torch.ones(3, dtype=torch.bool)}, r"must be \(4,\) booleans"),
     "a mask of floats": ({"enqueue_mask": torch.ones(4)}, "booleans, got .* torch.float32"),
     "a position outside": ({"enqueue_idx": torch.tensor([4])}, "enqueue_idx"),
@@ -280,3 +281,12 @@ def test_a_queue_can_be_set_by_hand(queue_of: Any, batch: Any, state: Any) -> No
     with pytest.raises(ValueError, match=r"embedding_memory: expected \(10, 4\), got \(4, 10\)"):
         other.embedding_memory = torch.zeros(4, 10)
     assert state(other) == before
+
+
+def test_labels_may_be_whole_floats(queue_of: Any, batch: Any, state: Any) -> None:
+    queue, other = queue_of(10, steps=2), queue_of(10, steps=2)
+    embeddings, labels = batch(4, 5)
+    assert torch.equal(queue(embeddings, labels), other(embeddings, labels.double()))
+    queue.add_to_memory(embeddings, labels)
+    other.add_to_memory(embeddings, labels.float())
+    assert state(queue) == state(other)

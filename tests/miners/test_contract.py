@@ -7,6 +7,7 @@ import pytest
 import pytorch_metric_learning.losses as pml_losses
 import pytorch_metric_learning.miners as pml_miners
 import torch
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from gradbank import distances, losses, miners
@@ -298,3 +299,39 @@ def test_miner_without_labels_says_that_it_needs_them() -> None:
         miners.BatchHardMiner()(batch()[0], None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="embeddings must be a tensor, got None"):
         losses.NTXentLoss()(None, batch()[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        *(("HDCMiner", "should_select_largest"), ("BatchEasyHardMiner", "get_max_per_row")),
+        *(("UniformHistogramMiner", "get_bins"), ("PairMarginMiner", "set_stats")),
+    ],
+)
+def test_an_override_that_nobody_would_call_is_refused(base: str, name: str) -> None:
+    override = {name: lambda self, *_: None}
+    with pytest.raises(TypeError, match=rf"Mine overrides {name}, which {base} does not call: override mine"):
+        type("Mine", (getattr(miners, base),), override)
+    type("Mine", (getattr(miners, base),), {**override, "mine": lambda self, *_: getattr(self, name)()})
+    type("Mine", (miners.BaseMiner,), override)
+
+
+def test_what_a_miner_gives_may_be_looked_at() -> None:
+    class Looking(miners.TripletMarginMiner):
+        def output_assertion(self, chosen: Any) -> None:
+            super().output_assertion(chosen)
+            self.seen = len(chosen)
+
+    miner = Looking(margin=10)
+    miner(*batch())
+    assert miner.seen == 3
+    assert miner.num_triplets > 0
+
+
+@pytest.mark.parametrize("classes", [1, 3, 50])
+def test_every_pair_and_triplet_is_listed_as_in_pml(classes: int) -> None:
+    torch.manual_seed(0)
+    labels, ref_labels = torch.randint(classes, (14,)), torch.randint(classes, (9,))
+    for given in ((labels,), (labels, labels), (labels, ref_labels), (labels[:0],), (labels, labels[:0])):
+        for name in ("get_all_pairs_indices", "get_all_triplets_indices"):
+            assert listed(getattr(miners, name)(*given)) == listed(getattr(lmu, name)(*given))

@@ -14,6 +14,9 @@ from gradbank.engine.listing import Listing
 Interval = Callable[[Tensor], Tensor]
 
 
+_LOOKED_AT = 2**20  # entries of a tile that is looked through for a negative
+
+
 class TilePairs(NamedTuple):
     """The pairs of a tile of `rows` anchors and `width` references.
 
@@ -48,6 +51,12 @@ class Pairs:
     def most_positives(self) -> Tensor:
         """`(B,)`: a number that each anchor's positives do not exceed; what a block of anchors may need."""
         raise NotImplementedError
+
+    def any_negative(self, anchors: int, references: int) -> bool:
+        """Whether there is a negative pair at all, of so many anchors and references."""
+        step = max(_LOOKED_AT // max(references, 1), 1)
+        some = (slice(start, min(start + step, anchors)) for start in range(0, anchors, step))
+        return any(bool(self.tile(rows, slice(0, references)).negatives.any()) for rows in some)
 
     def listing(self, rows: slice, edges: Tensor) -> Listing | None:
         """The positives of some anchors, and entries that are not their negatives, listed by tile: for pairs where both

@@ -68,6 +68,8 @@ class AngularLoss(PairLoss):
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
         a, p = positives_with_negatives(pairs, embeddings, references, vectors=1)
+        if not len(a) or not pairs.any_negative(len(embeddings), len(references)):
+            return self._of_nothing(embeddings, labels=pairs.anchor_labels)
         labels, known = pairs.anchor_labels, references.labels
         assert labels is not None  # needs_labels
         assert known is not None
@@ -90,6 +92,9 @@ class AngularLoss(PairLoss):
     ) -> Tensor:
         if len(indices[-1]):
             return super().compare_listed(embeddings, references, indices, labels)
+        return self._of_nothing(embeddings, labels)
+
+    def _of_nothing(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         self.reset_stats()
         with full_precision(embeddings.device):  # as PML has it: without a negative pair nothing is compared
             return self.regularized(self.reducer(self.zero_losses(), embeddings, labels), embeddings)  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class ManifoldLoss(BaseMetricLossFunction):
     alpha: float = 0.8
     margin: float = 5e-4
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
+
+    takes_references: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.lambdaC < 0:

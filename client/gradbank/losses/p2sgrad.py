@@ -1,6 +1,6 @@
 """A loss of the angles to class weights, squared."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class P2SGradLoss(BaseMetricLossFunction):
 
     descriptors_dim: int
     num_classes: int
+
+    takes_references: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_counts(self, "descriptors_dim", "num_classes")

@@ -1,7 +1,7 @@
 """A loss of two views that needs no negatives."""
 
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class VICRegLoss(BaseMetricLossFunction):
     eps: float = 1e-4
     distance: Distance | None = field(default=None, kw_only=True)  # type: ignore[assignment]
     embedding_regularizer: Regularizer | None = field(default=None, kw_only=True)
+
+    takes_references: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("distance", "embedding_regularizer"):

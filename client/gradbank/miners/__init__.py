@@ -2,6 +2,7 @@
 
 from gradbank.miners.angular import AngularMiner
 from gradbank.miners.base import BaseMiner, Miner
+from gradbank.miners.every import get_all_pairs_indices, get_all_triplets_indices
 from gradbank.miners.hard import BatchEasyHardMiner, BatchHardMiner
 from gradbank.miners.hdc import HDCMiner
 from gradbank.miners.pairs import MultiSimilarityMiner, PairMarginMiner, PairMiner
@@ -22,4 +23,6 @@ __all__ = [
     "PairMiner",
     "TripletMarginMiner",
     "UniformHistogramMiner",
+    "get_all_pairs_indices",
+    "get_all_triplets_indices",
 ]

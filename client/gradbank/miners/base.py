@@ -1,6 +1,7 @@
 """What every miner shares: the call, its checks, and what it counts."""
 
 from dataclasses import field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,15 @@ class Miner(Recorder):
     num_pos_pairs: int = field(default=0, init=False)
     num_neg_pairs: int = field(default=0, init=False)
     num_triplets: int = field(default=0, init=False)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        lost = [name for name in _NOT_CALLED if callable(vars(cls).get(name))]
+        if lost and cls.mine.__module__.startswith("gradbank.") and cls.mine is not Miner.mine:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(lost)}, which {cls.__mro__[1].__name__} does not call: override "
+                "mine, which lists what is chosen"
+            )
 
     def __post_init__(self) -> None:
         self.reset_stats()
@@ -98,10 +108,16 @@ class Miner(Recorder):
         self.reset_stats()
         with torch.no_grad(), full_precision(embeddings.device):
             chosen = self.mine(embeddings, labels, ref_emb, ref_labels)
-        self._count(chosen)
+        self.output_assertion(chosen)
         return chosen
 
-    def _count(self, chosen: Indices) -> None:
+    def output_assertion(self, chosen: Indices) -> None:
+        """Refuses what is no list of pairs or triplets, and counts what is.
+
+        Raises:
+            TypeError: neither three nor four tensors.
+            ValueError: lists of different lengths.
+        """
         name = f"{type(self).__name__}.mine"
         if len(chosen) not in (3, 4):
             raise TypeError(f"{name} must return (a, p, n) or (a1, p, a2, n), got {len(chosen)} tensors")
@@ -117,6 +133,12 @@ class Miner(Recorder):
 
 
 BaseMiner = Miner  # what PML calls it
+
+_NOT_CALLED = (  # what subclasses of PML's miners might override
+    *("set_stats", "set_idx", "should_select_largest", "filter_original_indices", "get_bins", "filter_by_bin"),
+    *("get_uniformly_distributed_pairs", "get_mine_function", "get_positives", "get_negatives"),
+    *("get_max_per_row", "get_min_per_row", "get_x_per_row", "get_func_for_stats"),
+)
 
 
 def check_unit_euclidean(miner: Miner) -> None:

@@ -35,6 +35,10 @@ class MultipleLosses(Loss):
     weights: list[float] | dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.losses, Loss):
+            raise TypeError(
+                f"losses must be a list or a dictionary, got one {type(self.losses).__name__}: use it by itself"
+            )
         if not len(self.losses):
             raise ValueError("MultipleLosses needs at least one loss")
         _check_kind("losses", self.losses, Loss)

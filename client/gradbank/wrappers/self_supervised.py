@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.checks import check_batch
-from gradbank.component import component
+from gradbank.component import component, components
 from gradbank.engine import full_precision, widened
 from gradbank.losses.base import Staged
 from gradbank.losses.pair import PairLoss
@@ -29,26 +29,12 @@ class SelfSupervisedLoss(BaseLossWrapper):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if not _compares(self.loss):
+        if not _compares(type(self.loss)):
             super().__post_init__()
 
     @staticmethod
     def supported_losses() -> list[str]:
-        return [
-            "AngularLoss",
-            "CircleLoss",
-            "ContrastiveLoss",
-            "GeneralizedLiftedStructureLoss",
-            "IntraPairVarianceLoss",
-            "LiftedStructureLoss",
-            "MultiSimilarityLoss",
-            "NTXentLoss",
-            "SignalToNoiseRatioContrastiveLoss",
-            "SupConLoss",
-            "TripletMarginLoss",
-            "NCALoss",
-            "TupletMarginLoss",
-        ]
+        return [name for name, each in components().items() if _compares(each)]
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """The loss of two `(B, D)` views of the same samples, a scalar."""
@@ -115,6 +101,6 @@ class SelfSupervisedLossWrapper(SelfSupervisedLoss):
         return self._around(self.loss.stage(rows, view), rows)
 
 
-def _compares(loss: nn.Module) -> bool:
+def _compares(loss: type[nn.Module]) -> bool:
     """Whether a loss compares embeddings with whatever references it is given."""
-    return isinstance(loss, PairLoss) and loss.takes_references and not loss.learns_references
+    return issubclass(loss, PairLoss) and loss.takes_references and not loss.learns_references

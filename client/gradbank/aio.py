@@ -66,6 +66,12 @@ class RemoteLoss:
     async def optimizer(self, name: str, **options: Any) -> RemoteOptimizer:
         return await asyncio.to_thread(partial(self.remote.optimizer, name, **options))
 
+    async def reset_queue(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.reset_queue)
+
+    async def add_to_memory(self, embeddings: Tensor, labels: Tensor) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.add_to_memory, embeddings, labels)
+
     async def flush(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.flush)
 

@@ -12,7 +12,7 @@ from gradbank.engine import widened
 from gradbank.engine.eager import refuse_second_derivatives, scaled
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
-from gradbank.memory import enqueue_mask_of
+from gradbank.memory import CrossBatchMemory, enqueue_mask_of
 from gradbank.recorder import Statistics
 from gradbank.remote.future import StepFuture
 from gradbank.remote.optimizer import RemoteOptimizer
@@ -177,6 +177,28 @@ class RemoteLoss(nn.Module):
             deadline = self.producer.deadline(timeout)
             self.producer.result(self.producer.submit(step_pb2.StepInput(), [], self._optimizer, deadline), deadline)
 
+    def reset_queue(self) -> None:
+        """Empties the queue of the hosted loss, for all ranks: once, as any step, and after those in flight.
+
+        Raises:
+            InvalidRequest: a loss without a queue.
+        """
+        deadline, step = self.producer.deadline(), step_pb2.StepInput(resets_queue=True)
+        self.producer.result(self.producer.submit(step, [], self._news, deadline), deadline)
+
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
+        """Enters rows into the hosted queue without comparing them: `(N, D)` and `(N,)`.
+
+        Raises:
+            InvalidRequest: a loss other than a `CrossBatchMemory`.
+        """
+        if not isinstance(self.hosted, CrossBatchMemory):
+            raise InvalidRequest(
+                f"rows enter the queue of a CrossBatchMemory, and this is {self.hosted.spec().title()}"
+            )
+        with torch.no_grad():
+            self(embeddings, labels, enqueue_mask=torch.ones(len(embeddings), dtype=torch.bool))
+
     def local(self) -> Loss:
         """A copy of the hosted loss as it is on the server, weights and bank included, that computes here."""
         self.flush()
@@ -187,6 +209,17 @@ class RemoteLoss(nn.Module):
     def close(self) -> None:
         """Ends this trainer's stream of steps; the session lives on, and calling the loss opens another."""
         self.producer.close()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name not in dir(self.hosted):
+                raise
+            kind = type(self.hosted).__name__
+            raise AttributeError(
+                f"a hosted loss has no {name!r}: the {kind}'s is the server's, and loss_fn.local() is a copy"
+            ) from None
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise TypeError(

@@ -27,7 +27,7 @@ from gradbank.v1 import error_pb2 as gradbank_dot_v1_dot_error__pb2
 from gradbank.v1 import tensor_pb2 as gradbank_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16gradbank/v1/step.proto\x12\x0bgradbank.v1\x1a\x1bgradbank/v1/component.proto\x1a\x17gradbank/v1/error.proto\x1a\x18gradbank/v1/tensor.proto\"E\n\x0cStepsRequest\x12$\n\x04step\x18\x01 \x01(\x0b\x32\x16.gradbank.v1.StepInput\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"G\n\rStepsResponse\x12%\n\x04step\x18\x01 \x01(\x0b\x32\x17.gradbank.v1.StepOutput\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"D\n\x0bStepRequest\x12$\n\x04step\x18\x01 \x01(\x0b\x32\x16.gradbank.v1.StepInput\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"F\n\x0cStepResponse\x12%\n\x04step\x18\x01 \x01(\x0b\x32\x17.gradbank.v1.StepOutput\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\xd5\x04\n\tStepInput\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0b\n\x03seq\x18\x04 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12\'\n\nembeddings\x18\x06 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12#\n\x06labels\x18\x07 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12$\n\x07ref_emb\x18\x08 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12\'\n\nref_labels\x18\t \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12$\n\x07indices\x18\n \x03(\x0b\x32\x13.gradbank.v1.Tensor\x12)\n\x0c\x65nqueue_mask\x18\x0b \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12 \n\x18\x65mbeddings_need_gradient\x18\x0c \x01(\x08\x12\x1e\n\x16ref_emb_needs_gradient\x18\r \x01(\x08\x12/\n\rweight_events\x18\x0e \x03(\x0b\x32\x18.gradbank.v1.WeightEvent\x12\x1d\n\x15weights_need_gradient\x18\x0f \x01(\x08\x12*\n\x0egradient_dtype\x18\x10 \x01(\x0e\x32\x12.gradbank.v1.Dtype\x12\x14\n\x0c\x61nswered_seq\x18\x11 \x01(\x04\x12\x34\n\x0ftrainer_timings\x18\x12 \x01(\x0b\x32\x1b.gradbank.v1.TrainerTimings\"\x90\x01\n\x0bWeightEvent\x12)\n\x08\x62\x61\x63kward\x18\x01 \x01(\x0b\x32\x15.gradbank.v1.BackwardH\x00\x12\x34\n\x0eoptimizer_step\x18\x02 \x01(\x0b\x32\x1a.gradbank.v1.OptimizerStepH\x00\x12\x17\n\rzero_gradient\x18\x03 \x01(\x08H\x00\x42\x07\n\x05\x65vent\"&\n\x08\x42\x61\x63kward\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\r\n\x05scale\x18\x02 \x01(\x01\"\xa8\x01\n\rOptimizerStep\x12\x16\n\x0egradient_scale\x18\x01 \x01(\x01\x12\x38\n\x07options\x18\x02 \x03(\x0b\x32\'.gradbank.v1.OptimizerStep.OptionsEntry\x1a\x45\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradbank.v1.Argument:\x02\x38\x01\"\x84\x04\n\nStepOutput\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.gradbank.v1.Error\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12&\n\nloss_dtype\x18\x05 \x01(\x0e\x32\x12.gradbank.v1.Dtype\x12\x30\n\x13\x65mbeddings_gradient\x18\x06 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12-\n\x10ref_emb_gradient\x18\x07 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12\x10\n\x08replayed\x18\x08 \x01(\x08\x12\x11\n\tbank_rows\x18\t \x01(\x04\x12%\n\x07timings\x18\n \x01(\x0b\x32\x14.gradbank.v1.Timings\x12$\n\x1c\x65mbeddings_gradient_exponent\x18\x0b \x01(\x11\x12!\n\x19ref_emb_gradient_exponent\x18\x0c \x01(\x11\x12;\n\nstatistics\x18\r \x03(\x0b\x32\'.gradbank.v1.StepOutput.StatisticsEntry\x12\x13\n\x0b\x63\x61rried_out\x18\x0e \x01(\x08\x1a\x31\n\x0fStatisticsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"U\n\x0eTrainerTimings\x12\x17\n\x0f\x63lient_encode_s\x18\x01 \x01(\x01\x12\x11\n\tnetwork_s\x18\x02 \x01(\x01\x12\x17\n\x0f\x63lient_decode_s\x18\x03 \x01(\x01\"Q\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x10\n\x08\x65ncode_s\x18\x04 \x01(\x01\x32\x8e\x01\n\x0bStepService\x12\x42\n\x05Steps\x12\x19.gradbank.v1.StepsRequest\x1a\x1a.gradbank.v1.StepsResponse(\x01\x30\x01\x12;\n\x04Step\x12\x18.gradbank.v1.StepRequest\x1a\x19.gradbank.v1.StepResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16gradbank/v1/step.proto\x12\x0bgradbank.v1\x1a\x1bgradbank/v1/component.proto\x1a\x17gradbank/v1/error.proto\x1a\x18gradbank/v1/tensor.proto\"E\n\x0cStepsRequest\x12$\n\x04step\x18\x01 \x01(\x0b\x32\x16.gradbank.v1.StepInput\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"G\n\rStepsResponse\x12%\n\x04step\x18\x01 \x01(\x0b\x32\x17.gradbank.v1.StepOutput\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"D\n\x0bStepRequest\x12$\n\x04step\x18\x01 \x01(\x0b\x32\x16.gradbank.v1.StepInput\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"F\n\x0cStepResponse\x12%\n\x04step\x18\x01 \x01(\x0b\x32\x17.gradbank.v1.StepOutput\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\xeb\x04\n\tStepInput\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0b\n\x03seq\x18\x04 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12\'\n\nembeddings\x18\x06 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12#\n\x06labels\x18\x07 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12$\n\x07ref_emb\x18\x08 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12\'\n\nref_labels\x18\t \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12$\n\x07indices\x18\n \x03(\x0b\x32\x13.gradbank.v1.Tensor\x12)\n\x0c\x65nqueue_mask\x18\x0b \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12 \n\x18\x65mbeddings_need_gradient\x18\x0c \x01(\x08\x12\x1e\n\x16ref_emb_needs_gradient\x18\r \x01(\x08\x12/\n\rweight_events\x18\x0e \x03(\x0b\x32\x18.gradbank.v1.WeightEvent\x12\x1d\n\x15weights_need_gradient\x18\x0f \x01(\x08\x12*\n\x0egradient_dtype\x18\x10 \x01(\x0e\x32\x12.gradbank.v1.Dtype\x12\x14\n\x0c\x61nswered_seq\x18\x11 \x01(\x04\x12\x34\n\x0ftrainer_timings\x18\x12 \x01(\x0b\x32\x1b.gradbank.v1.TrainerTimings\x12\x14\n\x0cresets_queue\x18\x13 \x01(\x08\"\x90\x01\n\x0bWeightEvent\x12)\n\x08\x62\x61\x63kward\x18\x01 \x01(\x0b\x32\x15.gradbank.v1.BackwardH\x00\x12\x34\n\x0eoptimizer_step\x18\x02 \x01(\x0b\x32\x1a.gradbank.v1.OptimizerStepH\x00\x12\x17\n\rzero_gradient\x18\x03 \x01(\x08H\x00\x42\x07\n\x05\x65vent\"&\n\x08\x42\x61\x63kward\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\r\n\x05scale\x18\x02 \x01(\x01\"\xa8\x01\n\rOptimizerStep\x12\x16\n\x0egradient_scale\x18\x01 \x01(\x01\x12\x38\n\x07options\x18\x02 \x03(\x0b\x32\'.gradbank.v1.OptimizerStep.OptionsEntry\x1a\x45\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradbank.v1.Argument:\x02\x38\x01\"\x84\x04\n\nStepOutput\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.gradbank.v1.Error\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12&\n\nloss_dtype\x18\x05 \x01(\x0e\x32\x12.gradbank.v1.Dtype\x12\x30\n\x13\x65mbeddings_gradient\x18\x06 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12-\n\x10ref_emb_gradient\x18\x07 \x01(\x0b\x32\x13.gradbank.v1.Tensor\x12\x10\n\x08replayed\x18\x08 \x01(\x08\x12\x11\n\tbank_rows\x18\t \x01(\x04\x12%\n\x07timings\x18\n \x01(\x0b\x32\x14.gradbank.v1.Timings\x12$\n\x1c\x65mbeddings_gradient_exponent\x18\x0b \x01(\x11\x12!\n\x19ref_emb_gradient_exponent\x18\x0c \x01(\x11\x12;\n\nstatistics\x18\r \x03(\x0b\x32\'.gradbank.v1.StepOutput.StatisticsEntry\x12\x13\n\x0b\x63\x61rried_out\x18\x0e \x01(\x08\x1a\x31\n\x0fStatisticsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"U\n\x0eTrainerTimings\x12\x17\n\x0f\x63lient_encode_s\x18\x01 \x01(\x01\x12\x11\n\tnetwork_s\x18\x02 \x01(\x01\x12\x17\n\x0f\x63lient_decode_s\x18\x03 \x01(\x01\"Q\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x10\n\x08\x65ncode_s\x18\x04 \x01(\x01\x32\x8e\x01\n\x0bStepService\x12\x42\n\x05Steps\x12\x19.gradbank.v1.StepsRequest\x1a\x1a.gradbank.v1.StepsResponse(\x01\x30\x01\x12;\n\x04Step\x12\x18.gradbank.v1.StepRequest\x1a\x19.gradbank.v1.StepResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,23 +47,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPRESPONSE']._serialized_start=333
   _globals['_STEPRESPONSE']._serialized_end=403
   _globals['_STEPINPUT']._serialized_start=406
-  _globals['_STEPINPUT']._serialized_end=1003
-  _globals['_WEIGHTEVENT']._serialized_start=1006
-  _globals['_WEIGHTEVENT']._serialized_end=1150
-  _globals['_BACKWARD']._serialized_start=1152
-  _globals['_BACKWARD']._serialized_end=1190
-  _globals['_OPTIMIZERSTEP']._serialized_start=1193
-  _globals['_OPTIMIZERSTEP']._serialized_end=1361
-  _globals['_OPTIMIZERSTEP_OPTIONSENTRY']._serialized_start=1292
-  _globals['_OPTIMIZERSTEP_OPTIONSENTRY']._serialized_end=1361
-  _globals['_STEPOUTPUT']._serialized_start=1364
-  _globals['_STEPOUTPUT']._serialized_end=1880
-  _globals['_STEPOUTPUT_STATISTICSENTRY']._serialized_start=1831
-  _globals['_STEPOUTPUT_STATISTICSENTRY']._serialized_end=1880
-  _globals['_TRAINERTIMINGS']._serialized_start=1882
-  _globals['_TRAINERTIMINGS']._serialized_end=1967
-  _globals['_TIMINGS']._serialized_start=1969
-  _globals['_TIMINGS']._serialized_end=2050
-  _globals['_STEPSERVICE']._serialized_start=2053
-  _globals['_STEPSERVICE']._serialized_end=2195
+  _globals['_STEPINPUT']._serialized_end=1025
+  _globals['_WEIGHTEVENT']._serialized_start=1028
+  _globals['_WEIGHTEVENT']._serialized_end=1172
+  _globals['_BACKWARD']._serialized_start=1174
+  _globals['_BACKWARD']._serialized_end=1212
+  _globals['_OPTIMIZERSTEP']._serialized_start=1215
+  _globals['_OPTIMIZERSTEP']._serialized_end=1383
+  _globals['_OPTIMIZERSTEP_OPTIONSENTRY']._serialized_start=1314
+  _globals['_OPTIMIZERSTEP_OPTIONSENTRY']._serialized_end=1383
+  _globals['_STEPOUTPUT']._serialized_start=1386
+  _globals['_STEPOUTPUT']._serialized_end=1902
+  _globals['_STEPOUTPUT_STATISTICSENTRY']._serialized_start=1853
+  _globals['_STEPOUTPUT_STATISTICSENTRY']._serialized_end=1902
+  _globals['_TRAINERTIMINGS']._serialized_start=1904
+  _globals['_TRAINERTIMINGS']._serialized_end=1989
+  _globals['_TIMINGS']._serialized_start=1991
+  _globals['_TIMINGS']._serialized_end=2072
+  _globals['_STEPSERVICE']._serialized_start=2075
+  _globals['_STEPSERVICE']._serialized_end=2217
 # @@protoc_insertion_point(module_scope)

@@ -161,6 +161,7 @@ class StepInput(_message.Message):
     GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
     ANSWERED_SEQ_FIELD_NUMBER: _builtins.int
     TRAINER_TIMINGS_FIELD_NUMBER: _builtins.int
+    RESETS_QUEUE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's name."""
     rank: _builtins.int
@@ -184,9 +185,11 @@ class StepInput(_message.Message):
     them. 0 is none; then the last five are kept. Where it is not the step before this one, the server takes the trainer
     to have more on their way, and reads the next large one while it computes this one.
     """
+    resets_queue: _builtins.bool
+    """Empties the bank; of a step without `embeddings`, and after its `weight_events`."""
     @_builtins.property
     def embeddings(self) -> _tensor_pb2.Tensor:
-        """(B, D) floats. Left out, the step is only its `weight_events`."""
+        """(B, D) floats. Left out, the step is only its `weight_events`, and perhaps `resets_queue`."""
 
     @_builtins.property
     def labels(self) -> _tensor_pb2.Tensor:
@@ -239,10 +242,11 @@ class StepInput(_message.Message):
         gradient_dtype: _tensor_pb2.Dtype.ValueType = ...,
         answered_seq: _builtins.int = ...,
         trainer_timings: Global___TrainerTimings | None = ...,
+        resets_queue: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "enqueue_mask", b"enqueue_mask", "labels", b"labels", "ref_emb", b"ref_emb", "ref_labels", b"ref_labels", "trainer_timings", b"trainer_timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_seq", b"answered_seq", "embeddings", b"embeddings", "embeddings_need_gradient", b"embeddings_need_gradient", "enqueue_mask", b"enqueue_mask", "epoch", b"epoch", "gradient_dtype", b"gradient_dtype", "indices", b"indices", "labels", b"labels", "payload_bytes", b"payload_bytes", "rank", b"rank", "ref_emb", b"ref_emb", "ref_emb_needs_gradient", b"ref_emb_needs_gradient", "ref_labels", b"ref_labels", "seq", b"seq", "session", b"session", "trainer_timings", b"trainer_timings", "weight_events", b"weight_events", "weights_need_gradient", b"weights_need_gradient"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_seq", b"answered_seq", "embeddings", b"embeddings", "embeddings_need_gradient", b"embeddings_need_gradient", "enqueue_mask", b"enqueue_mask", "epoch", b"epoch", "gradient_dtype", b"gradient_dtype", "indices", b"indices", "labels", b"labels", "payload_bytes", b"payload_bytes", "rank", b"rank", "ref_emb", b"ref_emb", "ref_emb_needs_gradient", b"ref_emb_needs_gradient", "ref_labels", b"ref_labels", "resets_queue", b"resets_queue", "seq", b"seq", "session", b"session", "trainer_timings", b"trainer_timings", "weight_events", b"weight_events", "weights_need_gradient", b"weights_need_gradient"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -91,6 +91,7 @@ def batch_of(step: step_pb2.StepInput, payload: Tensor) -> Batch:
         ref_emb_needs_gradient=step.ref_emb_needs_gradient,
         weights_need_gradient=step.weights_need_gradient,
         weight_events=tuple(_weight_event(event) for event in step.weight_events),
+        resets_queue=step.resets_queue,
         answered=step.answered_seq,
     )
 
@@ -99,9 +100,11 @@ def check_header(step: step_pb2.StepInput) -> None:
     """Refuses what no trainer can mean.
 
     Raises:
-        InvalidRequest: gradients in a dtype that they are not rounded to, an answer to a step that is to come, or times
-            that no clock shows.
+        InvalidRequest: gradients in a dtype that they are not rounded to, an answer to a step that is to come, times
+            that no clock shows, or a batch for a queue that it empties.
     """
+    if step.resets_queue and step.HasField("embeddings"):
+        raise InvalidRequest("a step that resets the queue has no embeddings: send these in the next one")
     if step.answered_seq and step.answered_seq >= step.seq:
         raise InvalidRequest(f"answered_seq is {step.answered_seq}, and this is step {step.seq}: it can have none yet")
     told = step.trainer_timings

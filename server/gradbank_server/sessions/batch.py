@@ -44,6 +44,7 @@ class Batch:
         labels: `(B,)`. ref_emb: `(M, D)`. ref_labels: `(M,)`; None if reference i is anchor i.
         indices: `(a, p, n)` or `(a1, p, a2, n)`. enqueue_mask: `(B,)` bool.
         weight_events: what was done with the losses of earlier steps, carried out before this one's is computed.
+        resets_queue: whether the bank is to be emptied; only without embeddings.
         answered: the last step whose answer the trainer has, so that it will not ask for it again.
     """
 
@@ -57,6 +58,7 @@ class Batch:
     ref_emb_needs_gradient: bool = False
     weights_need_gradient: bool = False
     weight_events: tuple[WeightEvent, ...] = ()
+    resets_queue: bool = False
     answered: int = 0
 
 

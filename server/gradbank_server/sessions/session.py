@@ -222,7 +222,11 @@ class Session:
         """Computes a step with the updated weights, and commits it."""
         is_queue = isinstance(self.loss, CrossBatchMemory)
         if batch.embeddings is None:
+            if batch.resets_queue and not self.banks:
+                raise InvalidRequest(f"{self.spec.title()} has no queue that could be emptied")
             update.commit()
+            for bank in self.banks if batch.resets_queue else ():
+                bank.reset()
             return Answer.nothing(self.bank_rows)
         check_batch(batch.embeddings, batch.labels)
         check_finite(batch.embeddings)

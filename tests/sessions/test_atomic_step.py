@@ -95,7 +95,7 @@ class World:
         return {
             **self.session.state(),
             **{f"optimizer {i} {key}": value for i, state in enumerate(held) for key, value in state.items()},
-            **{f"gradient {i}": value for i, value in enumerate(learner.gradient or ())},
+            **{f"gradient {k} {i}": v for k, held in learner.gradients.items() for i, v in enumerate(held)},
             **{f"waiting {key} {i}": v for key, vs in learner.waiting.items() for i, v in enumerate(vs)},
             "options": group,
             "last_seq": self.session._producers[RANK].last_seq,

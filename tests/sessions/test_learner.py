@@ -150,6 +150,47 @@ def test_the_gradients_of_the_last_four_steps_of_each_rank_are_kept(hosted: Host
         first.step(learning(batch(7), Backward(2, 1.0)))
 
 
+def test_each_rank_accumulates_and_clears_its_own_gradient(pair: Callable[..., Pair], batch: Make) -> None:
+    """Two trainers in turns, two backward passes to a step: as if each step were made here, of its own two."""
+    both = pair("SGD", lr=0.1, momentum=0.9)
+    trainers = [both.trainer, type(both.trainer)(both.trainer.session, rank=1)]
+    told: list[tuple] = [(), ()]
+    mine: list[list[torch.Tensor]] = [[], []]
+    for turn in range(6):
+        for rank, trainer in enumerate(trainers):
+            asked = batch(10 * turn + rank)
+            answer = trainer.step(learning(asked, *told[rank]))
+            if told[rank] and told[rank][-1] is STEP:
+                both.here.W.grad = sum(mine[rank])
+                both.optimizer.step()
+                mine[rank].clear()
+            loss = both.here(asked.embeddings, asked.labels)
+            assert torch.equal(answer.loss, loss.detach())
+            mine[rank].append(torch.autograd.grad(loss, both.here.W)[0])
+            backward = Backward(trainer.seq, 1.0)
+            told[rank] = (backward, STEP) if turn % 2 else (ZERO, backward)
+    torch.testing.assert_close(weights(both.trainer), both.here.W.detach(), rtol=0, atol=0)
+
+
+def test_a_trainer_that_takes_a_rank_over_starts_without_a_gradient(pair: Callable[..., Pair], batch: Make) -> None:
+    both = pair(lr=0.1)
+    for seq in (1, 2, 3):
+        both.trainer.step(learning(batch(seq), *([Backward(seq - 1, 1.0)] if seq > 1 else [])))
+    session = both.trainer.session
+    assert session.gradient_bytes == 2 * session.weight_bytes  # two passes added up, and one that was not told
+    renewed = type(both.trainer)(session, incarnation=1, nonce=b"a")
+    assert (renewed.epoch, renewed.seq) == (1 + both.trainer.epoch - 1, 3)
+    assert session.gradient_bytes == 2 * session.weight_bytes  # the same trainer
+    heir = type(both.trainer)(session, incarnation=2, nonce=b"b")
+    assert session.gradient_bytes == 0
+    start = weights(heir)
+    heir.step(learning(batch(4)))
+    heir.step(learning(batch(5), STEP))
+    assert torch.equal(weights(heir), start)  # there was nothing to step with
+    heir.step(learning(batch(6), Backward(heir.seq - 1, 1.0), STEP))
+    assert not torch.equal(weights(heir), start)
+
+
 def test_no_gradient_is_kept_of_a_step_that_did_not_ask(hosted: Hosted, batch: Make) -> None:
     trainer = hosted(arcface())
     trainer.step(batch(1))

@@ -23,28 +23,28 @@ Waiting = OrderedDict[tuple[int, int], list[Tensor]]
 
 
 class Update:
-    """The weights, optimizer and gradients as they will be if the step succeeds.
+    """The weights, optimizer and gradients as they will be if a rank's step succeeds.
 
     Inside a `with` block the loss computes with them; what is not committed by its end has not been.
     """
 
-    def __init__(self, learner: "Learner") -> None:
-        self._learner = learner
+    def __init__(self, learner: "Learner", rank: int) -> None:
+        self._learner, self._rank = learner, rank
         self._before = [weight.data for weight in learner.weights]
         self.values = list(self._before)
-        self.optimizer, self.gradient = learner.optimizer, learner.gradient
+        self.optimizer, self.gradient = learner.optimizer, learner.gradients.get(rank)
         self.waiting: Waiting = OrderedDict(learner.waiting)
         self.optimizer_steps = 0
         self._committed = False
 
-    def add(self, rank: int, seq: int, scale: float) -> None:
+    def add(self, seq: int, scale: float) -> None:
         """Adds a step's weight gradient, times `scale`, to the accumulated one."""
-        if (rank, seq) not in self.waiting:
+        if (self._rank, seq) not in self.waiting:
             raise InvalidUpdate(
                 f"the weight gradient of step {seq} is not kept: call backward at most {GRADIENTS_KEPT} steps after "
                 "the loss, and once only"
             )
-        made = [gradient * scale for gradient in self.waiting.pop((rank, seq))]
+        made = [gradient * scale for gradient in self.waiting.pop((self._rank, seq))]
         self.gradient = made if self.gradient is None else [g + m for g, m in zip(self.gradient, made)]
 
     def step(self, scale: float, options: Mapping[str, Any]) -> None:
@@ -82,15 +82,18 @@ class Update:
             copy.grad = None
         self.values, self.optimizer = [copy.data for copy in copies], beside
 
-    def keep(self, rank: int, seq: int, gradients: list[Tensor]) -> None:
+    def keep(self, seq: int, gradients: list[Tensor]) -> None:
         """Keeps a step's weight gradients until its backward pass is told."""
-        self.waiting[rank, seq] = gradients
-        for old in [key for key in self.waiting if key[0] == rank][:-GRADIENTS_KEPT]:
+        self.waiting[self._rank, seq] = gradients
+        for old in [key for key in self.waiting if key[0] == self._rank][:-GRADIENTS_KEPT]:
             del self.waiting[old]
 
     def commit(self) -> None:
         learner = self._learner
-        learner.optimizer, learner.gradient, learner.waiting = self.optimizer, self.gradient, self.waiting
+        gradients = {rank: each for rank, each in learner.gradients.items() if rank != self._rank}
+        if self.gradient is not None:
+            gradients[self._rank] = self.gradient
+        learner.optimizer, learner.gradients, learner.waiting = self.optimizer, gradients, self.waiting
         self._committed = True
 
     def __enter__(self) -> "Update":
@@ -110,7 +113,7 @@ class Learner:
     """The parameters of a loss, the optimizer that steps them, and gradients on their way to it.
 
     Attributes:
-        gradient: what backward passes added up to since the last `zero_grad`; None is zero.
+        gradients: what the backward passes of a rank added up to since its last `zero_grad`; a rank without is at zero.
         waiting: weight gradients of steps whose backward pass is not told yet, by (rank, seq).
     """
 
@@ -119,8 +122,19 @@ class Learner:
         self.weights = [weight for _, weight in loss.named_parameters()]
         self.optimizer: torch.optim.Optimizer | None = None
         self.spec: OptimizerSpec | None = None
-        self.gradient: list[Tensor] | None = None
+        self.gradients: dict[int, list[Tensor]] = {}
         self.waiting: Waiting = OrderedDict()
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What all gradients take."""
+        held = (*self.gradients.values(), *self.waiting.values())
+        return sum(gradient.nbytes for gradients in held for gradient in gradients)
+
+    def forget(self, rank: int) -> None:
+        """Drops the gradients of a rank, whose trainer is another from now on."""
+        self.gradients = {each: held for each, held in self.gradients.items() if each != rank}
+        self.waiting = OrderedDict((key, held) for key, held in self.waiting.items() if key[0] != rank)
 
     def configured(self, spec: OptimizerSpec) -> torch.optim.Optimizer:
         """An optimizer of the weights.
@@ -146,11 +160,11 @@ class Learner:
             InvalidUpdate: a step without an optimizer or with an option that it does not have, weights that would not
                 be finite, or a backward pass whose gradient is no longer kept.
         """
-        update = Update(self)
+        update = Update(self, rank)
         for event in events:
             match event:
                 case Backward(seq, scale):
-                    update.add(rank, seq, scale)
+                    update.add(seq, scale)
                 case OptimizerStep(scale, options):
                     update.step(scale, options)
                 case ZeroGradient():

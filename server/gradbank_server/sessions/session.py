@@ -103,10 +103,12 @@ class Session:
             if rank not in self._producers and len(self._producers) >= MOST_RANKS:
                 raise LimitExceeded(f"session {self.name!r} has {MOST_RANKS} ranks, and no session may have more")
             producer = self._producers.get(rank) or Producer(rank, self._nobody)
-            record = producer.attached(incarnation, nonce, previous_nonce)
-            if record != producer.record:
+            held, record = producer.record, producer.attached(incarnation, nonce, previous_nonce)
+            if record != held:
                 self._storage.put_producer(self.name, rank, record)  # safe before the trainer is told
                 producer.record = record
+                if held.nonce != previous_nonce:  # another trainer, which has called no backward yet
+                    self._learner.forget(rank)
             self._producers[rank] = producer
             return Attachment(record.epoch, producer.last_seq)
 
@@ -211,14 +213,19 @@ class Session:
     def weight_bytes(self) -> int:
         return sum(weight.nbytes for weight in self._learner.weights)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """What is kept of the weights' gradients: of each rank at most four steps' and their sum."""
+        return self._learner.gradient_bytes
+
     def _carried_out(self, producer: Producer, seq: int, digest: int, batch: Batch) -> tuple[Answer, int]:
         """The answer of the step that is next, and how many steps of the optimizer it told of."""
         with self._learner.stage(producer.rank, batch.weight_events) as update:
-            answer = self._answered(batch, update, producer.rank, seq)
+            answer = self._answered(batch, update, seq)
             producer.remember(seq, digest, answer)
         return answer, update.optimizer_steps
 
-    def _answered(self, batch: Batch, update: Update, rank: int, seq: int) -> Answer:
+    def _answered(self, batch: Batch, update: Update, seq: int) -> Answer:
         """Computes a step with the updated weights, and commits it."""
         is_queue = isinstance(self.loss, CrossBatchMemory)
         if batch.embeddings is None:
@@ -268,7 +275,7 @@ class Session:
         )
         _check_result(answer, made[len(wanted) :])
         if weights:
-            update.keep(rank, seq, made[len(wanted) :])
+            update.keep(seq, made[len(wanted) :])
         staged.commit()
         update.commit()
         return answer._replace(bank_rows=self.bank_rows)

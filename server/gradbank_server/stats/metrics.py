@@ -64,6 +64,7 @@ class _SessionGauges(Collector):
             "gradbank_bank_rows": ("Rows in all banks.", sum(len(bank) for bank in banks)),
             "gradbank_bank_bytes": ("Bytes of all banks.", sum(bank.nbytes for bank in banks)),
             "gradbank_weight_bytes": ("Bytes of all learnable weights.", sum(s.weight_bytes for s in sessions)),
+            "gradbank_gradient_bytes": ("Bytes of their gradients.", sum(s.gradient_bytes for s in sessions)),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)

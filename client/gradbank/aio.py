@@ -63,6 +63,26 @@ class RemoteLoss:
 
         return await asyncio.to_thread(await loop.run_in_executor(self._sending, sent))
 
+    @property
+    def name(self) -> str:
+        return self.remote.name
+
+    @property
+    def created(self) -> bool:
+        return self.remote.created
+
+    @property
+    def wire(self) -> torch.dtype | None:
+        return self.remote.wire
+
+    @property
+    def timings(self) -> dict[str, float]:
+        return self.remote.timings
+
+    @property
+    def hosted(self) -> Loss:
+        return self.remote.hosted
+
     async def optimizer(self, name: str, **options: Any) -> RemoteOptimizer:
         return await asyncio.to_thread(partial(self.remote.optimizer, name, **options))
 
@@ -89,6 +109,14 @@ class Client:
         self._client = client
 
     @property
+    def address(self) -> str:
+        return self._client.address
+
+    @property
+    def timeout(self) -> float:
+        return self._client.timeout
+
+    @property
     def via(self) -> str:
         """How steps go to the server: "local", "shm", "unix" or "tcp"."""
         return self._client.via
@@ -106,12 +134,14 @@ class Client:
         return await asyncio.to_thread(self._client.stats, name)
 
     async def watch(self, name: str, interval: float = 1.0) -> AsyncIterator[SessionStats]:
-        seen = await asyncio.to_thread(self._client.watch, name, interval)
+        seen, loop = await asyncio.to_thread(self._client.watch, name, interval), asyncio.get_running_loop()
+        waiting = ThreadPoolExecutor(1, thread_name_prefix="gradbank-watch")  # which steps would wait for otherwise
         try:
-            while (stats := await asyncio.to_thread(next, seen, None)) is not None:
+            while (stats := await loop.run_in_executor(waiting, next, seen, None)) is not None:
                 yield stats
         finally:
             seen.close()
+            waiting.shutdown(wait=False)
 
     async def server(self) -> ServerInfo:
         return await asyncio.to_thread(self._client.server)

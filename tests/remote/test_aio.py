@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -138,3 +139,32 @@ def test_a_loss_that_was_closed_can_be_called_again(nearby: Server, name: str) -
         assert first.isfinite()
 
     asyncio.run(train())
+
+
+def test_watching_takes_no_thread_from_steps(nearby: Server, name: str) -> None:
+    """There are more watchers than threads that calls are made in."""
+
+    async def train() -> float:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        async with await gradbank.aio.connect(nearby.address) as client:
+            loss_fn = await client.open(name, losses.NTXentLoss())
+            assert (loss_fn.name, loss_fn.created, loss_fn.wire) == (name, True, None)
+            assert (client.address, client.timeout) == (nearby.address, 30)
+            seen: list[int] = []
+
+            async def look() -> None:
+                async for stats in client.watch(name, 20):
+                    seen.append(stats.steps)
+
+            looking = [asyncio.create_task(look()) for _ in range(4)]
+            while len(seen) < 4:
+                await asyncio.sleep(0.01)
+            loss = await asyncio.wait_for(loss_fn(*batch(0)), 10)
+            assert loss_fn.timings["compute"] > 0
+            for each in looking:
+                each.cancel()
+            await asyncio.gather(*looking, return_exceptions=True)
+            return loss.item()
+
+    embeddings, labels = batch(0)
+    assert asyncio.run(train()) == losses.NTXentLoss()(embeddings, labels).item()

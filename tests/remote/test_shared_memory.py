@@ -161,7 +161,7 @@ def test_a_server_that_went_is_reached_again_in_the_way_it_then_offers(name: str
 
 
 def test_memory_is_shared_up_to_the_budget_and_is_free_again_once_its_trainer_is_gone(name: str) -> None:
-    with serving(max_shared_bytes=2**17) as running, gradbank.connect(running.address, timeout=5) as client:
+    with serving(max_shared_bytes=2**17) as running, gradbank.connect(running.address, 5, via="shm") as client:
         first, second = (client.open(f"{name}-{i}", losses.NTXentLoss()) for i in range(2))
         rows, labels = torch.randn(8, 4), torch.arange(8) % 2
         first(rows, labels)
@@ -170,6 +170,34 @@ def test_memory_is_shared_up_to_the_budget_and_is_free_again_once_its_trainer_is
         first.close()
         wait_until(lambda: running._shared._budget._left == 2**17)  # type: ignore[union-attr]
         second(rows, labels)
+
+
+def test_what_does_not_fit_the_budget_goes_another_way_unless_one_insists(name: str) -> None:
+    rows, labels = torch.randn(8, 4), torch.arange(8) % 2
+    with serving(max_shared_bytes=2**17) as running, gradbank.connect(running.address, timeout=20) as client:
+        first, second, third = (client.open(f"{name}-{i}", losses.NTXentLoss()) for i in range(3))
+        wanted = first(rows, labels)
+        assert client.via == "shm"
+        assert torch.equal(second(rows, labels), wanted)
+        assert client.via == "tcp"
+        futures = [third.submit(rows, labels) for _ in range(6)]
+        assert all(torch.equal(future.result(), wanted) for future in futures)
+        assert torch.equal(first(rows, labels), wanted)  # as before
+        assert [client.stats(f"{name}-{i}").steps for i in range(3)] == [2, 1, 6]
+
+
+def test_steps_that_outgrow_the_budget_while_in_flight_go_another_way(name: str) -> None:
+    with serving(max_shared_bytes=2**18) as running, gradbank.connect(running.address, timeout=20) as client:
+        bank = losses.CrossBatchMemory(losses.NTXentLoss(), 64, 4096)
+        there, here = client.open(name, bank.rebuilt()), bank
+        futures, wanted = [], []
+        for rows in (8, 8, 64, 512, 8, 512):
+            batch = torch.randn(rows, 64), torch.arange(rows) % 4
+            futures.append(there.submit(*batch))
+            wanted.append(here(*batch))
+        assert all(torch.equal(future.result(), value) for future, value in zip(futures, wanted, strict=True))
+        assert client.stats(name).steps == 6
+        assert client.via == "tcp"
 
 
 def test_a_trainer_that_is_killed_in_the_middle_leaks_nothing(name: str) -> None:

@@ -24,6 +24,8 @@ def transport_to(address: str, timeout: float, via: Via) -> Transport:
     """
     if via not in ("auto", "shm", "unix", "tcp"):
         raise InvalidRequest(f"via must be auto, shm, unix or tcp, got {via!r}")
+    if not isinstance(address, str):
+        raise InvalidRequest(f"an address is host:port, unix:///path or local://, got {address!r}")
     first, deadline = _at(address), time.monotonic() + timeout
     try:
         told: stats_pb2.GetServerResponse = first.call("GetServer", stats_pb2.GetServerRequest(), timeout)
@@ -79,15 +81,21 @@ class SharedTransport(GrpcTransport):
     def __init__(self, address: str, insists: bool) -> None:
         super().__init__(address)
         self._insists, self._otherwise = insists, self.via
+        self._full = False
         self.via = "shm"
 
     def steps(self, timeout: float) -> Steps:
+        if self._full:
+            return super().steps(timeout)
         deadline = time.monotonic() + timeout
         told = self.call("GetServer", stats_pb2.GetServerRequest(), timeout)
         try:
             if not told.shared_memory_socket:
                 raise ServerUnavailable(f"the server at {self.address} shares no memory any more")
-            made = SharedSteps(told.shared_memory_socket, told.boot_id, left_until(deadline))
+            made = SharedSteps(
+                *(told.shared_memory_socket, told.boot_id, left_until(deadline)),
+                full=None if self._insists else self._go_otherwise,
+            )
         except ServerUnavailable:
             if self._insists:
                 raise
@@ -95,6 +103,10 @@ class SharedTransport(GrpcTransport):
             return super().steps(timeout)
         self.via = "shm"
         return made
+
+    def _go_otherwise(self) -> None:
+        """What does not fit the memory that the server shares goes the other way, from now on."""
+        self._full, self.via = True, self._otherwise
 
 
 def _at(address: str) -> Transport:

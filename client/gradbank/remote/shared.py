@@ -5,8 +5,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -27,13 +27,16 @@ class SharedSteps:
         path: the socket's.
         boot_id: the server's, which nobody else at that path has.
         timeout: seconds that the server may take to answer.
+        full: called when a step does not fit the memory that there is; the connection is then as if it had ended, and
+            the step can go another way. None: such a step is refused.
 
     Raises:
         ServerUnavailable: it is not there.
         LimitExceeded, InvalidRequest: it takes no more trainers, or none of this user.
     """
 
-    def __init__(self, path: str, boot_id: str, timeout: float) -> None:
+    def __init__(self, path: str, boot_id: str, timeout: float, full: Callable[[], None] | None = None) -> None:
+        self._full = full
         self._room, self._answers = memoryview(b""), memoryview(b"")
         self._slots, self._wanted = 1, 1  # how many parts the rooms have, and are to have
         self._sent = self._answered = 0
@@ -61,7 +64,8 @@ class SharedSteps:
 
     def prepare(self, step: step_pb2.StepInput, timeout: float) -> None:
         if not self.takes(step):
-            _within(timeout, partial(self._ask_for, step))
+            with self._or_otherwise():
+                _within(timeout, partial(self._ask_for, step))
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
         def send(deadline: float) -> None:
@@ -72,10 +76,21 @@ class SharedSteps:
                     self._early.append(self._receive(deadline))
             self._send(step, payload, deadline)
 
-        _within(timeout, send)
+        with self._or_otherwise():
+            _within(timeout, send)
 
     def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
         return self._early.popleft() if self._early else _within(timeout, self._receive)
+
+    @contextmanager
+    def _or_otherwise(self) -> Iterator[None]:
+        try:
+            yield
+        except LimitExceeded as error:
+            if self._full is None:
+                raise
+            self._full()
+            raise ServerUnavailable(f"no more shared memory: {error}") from None
 
     def close(self) -> None:
         with suppress(OSError):  # it may never have been connected

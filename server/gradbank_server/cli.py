@@ -1,14 +1,16 @@
-"""The command line: `gradbank serve | demo | bench | health | sessions | catalog`.
+"""The command line: `gradbank serve | demo | bench | health | sessions | close | catalog`.
 
 Commands import what they need when they run: `gradbank health`, which containers ask every few seconds, needs no torch.
 """
 
+import math
 import os
 import signal
 import statistics
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -108,9 +110,13 @@ def demo(
 
     sleep_between_steps()  # trainer and server share this machine
     from gradbank.errors import GradbankError
+    from gradbank_server.bench.picture import check_drawable
     from gradbank_server.demo import run
 
+    if steps is not None and steps < 1:
+        return _failed(f"--steps must be at least 1, got {steps}")
     try:
+        check_drawable(picture)  # before the time is spent
         return run(steps, picture, cache)
     except (GradbankError, ImportError) as error:
         return _failed(error)
@@ -142,7 +148,8 @@ def bench(
     try:
         if picture is not None:
             check_drawable(picture)  # before the time is spent
-        course, server = measured(address, timeout, workload, via)
+        with _ended_by_sigterm():
+            course, server = measured(address, timeout, workload, via)
     except (GradbankError, RuntimeError) as error:  # torch's own, where there is no room here
         return _failed(error)
     table = Table("phase", "where", "p50 ms", "p99 ms", "share", "", box=None)
@@ -171,13 +178,18 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    if not timeout > 0:
+        return _failed(f"--timeout must be above 0 seconds, got {timeout}")
     with grpc.insecure_channel(address) as channel:
         try:
             request = health_pb2.HealthCheckRequest()
             call = health_pb2_grpc.HealthStub(channel).Check
             status = call(request, timeout=min(timeout, _LONGEST_S), wait_for_ready=True).status
         except grpc.RpcError as error:
-            console.print(f"{address}: {error.code().name}", style="red")
+            why = error.code().name
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                why = f"no server answered within {timeout:g} s"
+            console.print(f"{address}: {why}", style="red", highlight=False)
             return 1
     name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
     console.print(f"{address}: {name}")
@@ -190,7 +202,7 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
     import gradbank
     from gradbank.errors import GradbankError
 
-    table = Table("session", "loss", "ranks", "steps", "loss now", "bank rows", "ms per step", box=None)
+    table = Table("session", "loss", "ranks", "steps", "loss now", "bank rows", "ms per step", "idle", box=None)
     try:
         with gradbank.connect(address, timeout) as client:
             for session in client.sessions():
@@ -203,10 +215,36 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
                     f"{stats.mean_loss:.4f}",
                     f"{stats.bank_rows:,} of {stats.bank_capacity:,}",
                     f"{1e3 * sum(stats.mean_seconds.values()):.2f}",
+                    _duration(stats.age_s if math.isnan(stats.idle_s) else stats.idle_s),
                 )
     except GradbankError as error:
         return _failed(error)
     console.print(table if table.row_count else f"no sessions at {address}")
+    return 0
+
+
+@app.command
+def close(
+    name: Annotated[str, Parameter(help="The session.")],
+    /,
+    *,
+    address: Address = "127.0.0.1:50051",
+    timeout: Timeout = 10.0,
+) -> int:
+    """End a session of a server, and free what it holds: its bank and weights are gone."""
+    import gradbank
+    from gradbank.component import did_you_mean
+    from gradbank.errors import GradbankError
+
+    try:
+        with gradbank.connect(address, timeout) as client:
+            if not client.close_session(name):
+                known = [session.name for session in client.sessions()]
+                told = did_you_mean(name, known) if known else ""
+                return _failed(f"no session at {address} is called {name!r}{told}")
+    except GradbankError as error:
+        return _failed(error)
+    console.print(f"closed {name}", highlight=False, markup=False)
     return 0
 
 
@@ -270,6 +308,24 @@ def _arguments(arguments: Arguments) -> str:
 def _milliseconds(times: Sequence[float]) -> tuple[str, str]:
     """The median and the 99th of a hundred."""
     return f"{1e3 * statistics.median(times):.2f}", f"{1e3 * sorted(times)[len(times) * 99 // 100]:.2f}"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Has SIGTERM end the block as Ctrl-C does, so that nothing is left on a server."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _duration(seconds: float) -> str:
+    """How long, in the unit that fits."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _share(times: Sequence[float], course: "Course") -> str:

@@ -1,7 +1,9 @@
 """`gradbank bench`: where the time of a step goes, and what it leaves behind."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,15 @@ libc.fclose(file)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     assert place.read_text().count("<heap nr=") == 1
+
+
+def test_a_bench_that_is_told_to_end_leaves_no_session(server: Server, client: gradbank.Client) -> None:
+    command = [sys.executable, "-m", "gradbank_server", "bench", "--address", server.address, "--steps", "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        end = time.monotonic() + 60
+        while not any(session.name.startswith("bench-") and session.steps for session in client.sessions()):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 128 + signal.SIGTERM
+    assert not any(session.name.startswith("bench-") for session in client.sessions())

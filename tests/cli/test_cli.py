@@ -44,7 +44,7 @@ def run(capsys: pytest.CaptureFixture[str]):
 def test_help_documents_every_command(run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("serve", "demo", "bench", "health", "sessions", "catalog"):
+    for command in ("serve", "demo", "bench", "health", "sessions", "close", "catalog"):
         assert re.search(rf"│ {command} +[A-Z]\w+ ", out), command
         assert run(command, "--help")[0] == 0
     documented = re.findall(r"\w+(?= \||`)", cli.__doc__ or "")
@@ -122,6 +122,41 @@ def test_sessions_lists_what_is_open(run) -> None:
     arc, memory = out.splitlines()[1:]
     assert re.match(rf" ?run-1 +CrossBatchMemory\(NTXentLoss\) +0 +1 +{loss.item():.4f} +8 of 64 +\d+\.\d\d", memory)
     assert re.match(r" ?arc +ArcFaceLoss +3 +0 +", arc)
+
+
+def test_close_ends_a_session(run) -> None:
+    with Server(ServerSettings(port=0, metrics_port=-1)) as server, gradbank.connect(server.address) as client:
+        client.open("glyphs", losses.NTXentLoss())
+        assert run("close", "glyph", "--address", server.address) == (
+            *(2, ""),
+            f"gradbank: no session at {server.address} is called 'glyph'; did you mean 'glyphs'?\n",
+        )
+        assert run("close", "glyphs", "--address", server.address) == (0, "closed glyphs\n", "")
+        assert client.sessions() == []
+        assert run("close", "glyphs", "--address", server.address)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.4, "0 s"), (59, "59 s"), (90, "1.5 min"), (7200, "2.0 h"), (9e5, "10.4 d")]
+)
+def test_how_long_is_told_in_the_unit_that_fits(seconds: float, told: str) -> None:
+    assert cli._duration(seconds) == told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("demo", "--steps", "0"), "--steps must be at least 1, got 0"),
+        (("demo", "--picture", "demo.txt"), "--picture must end in .*demo.txt"),
+        (("demo", "--picture", "no/such/demo.png"), "there is no folder 'no/such'"),
+        (("health", "--timeout", "-1"), "--timeout must be above 0 seconds, got -1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_done(run, words: tuple[str, ...], message: str) -> None:
+    code, _, err = run(*words)
+    assert code == 2
+    assert re.search(message, err)
+    assert err.count("\n") == 1
 
 
 def test_a_server_that_is_not_there_is_an_error_of_one_line(run) -> None:

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import gradbank
 from gradbank import losses, reducers
-from gradbank.errors import InvalidRequest
+from gradbank.errors import InvalidRequest, SessionConflict
+from gradbank.v1 import stats_pb2
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -160,7 +162,7 @@ def test_rows_may_only_enter_or_only_be_compared(pair: Pair) -> None:
 
 
 def test_opening_takes_weights_and_a_filled_bank_along(either: gradbank.Client, name: str) -> None:
-    here, arc = memory(), losses.ArcFaceLoss(4, 16)
+    here, arc = memory(), losses.ArcFaceLoss(4, 16).requires_grad_(False)
     here(*batch())
     there, there_arc = either.open(name, here), either.open(name + "-arc", arc)
     assert torch.equal(there(*batch(1)), here(*batch(1)))
@@ -187,10 +189,65 @@ def test_weights_stay_of_their_dtype(either: gradbank.Client, name: str, dtype: 
 def test_a_loss_on_a_server_is_a_module_without_weights(pair: Pair) -> None:
     there, _ = pair(losses.ArcFaceLoss(4, 16))
     assert list(there.parameters()) == []
-    assert there.state_dict() == {}
+    with pytest.warns(UserWarning, match=r"empty: .* are the server's, and loss_fn.local\(\).state_dict\(\) has them"):
+        assert there.state_dict() == {}
+    assert torch.nn.ModuleDict({"loss": there}).state_dict() == {}  # said once
     assert "ArcFaceLoss" in repr(there)
     assert set(there.timings) == set()
+
+
+def test_weights_that_nothing_trains_are_pointed_out_once(pair: Pair) -> None:
+    there, _ = pair(losses.ArcFaceLoss(4, 16))
+    embeddings, labels = batch()
+    there(embeddings.detach(), labels)  # somebody looks, and trains nothing
+    with pytest.warns(UserWarning, match=r"ArcFaceLoss are the server's, and nothing trains .*loss_fn.optimizer\("):
+        there(embeddings, labels)
+    there(embeddings, labels)
+    trained, _ = pair(losses.ArcFaceLoss(4, 16))
+    trained.optimizer("SGD", lr=0.1)
+    trained(embeddings, labels)
+
+
+def test_an_optimizer_of_a_loss_that_was_opened_anew_says_so(either: gradbank.Client, name: str) -> None:
+    first = either.open(name, losses.ArcFaceLoss(4, 16))
+    forgotten = first.optimizer("SGD", lr=0.1)
+    first(*batch()).backward()
+    second = either.open(name, losses.ArcFaceLoss(4, 16))
+    with pytest.raises(InvalidRequest, match=r"of a loss that was opened anew: make one by loss_fn\.optimizer"):
+        forgotten.step()
+    second.optimizer("SGD", lr=0.1)
+    assert second(*batch()).isfinite()
+
+
+def test_an_optimizer_may_be_asked_for_again_with_its_defaults(either: gradbank.Client, name: str) -> None:
+    first = either.open(name, losses.ArcFaceLoss(4, 16))
+    optimizer = first.optimizer("SGD", lr=0.1)
+    assert first.optimizer("SGD", lr=0.1, nesterov=False) is optimizer
+    with pytest.raises(SessionConflict, match=r"already, not SGD\(.*0.05.*\): .*param_groups\[0\]"):
+        first.optimizer("SGD", lr=0.05)
+    other = either.open(name, losses.ArcFaceLoss(4, 16), rank=1)
+    with pytest.raises(SessionConflict, match=r"to go on with other options.*param_groups\[0\]"):
+        other.optimizer("SGD", lr=0.05)
+    other.optimizer("SGD", lr=0.1, momentum=0.0)
+
+
+def test_the_network_is_not_what_the_trainer_did_meanwhile(pair: Pair) -> None:
+    there, _ = pair(losses.NTXentLoss())
     there(*batch())
+    assert there.timings["network"] < 0.25
+    future = there.submit(*batch(1))
+    time.sleep(0.3)
+    future.result()
+    assert there.timings.get("network", 0) < 0.25
+    there(*batch(2))
+    stats = there.producer.transport().call("GetStats", stats_pb2.GetStatsRequest(session=there.name), 20).stats
+    assert stats.mean_trainer_timings.network_s < 0.1
+
+
+def test_a_rank_may_be_a_number_of_numpy(either: gradbank.Client, name: str) -> None:
+    assert either.open(name, losses.NTXentLoss(), rank=np.int64(3))(*batch()).isfinite()
+    with pytest.raises(InvalidRequest, match="whole number from 0 on, got True"):
+        either.open(name, losses.NTXentLoss(), rank=True)
 
 
 def test_a_step_says_where_its_time_went(pair: Pair) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import grpc
 import pytest
+import structlog
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import gradbank
 from gradbank import losses
-from gradbank.errors import DeadlineExceeded, InvalidRequest, ServerUnavailable
+from gradbank.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, ServerUnavailable, SessionNotFound
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 
@@ -106,11 +107,52 @@ def test_metrics_count_what_happens(own: Server) -> None:
     assert "run" not in " ".join(found), "no session is a label: there is no end to them"
 
 
+@pytest.mark.parametrize(
+    ("limits", "error"),
+    [({"max_sessions": 1}, "all 1 sessions are taken"), ({"max_session_bytes": 4000}, "a session may take 4,000")],
+    ids=["sessions", "bytes"],
+)
+def test_a_server_that_is_full_is_seen_to_be(
+    limits: dict[str, int], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = structlog.testing.CapturingLogger()
+    monkeypatch.setattr("gradbank_server.service.service.log", said)
+    settings = ServerSettings(port=0, metrics_port=0, **limits)  # type: ignore[arg-type]
+    with Server(settings) as server, gradbank.connect(server.address) as client:
+        client.open("small", losses.NTXentLoss())
+        with pytest.raises(LimitExceeded, match=error):
+            client.open("large", memory())
+        assert metrics(server)['gradbank_refusals_total{error="LimitExceeded"}'] == 1
+    (line,) = said.calls
+    assert (line.method_name, line.args) == ("warning", ("refused by a limit",))
+    assert error in line.kwargs["reason"]
+
+
+def test_news_without_a_batch_is_no_step(own: Server) -> None:
+    with gradbank.connect(own.address) as client:
+        head = client.open("head", losses.ArcFaceLoss(4, 16))
+        optimizer = head.optimizer("SGD", lr=0.1)
+        embeddings, labels = batch()
+        for _ in range(3):
+            optimizer.zero_grad()
+            head(embeddings.requires_grad_(), labels).backward()
+            optimizer.step()
+        assert metrics(own)["gradbank_gradient_bytes"] > 0
+        head.flush()
+        assert client.stats("head").steps == 3
+        assert client.stats("head").optimizer_steps == 3
+    seen = metrics(own)
+    assert seen['gradbank_steps_total{loss="ArcFaceLoss",outcome="ok"}'] == 3
+    assert seen['gradbank_steps_total{loss="ArcFaceLoss",outcome="told"}'] == 1
+
+
 def test_the_dashboard_asks_for_metrics_that_exist(own: Server) -> None:
     dashboard = Path(__file__).parents[2] / "docker/grafana/dashboards/gradbank.json"
     asked = set(re.findall(r"\bgradbank_[a-z_]+", dashboard.read_text()))
     with gradbank.connect(own.address, timeout=10) as client:
         client.open("run", memory())(*batch())
+        with pytest.raises(SessionNotFound):
+            client.stats("another")
     known = {name.partition("{")[0] for name in metrics(own)}
     assert asked
     assert asked - known == set()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field
@@ -56,6 +57,15 @@ class LostLoss(losses.Loss):
 
     def forward(self, embeddings, labels):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+@component
+class ClumsyLoss(losses.Loss):
+    """Fails by itself, or in what it calls of torch."""
+
+    def forward(self, embeddings, labels):
+        if labels[0] == 0:
+            return embeddings.sum() + {}["oops"]
+        return torch.nn.functional.cross_entropy(embeddings, labels + 99)
 '''
 
 DISTANCE = '''
@@ -155,11 +165,29 @@ def test_a_server_that_lost_its_gpu_ends_and_says_so(package: Path) -> None:
         serving(package, "--components", "my_losses", stderr=subprocess.PIPE) as (address, process),
         gradbank.connect(address, timeout=20) as client,
     ):
-        with pytest.raises(InternalError, match="the server failed"):
+        with pytest.raises(
+            InternalError, match=r"my_losses.lost, line \d+ \(LostLoss.forward\), raised AcceleratorError"
+        ):
             client.open("run", lost)(torch.randn(4, 4), torch.arange(4))
         assert process.wait(20) == 70
         assert process.stderr is not None
         assert "cpu failed, and this process cannot use it any more: start the server again" in process.stderr.read()
+
+
+def test_who_wrote_it_is_told_where_it_fails(package: Path) -> None:
+    import_components(["my_losses"])
+    clumsy = importlib.import_module("my_losses").lost.ClumsyLoss()
+    settings = ServerSettings(port=0, metrics_port=0, components=["my_losses"])
+    with Server(settings) as server, gradbank.connect(server.address, timeout=20) as client:
+        loss_fn = client.open("run", clumsy)
+        for label, what in ((0, "KeyError: 'oops'"), (1, "IndexError: Target 100 is out of bounds")):
+            told = (
+                rf"my_losses.lost, line \d+ \(ClumsyLoss.forward\), raised {what}.*; the server's log has .* under \w+"
+            )
+            with pytest.raises(InternalError, match=told):
+                loss_fn(torch.randn(4, 4), torch.full((4,), label))
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5) as response:
+            assert 'gradbank_steps_total{loss="ClumsyLoss",outcome="failed"} 2.0' in response.read().decode()
 
 
 def test_so_does_the_embedded_server(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,11 @@ def indices(*lists: list) -> dict[str, tuple[Tensor, ...]]:
     return {"indices_tuple": tuple(torch.tensor(each) for each in lists)}
 
 
-MEMORY, PLAIN, ARC = (lambda: memory()), (lambda: losses.NTXentLoss()), (lambda: losses.ArcFaceLoss(3, 16))
+MEMORY, PLAIN, ARC = (
+    (lambda: memory()),
+    (lambda: losses.NTXentLoss()),
+    (lambda: losses.ArcFaceLoss(3, 16).requires_grad_(False)),
+)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,9 @@ def test_a_loss_that_cannot_be_hosted_is_refused(
 
 
 def test_a_loss_of_ones_own_is_refused_with_the_remedy(here: gradbank.Client, name: str) -> None:
-    with pytest.raises(TypeError, match="Unregistered is not a registered component: decorate it with @component"):
+    with pytest.raises(
+        InvalidComponent, match="Unregistered is not a registered component: decorate it with @component"
+    ):
         here.open(name, Unregistered())
 
 

@@ -4,11 +4,20 @@ import os
 import secrets
 import time
 from contextlib import suppress
+from numbers import Integral
 from typing import Any
 
 import torch
 
-from gradbank.errors import Fenced, ForkedClient, GradbankError, InvalidRequest, ServerUnavailable, SessionNotFound
+from gradbank.errors import (
+    Fenced,
+    ForkedClient,
+    GradbankError,
+    InvalidComponent,
+    InvalidRequest,
+    ServerUnavailable,
+    SessionNotFound,
+)
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.remote.ladder import Via, transport_to
@@ -96,8 +105,9 @@ class Client:
             raise InvalidRequest(
                 f"client.open hosts a gradbank loss, got {type(loss).__module__}.{type(loss).__name__}"
             )
-        if not (isinstance(rank, int) and 0 <= rank < 2**32):
+        if isinstance(rank, bool) or not (isinstance(rank, Integral) and 0 <= rank < 2**32):
             raise InvalidRequest(f"rank must be a whole number from 0 on, got {rank!r}")
+        rank = int(rank)
         if wire not in (None, torch.bfloat16, torch.float16):
             raise InvalidRequest(f"wire must be torch.bfloat16, torch.float16 or None, got {wire!r}")
         known = self._open.get((name, rank))
@@ -109,7 +119,11 @@ class Client:
             message, data = describe(value)
             named.append(session_pb2.NamedTensor(name=key, tensor=message))
             payload.append(data)
-        header = session_pb2.CreateSessionRequest(name=name, loss=component_message(loss.spec()), state=named)
+        try:
+            asked = component_message(loss.spec())
+        except TypeError as error:
+            raise InvalidComponent(f"the loss cannot be told to a server: {error}") from None
+        header = session_pb2.CreateSessionRequest(name=name, loss=asked, state=named)
         upload_s = sum(len(part) for part in payload) / SLOWEST_BYTES_PER_S
         created = transport.create_session(header, payload, self.timeout + upload_s)
         producer = Producer(self._checked, name, rank, secrets.token_bytes(16), time.time_ns(), self.timeout)
@@ -117,7 +131,7 @@ class Client:
         remote = RemoteLoss(producer, loss, created.created, wire)
         replaced, self._open[name, rank] = self._open.get((name, rank)), remote
         if replaced is not None:
-            replaced.close()
+            replaced.retire()
         return remote
 
     def sessions(self) -> list[SessionInfo]:

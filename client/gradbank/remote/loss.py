@@ -2,6 +2,7 @@
 
 import inspect
 import time
+import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ class RemoteLoss(nn.Module):
         wire: the dtype that embeddings and gradients are rounded to on their way; None is not at all.
         created: whether opening it created the session; if not, its bank and weights are those it had.
         timings: where the seconds of the last step went. Of the server: `queue` (until the session's turn), `decode`,
-            `compute` and `encode`; here: `client_encode` and `client_decode`; and `network`, all that lies between.
+            `compute` and `encode`; here: `client_encode` and `client_decode`; and `network`, all that lies between,
+            which is left out of a submitted step that may have been answered before it was asked for.
     """
 
     def __init__(self, producer: Producer, loss: Loss, created: bool, wire: torch.dtype | None) -> None:
@@ -50,6 +52,8 @@ class RemoteLoss(nn.Module):
         # in a tuple, so that its parameters and buffers are not this module's: they live on the server
         self._hosted, self._statistics = (loss,), Statistics(loss)
         self._optimizer: RemoteOptimizer | None = None
+        self._trains = any(weight.requires_grad for weight in loss.parameters())
+        self._warned: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch, with the arguments that the hosted loss takes.
@@ -96,6 +100,12 @@ class RemoteLoss(nn.Module):
         step, payload, inputs = self._request(self._signature.bind(*args, **kwargs).arguments)
         if self._optimizer is not None:
             step.weights_need_gradient = torch.is_grad_enabled()
+        elif self._trains and step.embeddings_need_gradient:
+            self._warn(
+                f"the weights of this {type(self.hosted).__name__} are the server's, and nothing trains them: give it "
+                'an optimizer, as in loss_fn.optimizer("SGD", lr=0.01), or freeze them with requires_grad_(False) '
+                "before client.open"
+            )
         untold, self._untold = self._untold, None
         if untold is not None:
             step.trainer_timings.CopyFrom(untold)
@@ -108,8 +118,11 @@ class RemoteLoss(nn.Module):
 
     def _loss(self, call: "_Call", ticket: Ticket, deadline: float | None = None) -> Tensor:
         """The loss of a step, once it is answered, which backpropagates to the inputs if the call was recorded."""
+        asked = time.perf_counter()
         output, data = self.producer.result(ticket, self.producer.deadline() if deadline is None else deadline)
         answered = time.perf_counter()
+        # who did something else for longer than he waits now may have found the answer there
+        waited = deadline is not None or asked - call.sent <= answered - asked
         embeddings, ref_emb = call.inputs
         reader = TensorReader(data)
         gradients: list[Tensor | None] = [None, None]
@@ -130,7 +143,7 @@ class RemoteLoss(nn.Module):
             made: Tensor = _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
         self._untold = step_pb2.TrainerTimings(
             client_encode_s=call.encode_s,
-            network_s=max(answered - call.sent - sum(seconds_of(output.timings).values()), 0.0),
+            network_s=max(answered - call.sent - sum(seconds_of(output.timings).values()), 0.0) if waited else None,
             client_decode_s=time.perf_counter() - answered,
         )
         self.timings = seconds_of_both(self._untold, output.timings)
@@ -143,15 +156,19 @@ class RemoteLoss(nn.Module):
             InvalidRequest: no such optimizer or option, a loss without weights, or with frozen ones.
             SessionConflict: the session has another optimizer.
         """
-        if self._optimizer is not None and (self._optimizer.name, self._optimizer.options) != (name, options):
-            raise SessionConflict(f"this loss has the optimizer {self._optimizer.name} already")
+        asked, known = RemoteOptimizer(name, options), self._optimizer
+        if known is not None and (known.name, known.defaults) != (name, asked.defaults):
+            raise SessionConflict(
+                f"this loss has the optimizer {known.name}({known.options}) already, not {name}({options}): to go on "
+                'with others, set those of optimizer.param_groups[0], as in param_groups[0]["lr"] = 0.05'
+            )
         frozen = [name for name, weight in self.hosted.named_parameters() if not weight.requires_grad]
         if frozen:
             raise InvalidRequest(
                 f"{', '.join(frozen)} requires no gradient here, and the server would step all weights of the loss: "
                 "thaw it with requires_grad_(), or host what is frozen as a loss of its own"
             )
-        made = self._optimizer or RemoteOptimizer(name, options)
+        made = known or asked
         self.producer.configure(made.spec())
         self._optimizer = made
         return made
@@ -209,6 +226,26 @@ class RemoteLoss(nn.Module):
     def close(self) -> None:
         """Ends this trainer's stream of steps; the session lives on, and calling the loss opens another."""
         self.producer.close()
+
+    def retire(self) -> None:
+        """Closes it for good: another loss has its session and rank."""
+        if self._optimizer is not None:
+            self._optimizer.retired = True
+        self.close()
+
+    def _warn(self, what: str) -> None:
+        """Warns, once."""
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(what, UserWarning, stacklevel=6)  # of who calls the module
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._trains or any(isinstance(each, CrossBatchMemory) for each in self.hosted.modules()):
+            self._warn(
+                f"the state_dict of a hosted loss is empty: weights and queue of {self.name!r} are the server's, and "
+                "loss_fn.local().state_dict() has them"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getattr__(self, name: str) -> Any:
         try:

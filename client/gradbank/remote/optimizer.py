@@ -36,6 +36,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._kept: deque[int] = deque(maxlen=GRADIENTS_KEPT)  # steps whose weight gradients the server keeps
         self.events: list[step_pb2.WeightEvent] = []
         self.told = 0  # how many there were before these
+        self.retired = False  # whether its loss was opened anew, which has no optimizer then
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
@@ -94,6 +95,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Has the weights stepped, before the next batch's loss is computed."""
+        if self.retired:
+            raise InvalidRequest(
+                "this optimizer is of a loss that was opened anew: make one by loss_fn.optimizer(...) of the new loss"
+            )
         if closure is not None:
             raise InvalidRequest("a remote optimizer takes no closure: each call would be a step of the session")
         if self.token.grad is None:

@@ -491,21 +491,25 @@ class TrainerTimings(_message.Message):
     client_encode_s: _builtins.float
     """Tensors to bytes."""
     network_s: _builtins.float
-    """From the first byte's departure to the last one's arrival, but for the server's own time."""
+    """From the first byte's departure to the last one's arrival, but for the server's own time. Left out where it is not
+    known: the trainer did something else meanwhile, and found the answer there.
+    """
     client_decode_s: _builtins.float
     """Bytes to tensors."""
     def __init__(
         self,
         *,
         client_encode_s: _builtins.float = ...,
-        network_s: _builtins.float = ...,
+        network_s: _builtins.float | None = ...,
         client_decode_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_network_s", b"_network_s", "network_s", b"network_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_decode_s", b"client_decode_s", "client_encode_s", b"client_encode_s", "network_s", b"network_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_network_s", b"_network_s", "client_decode_s", b"client_decode_s", "client_encode_s", b"client_encode_s", "network_s", b"network_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__network_s: _TypeAlias = _typing.Literal["network_s"]  # noqa: Y015
+    _WhichOneofArgType__network_s: _TypeAlias = _typing.Literal["_network_s", b"_network_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__network_s) -> _WhichOneofReturnType__network_s | None: ...
 
 Global___TrainerTimings: _TypeAlias = TrainerTimings  # noqa: Y015
 

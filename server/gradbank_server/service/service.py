@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -36,6 +37,8 @@ from gradbank_server.sessions import Limits, OptimizerSpec, Run, Session, Sessio
 from gradbank_server.settings import ServerSettings
 from gradbank_server.stats import Metrics
 from gradbank_server.storage import MemoryStorage, Storage
+
+log = structlog.get_logger()
 
 Payload = list[memoryview]
 _LOOKS_EVERY_S = 0.5  # whether what is watched, or who watches it, is still there
@@ -141,15 +144,14 @@ class Service:
 
     def step(self, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
         """Carries out a step. A failure is data: an output with `error` set."""
-        step, name = arrived.step, "unknown"
+        step = arrived.step
         try:
             if arrived.refused is not None:
                 raise arrived.refused
-            session = self.sessions[step.session]
-            name = session.spec.title()
-            return self._stepped(session, arrived)
+            return self._stepped(self.sessions[step.session], arrived)
         except GradbankError as error:
-            self.metrics.stepped(name, "rejected")
+            self.metrics.stepped(self._title(step.session), "rejected")
+            self._note_limit(error, session=step.session, rank=step.rank)
             return step_pb2.StepOutput(seq=step.seq, error=error_message(error)), []
 
     def answered(self, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
@@ -157,10 +159,26 @@ class Service:
         try:
             return self.step(arrived)
         except Exception as error:
-            self.metrics.stepped("unknown", "failed")
+            self.metrics.stepped(self._title(arrived.step.session), "failed")
             if isinstance(error, torch.AcceleratorError):  # as each one after it would, whoever's it is
                 self._lost()
-            return self.failed(arrived.step, fault(error)), []
+            return self.failed(arrived.step, fault(error, self.settings.components)), []
+
+    def refused(self, error: GradbankError) -> None:
+        """Counts a call that is refused; who runs the server is told if that is because it is full."""
+        self.metrics.refused(type(error).__name__)
+        self._note_limit(error)
+
+    def _note_limit(self, error: GradbankError, **where: Any) -> None:
+        if isinstance(error, LimitExceeded):
+            log.warning("refused by a limit", reason=str(error), **where)
+
+    def _title(self, session: str) -> str:
+        """The loss of a session, for statistics."""
+        try:
+            return self.sessions[session].spec.title()
+        except SessionNotFound:
+            return "unknown"
 
     def failed(self, step: step_pb2.StepInput, error: InternalError) -> step_pb2.StepOutput:
         """What a trainer is told of a fault of ours."""
@@ -187,7 +205,8 @@ class Service:
         if step.HasField("trainer_timings") and not replayed:
             seconds |= seconds_of(step.trainer_timings)
         session.timed(seconds, step.payload_bytes, output.payload_bytes)
-        self.metrics.stepped(session.spec.title(), "replayed" if replayed else "ok")
+        outcome = "replayed" if replayed else "ok" if step.HasField("embeddings") else "told"
+        self.metrics.stepped(session.spec.title(), outcome)
         self.metrics.timed(seconds, step.payload_bytes, output.payload_bytes)
         return output, data
 

@@ -49,7 +49,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def CreateSession(
         self, request_iterator: Iterator[session_pb2.CreateSessionRequest], context: grpc.ServicerContext
     ) -> session_pb2.CreateSessionResponse:
-        with _status(context), self._gate.transfer():
+        with _status(context, self._service), self._gate.transfer():
             self._gate.check()
             header = next(request_iterator, None)
             if header is None:
@@ -66,7 +66,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def AttachSession(
         self, request: session_pb2.AttachSessionRequest, context: grpc.ServicerContext
     ) -> session_pb2.AttachSessionResponse:
-        with _status(context):
+        with _status(context, self._service):
             self._gate.check()
             response = self._service.attach_session(request)
             log.info("trainer attached", session=request.session, rank=request.rank, epoch=response.epoch)
@@ -75,13 +75,13 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def ConfigureOptimizer(
         self, request: session_pb2.ConfigureOptimizerRequest, context: grpc.ServicerContext
     ) -> session_pb2.ConfigureOptimizerResponse:
-        with _status(context):
+        with _status(context, self._service):
             return self._service.configure_optimizer(request)
 
     def PullState(
         self, request: session_pb2.PullStateRequest, context: grpc.ServicerContext
     ) -> Iterator[session_pb2.PullStateResponse]:
-        with _status(context), self._gate.transfer():
+        with _status(context, self._service), self._gate.transfer():
             state, payload = self._service.pull_state(request)
             for i, part in enumerate(chunks(payload)):
                 yield session_pb2.PullStateResponse(state=state if i == 0 else [], payload=b"".join(part))
@@ -89,19 +89,19 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def GetSession(
         self, request: session_pb2.GetSessionRequest, context: grpc.ServicerContext
     ) -> session_pb2.GetSessionResponse:
-        with _status(context):
+        with _status(context, self._service):
             return self._service.get_session(request)
 
     def ListSessions(
         self, request: session_pb2.ListSessionsRequest, context: grpc.ServicerContext
     ) -> session_pb2.ListSessionsResponse:
-        with _status(context):
+        with _status(context, self._service):
             return self._service.list_sessions(request)
 
     def CloseSession(
         self, request: session_pb2.CloseSessionRequest, context: grpc.ServicerContext
     ) -> session_pb2.CloseSessionResponse:
-        with _status(context):
+        with _status(context, self._service):
             response = self._service.close_session(request)
             log.info("session closed", session=request.session, existed=response.existed)
             return response
@@ -126,7 +126,7 @@ class StepServicer:
         )
 
     def Steps(self, requests: Iterator[Frame | InvalidRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _status(context), self._gate.stream(), closing(Ahead(self._arriving(requests))) as steps:
+        with _status(context, self._service), self._gate.stream(), closing(Ahead(self._arriving(requests))) as steps:
             for arrived in steps:
                 self._gate.check()
                 if arrived.next_is_worth_reading:
@@ -139,7 +139,7 @@ class StepServicer:
                 del data, part
 
     def Step(self, request: step_pb2.StepRequest, context: grpc.ServicerContext) -> step_pb2.StepResponse:
-        with _status(context):
+        with _status(context, self._service):
             self._gate.check()
             self._service.check_step(request.step)
             payload = assembled([memoryview(request.payload)])
@@ -195,13 +195,13 @@ class StatsServicer(stats_pb2_grpc.StatsServiceServicer):
         self._service, self._gate, self._nearer = service, gate, nearer
 
     def GetStats(self, request: stats_pb2.GetStatsRequest, context: grpc.ServicerContext) -> stats_pb2.GetStatsResponse:
-        with _status(context):
+        with _status(context, self._service):
             return self._service.get_stats(request)
 
     def WatchStats(
         self, request: stats_pb2.WatchStatsRequest, context: grpc.ServicerContext
     ) -> Iterator[stats_pb2.WatchStatsResponse]:
-        with _status(context), self._gate.stream():
+        with _status(context, self._service), self._gate.stream():
 
             def pause(seconds: float) -> bool:
                 return self._gate.closing.wait(seconds) or not context.is_active()
@@ -211,7 +211,7 @@ class StatsServicer(stats_pb2_grpc.StatsServiceServicer):
     def GetServer(
         self, request: stats_pb2.GetServerRequest, context: grpc.ServicerContext
     ) -> stats_pb2.GetServerResponse:
-        with _status(context):
+        with _status(context, self._service):
             response = self._service.get_server(request)
             if context.peer().startswith(_HERE):
                 response.MergeFrom(self._nearer)
@@ -225,16 +225,17 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
     def ListComponents(
         self, request: catalog_pb2.ListComponentsRequest, context: grpc.ServicerContext
     ) -> catalog_pb2.ListComponentsResponse:
-        with _status(context):
+        with _status(context, self._service):
             return self._service.list_components(request)
 
 
 @contextmanager
-def _status(context: grpc.ServicerContext) -> Iterator[None]:
+def _status(context: grpc.ServicerContext, service: Service) -> Iterator[None]:
     """Ends the call with the status of the error raised inside."""
     try:
         yield
     except GradbankError as error:
+        service.refused(error)
         _abort(context, error)
     except Exception as error:
         if not context.is_active():

@@ -96,6 +96,7 @@ class SharedMemory:
                     self._check_user(connection)
                     Conversation(self._service, self._gate, self._budget, connection).hold()
             except GradbankError as error:
+                self._service.refused(error)
                 _say(connection, shared_pb2.SharedResponse(error=error_message(error)))
             except OSError:
                 pass  # the trainer went away

@@ -122,6 +122,7 @@ class Learner:
         self.weights = [weight for _, weight in loss.named_parameters()]
         self.optimizer: torch.optim.Optimizer | None = None
         self.spec: OptimizerSpec | None = None
+        self.defaults: dict[str, Any] = {}  # all options of it, as it was made
         self.gradients: dict[int, list[Tensor]] = {}
         self.waiting: Waiting = OrderedDict()
 
@@ -151,7 +152,9 @@ class Learner:
             raise InvalidRequest(f"{spec.name} cannot be made: {error}") from None
 
     def configure(self, spec: OptimizerSpec) -> None:
-        self.optimizer, self.spec = self.configured(spec), OptimizerSpec(spec.name, dict(spec.options))
+        made = self.configured(spec)
+        self.defaults = dict(made.defaults)
+        self.optimizer, self.spec = made, OptimizerSpec(spec.name, dict(spec.options))
 
     def stage(self, rank: int, events: tuple[WeightEvent, ...]) -> Update:
         """What a rank's events make of the weights, in order; nothing that is in use is written.

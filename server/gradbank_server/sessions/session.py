@@ -172,10 +172,11 @@ class Session:
             known = self._learner.spec
             if known is None:
                 self._learner.configure(spec)
-            elif known != spec:
+            elif known.name != spec.name or self._learner.configured(spec).defaults != self._learner.defaults:
                 raise SessionConflict(
                     f"session {self.name!r} has the optimizer {known.name}({known.options}), not "
-                    f"{spec.name}({spec.options})"
+                    f"{spec.name}({spec.options}): to go on with other options, ask for those that it has and set "
+                    'optimizer.param_groups[0], as in param_groups[0]["lr"] = 0.05'
                 )
             return spec
 

@@ -11,7 +11,8 @@ class Tally:
     """Counts and means since the session was created.
 
     Attributes:
-        created: when, on the clock that the session was given; last_step: when it last stepped.
+        created: when, on the clock that the session was given; last_step: when a trainer last sent anything.
+        steps: batches; what only tells of weights, or resets the queue, is none.
         seconds: time spent, by phase, and in how many steps.
         statistics: what the loss and its parts wrote down of the last step.
     """
@@ -31,9 +32,9 @@ class Tally:
 
     def stepped(self, loss: float | None, statistics: dict[str, float], now: float) -> None:
         """Counts a step, whose loss is None if it had no batch."""
-        self.steps += 1
         self.last_step = now
         if loss is not None:
+            self.steps += 1
             self.last_loss, self.statistics = loss, statistics
             self.mean_loss = loss if math.isnan(self.mean_loss) else loss + _MEMORY * (self.mean_loss - loss)
 

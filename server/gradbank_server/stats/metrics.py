@@ -25,12 +25,17 @@ class Metrics:
     def __init__(self, sessions: Sessions | None = None, device: str = "cpu") -> None:
         self.registry = CollectorRegistry()
         self._steps = Counter(
-            "gradbank_steps", "Steps, by loss and outcome (ok, replayed, rejected, failed).", ["loss", "outcome"],
+            "gradbank_steps", "Steps, by loss and outcome (ok, replayed, rejected, failed; told: without a batch).",
+            ["loss", "outcome"],
             registry=self.registry,
         )  # fmt: skip
         self._seconds = Histogram(
             "gradbank_step_seconds", "Where the time of a step went, by phase.", ["phase"], buckets=_SECONDS,
             registry=self.registry,
+        )  # fmt: skip
+        self._refusals = Counter(
+            "gradbank_refusals", "Calls and streams that were refused, by error; steps are counted by outcome.",
+            ["error"], registry=self.registry,
         )  # fmt: skip
         self._received = Counter("gradbank_received_bytes", "Bytes of tensors received.", registry=self.registry)
         self._sent = Counter("gradbank_sent_bytes", "Bytes of tensors sent.", registry=self.registry)
@@ -43,6 +48,9 @@ class Metrics:
     def stepped(self, loss: str, outcome: str) -> None:
         of = self._of.get((loss, outcome)) or self._of.setdefault((loss, outcome), self._steps.labels(loss, outcome))
         of.inc()
+
+    def refused(self, error: str) -> None:
+        self._refusals.labels(error).inc()
 
     def timed(self, seconds: dict[str, float], received: int, sent: int) -> None:
         for phase, spent in seconds.items():

@@ -251,6 +251,26 @@ def test_serve_says_where_and_how_and_ends_in_order(serve: Callable[..., Process
     there.producer.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is told by /proc")
+def test_what_a_session_held_is_the_systems_again_once_it_is_closed(serve: Callable[..., Process]) -> None:
+    process = serve("--device", "cpu")
+
+    def held() -> int:
+        status = Path(f"/proc/{process.running.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 2**10  # type: ignore[index]
+
+    with gradbank.connect(process.address) as client:
+        for rank in range(3):
+            head = client.open("head", losses.ArcFaceLoss(50_000, 64), rank=rank)  # 12 MiB of weights
+            head.optimizer("Adam", lr=0.1)
+            for _ in range(4):
+                head(torch.randn(8, 64).requires_grad_(), torch.arange(8))
+        before = held()
+        gradients = 3 * 4 * client.stats("head").weight_bytes
+        client.close_session("head")
+        assert before - held() > gradients
+
+
 def test_ctrl_c_ends_in_order_too(serve: Callable[..., Process]) -> None:
     code, seconds, errors = serve("--log-level", "warning").end(signal.SIGINT)
     assert (code, errors) == (0, "")

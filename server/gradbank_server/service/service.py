@@ -29,6 +29,7 @@ from gradbank.wire import (
     seconds_of,
     spec_of,
 )
+from gradbank_server.allocator import give_back
 from gradbank_server.build import build_loss, import_components
 from gradbank_server.service.catalog import component_infos
 from gradbank_server.service.faults import fault
@@ -120,7 +121,9 @@ class Service:
         return session_pb2.ListSessionsResponse(sessions=[_described(s) for s in self.sessions.all()])
 
     def close_session(self, request: session_pb2.CloseSessionRequest) -> session_pb2.CloseSessionResponse:
-        return session_pb2.CloseSessionResponse(existed=self.sessions.close(request.session))
+        existed = self.sessions.close(request.session)
+        give_back()  # weights and their gradients are often too small for the system to have them back at once
+        return session_pb2.CloseSessionResponse(existed=existed)
 
     # -- steps ------------------------------------------------------------------------------------------------
 

@@ -3,14 +3,18 @@
 from gradbank.v1 import step_pb2
 
 _LAST = "client_decode"
+_FIELDS = {  # by kind: each field's name, its phase, and whether it may be left out
+    kind: tuple((each.name, each.name.removesuffix("_s"), each.has_presence) for each in kind.DESCRIPTOR.fields)
+    for kind in (step_pb2.Timings, step_pb2.TrainerTimings)
+}
 
 
 def seconds_of(timings: step_pb2.Timings | step_pb2.TrainerTimings) -> dict[str, float]:
     """The seconds of one side, by phase, as far as they are known."""
     return {
-        each.name.removesuffix("_s"): getattr(timings, each.name)
-        for each in timings.DESCRIPTOR.fields
-        if not each.has_presence or timings.HasField(each.name)  # type: ignore[arg-type]  # each has its own names
+        phase: getattr(timings, name)
+        for name, phase, may_lack in _FIELDS[type(timings)]
+        if not may_lack or timings.HasField(name)  # type: ignore[arg-type]  # each kind has its own names
     }
 
 

@@ -200,7 +200,7 @@ def test_weights_that_nothing_trains_are_pointed_out_once(pair: Pair) -> None:
     there, _ = pair(losses.ArcFaceLoss(4, 16))
     embeddings, labels = batch()
     there(embeddings.detach(), labels)  # somebody looks, and trains nothing
-    with pytest.warns(UserWarning, match=r"ArcFaceLoss are the server's, and nothing trains .*loss_fn.optimizer\("):
+    with pytest.warns(UserWarning, match=r"ArcFaceLoss are the server's, and nobody trains .*loss_fn.optimizer\("):
         there(embeddings, labels)
     there(embeddings, labels)
     trained, _ = pair(losses.ArcFaceLoss(4, 16))

@@ -251,7 +251,7 @@ def test_one_thread_submits_while_another_waits(anyway: gradbank.Client, name: s
 def test_a_loss_with_an_optimizer_is_called_and_not_submitted(anyway: gradbank.Client, name: str) -> None:
     head = anyway.open(name, losses.ArcFaceLoss(4, 16))
     leaf, labels = batch(0)
-    with pytest.warns(UserWarning, match="nothing trains them"):
+    with pytest.warns(UserWarning, match="nobody trains them here"):
         assert head.submit(leaf, labels).result().isfinite()
     head.optimizer("SGD", lr=0.1)
     with pytest.raises(InvalidRequest, match="is called, not submitted"):

@@ -102,8 +102,8 @@ class RemoteLoss(nn.Module):
             step.weights_need_gradient = torch.is_grad_enabled()
         elif self._trains and step.embeddings_need_gradient:
             self._warn(
-                f"the weights of this {type(self.hosted).__name__} are the server's, and nothing trains them: give it "
-                'an optimizer, as in loss_fn.optimizer("SGD", lr=0.01), or freeze them with requires_grad_(False) '
+                f"the weights of this {type(self.hosted).__name__} are the server's, and nobody trains them here: give "
+                'it an optimizer, as in loss_fn.optimizer("SGD", lr=0.01), or freeze them with requires_grad_(False) '
                 "before client.open"
             )
         untold, self._untold = self._untold, None

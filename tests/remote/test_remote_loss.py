@@ -203,10 +203,10 @@ def test_weights_that_nothing_trains_are_pointed_out_once(pair: Pair) -> None:
     there(embeddings.detach(), labels)  # somebody looks, and trains nothing
     with pytest.warns(UserWarning, match=r"ArcFaceLoss are the server's, and nobody trains .*loss_fn.optimizer\("):
         there(embeddings, labels)
-    trained, _ = pair(losses.ArcFaceLoss(4, 16))
-    trained.optimizer("SGD", lr=0.1)
     with warnings.catch_warnings(action="error"):
         there(embeddings, labels)
+        trained, _ = pair(losses.ArcFaceLoss(4, 16))
+        trained.optimizer("SGD", lr=0.1)
         trained(embeddings, labels)
 
 

@@ -201,14 +201,15 @@ class Bank(nn.Module):
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a `state`, or from what PML saves of its queue: that does not say which slots were filled, so
-        those are taken to be the ones before the first row of zeros, and row 0 the oldest of a full queue.
+        those are taken to be the ones up to the last row that is not zero, and row 0 the oldest of a full queue.
 
         Raises:
             ValueError: a part is missing or does not fit; the bank is as it was.
         """
         absent = [name for name in STATE if name not in state]
         if state.keys() == set(SAVED_BY_PML):
-            held = int(state["embedding_memory"].any(1).int().cumprod(0).sum())
+            taken = state["embedding_memory"].any(1).nonzero()
+            held = int(taken[-1]) + 1 if len(taken) else 0
             state = {**state, "queue_idx": held % self.capacity, "has_been_filled": held == self.capacity}
         elif absent:
             raise ValueError(f"a queue cannot be restored without {', '.join(absent)}")

@@ -12,6 +12,7 @@ import gradbank
 from gradbank import distances, engine, losses, miners
 from gradbank.component import component
 from gradbank.engine import Anchors, LogSumExp, Part, Statistic
+from gradbank.errors import InvalidComponent
 from gradbank_server.build import build
 
 from .conftest import sent
@@ -90,7 +91,7 @@ def test_a_class_whose_arguments_a_server_cannot_be_told_is_not_hosted() -> None
 
     with gradbank.connect("local://") as client:
         with pytest.raises(
-            TypeError, match=r"Rescaled.__init__ takes scale, of which a server cannot be told: declare"
+            InvalidComponent, match=r"Rescaled.__init__ takes scale, of which a server cannot be told: declare"
         ):
             client.open("own", Rescaled(3.0))
         assert client.sessions() == []

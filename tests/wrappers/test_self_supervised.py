@@ -40,7 +40,8 @@ def test_the_losses_of_pml_are_supported() -> None:
     assert set(SelfSupervisedLoss.supported_losses()) > set(SUPPORTED)
     for name in SelfSupervisedLoss.supported_losses():
         SelfSupervisedLoss.check_loss_support(name)
-        SelfSupervisedLoss(getattr(losses, name)())
+        if hasattr(losses, name):  # or it is of another test
+            SelfSupervisedLoss(getattr(losses, name)())
     with pytest.raises(ValueError, match="SelfSupervisedLoss does not support ArcFaceLoss"):
         SelfSupervisedLoss.check_loss_support("ArcFaceLoss")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
@@ -51,7 +52,7 @@ class Component(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        each = getattr(type(self), "__dataclass_fields__", {}).get(name)
+        each = _field(type(self), name)  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
         if each is None or not each.init:
             super().__setattr__(name, value)
             return
@@ -126,6 +127,13 @@ def foundation(cls: type[C]) -> type[C]:
         if each.init and each.name in made.__dict__:
             delattr(made, each.name)  # a default left on the class would hide a module assigned to the field
     return made
+
+
+@functools.cache
+def _field(cls: type[Component], name: str) -> "dataclasses.Field[Any] | None":
+    """The field of a class, or of any that it is written on: what is no dataclass names its first base's only."""
+    every = (vars(each).get("__dataclass_fields__", {}) for each in cls.__mro__)
+    return next((fields[name] for fields in every if name in fields), None)
 
 
 def _check_constructor(cls: type[Component]) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from typing import Any, NamedTuple
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from gradbank.component import Component, foundation
 
@@ -66,8 +67,8 @@ class Statistics:
 
     def read(self) -> dict[str, float]:
         """Those that are collected."""
-        values = {way: getattr(module, name) for way, (module, name, _) in self._places.items()}
-        return {way: value for way, value in values.items() if isinstance(value, int | float)}
+        values = {way: _number(getattr(module, name)) for way, (module, name, _) in self._places.items()}
+        return {way: value for way, value in values.items() if value is not None}
 
     def write(self, values: Mapping[str, float]) -> None:
         """Sets those that there are."""
@@ -87,4 +88,11 @@ def _statistics(recorder: Recorder) -> Iterator[_Statistic]:
     for each in dataclasses.fields(recorder):
         if not each.init and each.default in (None, 0) and each.default is not False:
             yield _Statistic(each.name, each.default == 0, "float" not in str(each.type))
-    yield from map(_Statistic, recorder.__dict__.get("_named", ()))
+    for name in recorder.__dict__.get("_named", ()):
+        yield _Statistic(name, counts=True)  # for all that is known
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor | np.generic) and value.ndim == 0:
+        value = value.item()
+    return value if isinstance(value, int | float) else None

@@ -9,7 +9,8 @@ import pytorch_metric_learning.miners as pml_miners
 import torch
 from torch import Tensor
 
-from gradbank import distances, engine, losses, miners
+from gradbank import component, distances, engine, losses, miners
+from gradbank.component import foundation
 
 
 def written(library: Any) -> dict[str, Any]:
@@ -110,18 +111,56 @@ def test_pml_names_of_a_distance_are_here() -> None:
             torch.testing.assert_close(call(ours), call(theirs))
 
 
-def test_larger_is_closer_if_the_class_says_so() -> None:
+@pytest.mark.parametrize(
+    "decorated", [component, foundation, lambda cls: cls], ids=["component", "foundation", "plain"]
+)
+def test_larger_is_closer_if_the_class_says_so(decorated: Any) -> None:
+    @decorated
     class Similarity(distances.Distance):
         is_inverted = True
 
         def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
             return query_emb @ ref_emb.T
 
+    class Again(Similarity):  # type: ignore[misc]
+        """Says nothing of it."""
+
+    class Farther(Similarity):  # type: ignore[misc]
+        is_inverted = False
+
     assert Similarity().is_inverted
+    assert Again().is_inverted
+    assert not Farther().is_inverted
     assert not Similarity(is_inverted=False).is_inverted
     rows, labels = torch.randn(12, 4), torch.arange(12) % 3
     value = losses.NTXentLoss(distance=Similarity())(rows, labels)
     torch.testing.assert_close(value, losses.NTXentLoss()(rows, labels))
+
+
+def test_what_embeddings_become_may_come_from_another_base() -> None:
+    class Doubled:
+        def maybe_normalize(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
+            return embeddings * 2
+
+    class Mine(Doubled, distances.LpDistance):
+        pass
+
+    class Tripled(distances.LpDistance):
+        def normalized(self, embeddings: Tensor, inverse: Tensor | None) -> Tensor:
+            return embeddings * 3
+
+    class Of(Tripled):
+        def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+            return torch.cdist(query_emb, ref_emb)
+
+    rows = torch.randn(30, 4)
+    torch.testing.assert_close(Mine()(rows), torch.cdist(rows * 2, rows * 2))
+    torch.testing.assert_close(Of()(rows), torch.cdist(rows * 3, rows * 3))
+
+
+def test_a_property_cannot_say_what_an_argument_may() -> None:
+    with pytest.raises(TypeError, match=r"Mine\.is_inverted must be True or False, or an argument, and not a property"):
+        type("Mine", (distances.Distance,), {"is_inverted": property(lambda self: True)})
 
 
 @pytest.mark.parametrize("name", ["forward", "margin", "smallest_dist"])

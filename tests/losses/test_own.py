@@ -128,6 +128,24 @@ def test_a_loss_written_for_pml_is_the_same_here(own: Any, how: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
+def test_bases_bring_their_defaults_whatever_their_order() -> None:
+    class Mine(losses.WeightRegularizerMixin, losses.BaseMetricLossFunction):
+        compute_loss = None  # type: ignore[assignment]
+
+    class Triplets(losses.WeightRegularizerMixin, losses.TripletMarginLoss):
+        pass
+
+    assert type(Mine().distance) is distances.LpDistance
+    assert type(Mine().reducer) is reducers.MeanReducer
+    made = Triplets(margin=0.3, weight_reg_weight=2.0)
+    assert (made.margin, made.weight_reg_weight) == (0.3, 2.0)
+    assert type(made.reducer) is type(losses.TripletMarginLoss().reducer)
+    rows, labels = batch(0)
+    assert torch.equal(made(rows, labels), losses.TripletMarginLoss(margin=0.3)(rows, labels))
+    with pytest.raises(TypeError, match="distance must be a Distance, got 3"):
+        Mine(distance=3)
+
+
 def test_a_loss_written_for_pml_has_its_own_statistics() -> None:
     loss, theirs = with_weights(losses), with_weights(pml_losses)
     assert loss.largest == theirs.largest == 0

@@ -42,6 +42,7 @@ class Distance(Recorder):
     final_avg_query_norm: float | None = field(default=None, init=False)
     final_avg_ref_norm: float | None = field(default=None, init=False)
 
+    _inverted: ClassVar[bool] = False  # where the constructor is not told
     _normalizes_itself: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -53,15 +54,21 @@ class Distance(Recorder):
                 f"{cls.__name__} overrides {', '.join(lost)}, which losses and miners do not call: a distance is its "
                 "compute_mat, of what maybe_normalize makes of embeddings, and is_inverted says that larger is closer"
             )
-        if "compute_mat" in own:  # what it inherits may know a quicker way to what is no longer computed
+        if isinstance(own.get("is_inverted"), bool):
+            cls._inverted = own["is_inverted"]
+        elif isinstance(own.get("is_inverted"), property):
+            raise TypeError(f"{cls.__name__}.is_inverted must be True or False, or an argument, and not a property")
+        if "compute_mat" in own:  # what it inherits of ours may know a quicker way to what is no longer computed
             for name in _WAYS_AROUND - own.keys():
-                setattr(cls, name, getattr(Distance, name))
-        if "maybe_normalize" in own or "normalize" in own:
-            cls._normalizes_itself = True
+                if getattr(cls, name).__module__.startswith("gradbank."):
+                    setattr(cls, name, getattr(Distance, name))
+        cls._normalizes_itself = any(
+            getattr(cls, name) is not getattr(Distance, name) for name in ("maybe_normalize", "normalize")
+        )
 
     def get_default_is_inverted(self) -> bool:
         """Whether larger is closer, where the constructor is not told."""
-        return bool(getattr(type(self), "is_inverted", False))
+        return self._inverted
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
         """The `(B, M)` matrix between `(B, D)` queries and `(M, D)` references (themselves if None).

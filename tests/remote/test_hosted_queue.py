@@ -107,3 +107,59 @@ def test_it_can_be_awaited(nearby: Any, name: str) -> None:
     here.add_to_memory(*batch(1, 20))
     assert rows == 20
     assert torch.equal(loss, here(*batch(2)))
+
+
+def test_emptying_it_may_be_the_first_that_a_trainer_does(anyway: gradbank.Client, name: str) -> None:
+    one, other = (anyway.open(name, memory(), rank=rank) for rank in range(2))
+    other(*batch(0))
+    one.reset_queue()
+    assert anyway.stats(name).bank_rows == 0
+    other(*batch(1))
+    one.close()
+    one.reset_queue()
+    assert anyway.stats(name).bank_rows == 0
+
+
+def test_a_flush_may_be_the_first_after_a_close(anyway: gradbank.Client, name: str) -> None:
+    head = anyway.open(name, losses.ArcFaceLoss(4, 16))
+    optimizer = head.optimizer("SGD", lr=0.1)
+    before = head.local().W.detach().clone()
+    embeddings, labels = batch(0)
+    head(embeddings.requires_grad_(), labels).backward()
+    optimizer.step()
+    head.close()
+    head.flush()
+    assert not torch.equal(head.local().W, before)
+
+
+def test_one_that_was_interrupted_at_its_end_is_not_repeated(
+    either: gradbank.Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (either.open(name, memory(), rank=rank) for rank in range(2))
+    one(*batch(0))
+    result = one.producer.result
+
+    def interrupted(*arguments: Any) -> Any:
+        result(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one.producer, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.reset_queue()
+    other(*batch(1))
+    one.reset_queue()  # asked for again
+    assert either.stats(name).bank_rows == 8
+    assert either.stats(name).replayed == 1
+    one.reset_queue()
+    assert either.stats(name).bank_rows == 0
+
+
+def test_rows_that_only_enter_are_no_loss_of_zero(either: gradbank.Client, name: str) -> None:
+    there = either.open(name, memory())
+    there(*batch(0))
+    before = either.stats(name)
+    there.add_to_memory(*batch(1))
+    after = either.stats(name)
+    assert (after.steps, after.last_loss, after.mean_loss) == (1, before.last_loss, before.mean_loss)
+    assert after.bank_rows == 16

@@ -201,8 +201,9 @@ def test_weights_that_nothing_trains_are_pointed_out_once(pair: Pair) -> None:
     there, _ = pair(losses.ArcFaceLoss(4, 16))
     embeddings, labels = batch()
     there(embeddings.detach(), labels)  # somebody looks, and trains nothing
-    with pytest.warns(UserWarning, match=r"ArcFaceLoss are the server's, and nobody trains .*loss_fn.optimizer\("):
+    with pytest.warns(UserWarning, match=r"ArcFaceLoss are the server's, and nobody .*loss_fn.optimizer\(") as warned:
         there(embeddings, labels)
+    assert warned[0].filename == __file__  # it points at who calls
     with warnings.catch_warnings(action="error"):
         there(embeddings, labels)
         trained, _ = pair(losses.ArcFaceLoss(4, 16))

@@ -48,6 +48,7 @@ class PullLoss(losses.Loss):
 '''
 
 LOST = '''
+import random
 import torch
 from gradbank import component, losses
 
@@ -60,11 +61,15 @@ class LostLoss(losses.Loss):
 
 @component
 class ClumsyLoss(losses.Loss):
-    """Fails by itself, or in what it calls of torch."""
+    """Fails by itself, or in what it calls."""
 
     def forward(self, embeddings, labels):
         if labels[0] == 0:
             return embeddings.sum() + {}["oops"]
+        if labels[0] == 1:
+            return embeddings.sum() * random.choice([])
+        if labels[0] == 2:
+            one, = labels
         return torch.nn.functional.cross_entropy(embeddings, labels + 99)
 '''
 
@@ -166,7 +171,7 @@ def test_a_server_that_lost_its_gpu_ends_and_says_so(package: Path) -> None:
         gradbank.connect(address, timeout=20) as client,
     ):
         with pytest.raises(
-            InternalError, match=r"my_losses.lost, line \d+ \(LostLoss.forward\), raised AcceleratorError"
+            InternalError, match=r"my_losses.lost, line \d+, in LostLoss.forward, raised AcceleratorError"
         ):
             client.open("run", lost)(torch.randn(4, 4), torch.arange(4))
         assert process.wait(20) == 70
@@ -180,14 +185,21 @@ def test_who_wrote_it_is_told_where_it_fails(package: Path) -> None:
     settings = ServerSettings(port=0, metrics_port=0, components=["my_losses"])
     with Server(settings) as server, gradbank.connect(server.address, timeout=20) as client:
         loss_fn = client.open("run", clumsy)
-        for label, what in ((0, "KeyError: 'oops'"), (1, "IndexError: Target 100 is out of bounds")):
-            told = (
-                rf"my_losses.lost, line \d+ \(ClumsyLoss.forward\), raised {what}.*; the server's log has .* under \w+"
-            )
-            with pytest.raises(InternalError, match=told):
+        of_its_own = (
+            "KeyError: 'oops'",
+            "IndexError: Cannot choose from an empty sequence",
+            "",
+            "IndexError: Target 102 is",
+        )
+        for label, what in enumerate(of_its_own):
+            line = r"my_losses.lost, line \d+, in ClumsyLoss.forward"
+            kind, told = InternalError, rf"{line}, raised {what}.*; the server's log has .* under \w+"
+            if not what:
+                kind, told = InvalidRequest, rf"too many values to unpack \(expected 1\) \({line}\)"
+            with pytest.raises(kind, match=told):
                 loss_fn(torch.randn(4, 4), torch.full((4,), label))
         with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5) as response:
-            assert 'gradbank_steps_total{loss="ClumsyLoss",outcome="failed"} 2.0' in response.read().decode()
+            assert 'gradbank_steps_total{loss="ClumsyLoss",outcome="failed"} 3.0' in response.read().decode()
 
 
 def test_so_does_the_embedded_server(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

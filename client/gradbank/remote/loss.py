@@ -200,8 +200,13 @@ class RemoteLoss(nn.Module):
         Raises:
             InvalidRequest: a loss without a queue.
         """
-        deadline, step = self.producer.deadline(), step_pb2.StepInput(resets_queue=True)
-        self.producer.result(self.producer.submit(step, [], self._news, deadline), deadline)
+        deadline, step, ticket = self.producer.deadline(), step_pb2.StepInput(resets_queue=True), None
+        try:
+            ticket = self.producer.submit(step, [], self._news, deadline)
+            self.producer.result(ticket, deadline)
+        except BaseException as error:
+            self.producer.abandon(ticket, error)
+            raise
 
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
         """Enters rows into the hosted queue without comparing them: `(N, D)` and `(N,)`.
@@ -235,9 +240,13 @@ class RemoteLoss(nn.Module):
 
     def _warn(self, what: str) -> None:
         """Warns, once."""
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(what, UserWarning, stacklevel=6)  # of who calls the module
+        if what in self._warned:
+            return
+        self._warned.add(what)
+        frame, level = inspect.currentframe(), 0
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradbank", "torch"):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(what, UserWarning, stacklevel=level + 1)  # where the user's code calls
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self._trains or any(isinstance(each, CrossBatchMemory) for each in self.hosted.modules()):

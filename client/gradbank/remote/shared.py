@@ -118,7 +118,7 @@ class SharedSteps:
 
     def _fits(self, step: step_pb2.StepInput) -> bool:
         room, answers = len(self._room) // self._slots, len(self._answers) // self._slots
-        return step.payload_bytes <= room and gradient_bytes(step) <= answers
+        return bool(self._room) and step.payload_bytes <= room and gradient_bytes(step) <= answers
 
     def _ask_for(self, step: step_pb2.StepInput, deadline: float) -> None:
         """Has the server share memory for such a step, in place of what it shared before; none is in flight."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import structlog
 
-from gradbank.errors import InternalError
+from gradbank.errors import GradbankError, InternalError
 
 log = structlog.get_logger()
 
@@ -19,22 +19,27 @@ def fault(error: Exception, components: Iterable[str] = ()) -> InternalError:
     """
     name = uuid.uuid4().hex[:12]
     log.error("fault", id=name, exc_info=error)
-    where = _raised_by(error, tuple(components))
+    where = raised_by(error, components)
     if where is None:
         return InternalError(f"the server failed, and its log has the details under {name}; asking again is safe")
     return InternalError(
-        f"{where} raised {type(error).__name__}: {error}. Asking again is safe, but the same batch may fail again; the "
-        f"server's log has the details under {name}"
+        f"{where}, raised {type(error).__name__}: {error}. Asking again is safe, but the same batch may fail again; "
+        f"the server's log has the details under {name}"
     )
 
 
-def _raised_by(error: Exception, packages: tuple[str, ...]) -> str | None:
-    """The line of a package where an error came from, whatever of torch it called; None if it came from elsewhere."""
+def refusal(error: GradbankError, components: Iterable[str]) -> GradbankError:
+    """What is refused, and by which line of a user's own component, if it is one that does."""
+    cause = error.__cause__
+    where = raised_by(cause, components) if isinstance(cause, Exception) else None
+    return error if where is None else type(error)(f"{error} ({where})")
+
+
+def raised_by(error: Exception, packages: Iterable[str]) -> str | None:
+    """The innermost line of some packages that an error came through; None if it came through none."""
+    prefixes = tuple(f"{package}." for package in packages)
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         module = str(frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] == "torch":
-            continue
-        if any(f"{module}.".startswith(f"{package}.") for package in packages):
-            return f"{module}, line {line} ({frame.f_code.co_qualname}),"
-        return None
+        if f"{module}.".startswith(prefixes):
+            return f"{module}, line {line}, in {frame.f_code.co_qualname}"
     return None

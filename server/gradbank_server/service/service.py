@@ -32,7 +32,7 @@ from gradbank.wire import (
 from gradbank_server.allocator import give_back
 from gradbank_server.build import build_loss, import_components
 from gradbank_server.service.catalog import component_infos
-from gradbank_server.service.faults import fault
+from gradbank_server.service.faults import fault, refusal
 from gradbank_server.service.steps import Arrived, answer_message, check_header, tensors_of
 from gradbank_server.sessions import Limits, OptimizerSpec, Run, Session, Sessions, Tally, here
 from gradbank_server.settings import ServerSettings
@@ -155,7 +155,8 @@ class Service:
         except GradbankError as error:
             self.metrics.stepped(self._title(step.session), "rejected")
             self._note_limit(error, session=step.session, rank=step.rank)
-            return step_pb2.StepOutput(seq=step.seq, error=error_message(error)), []
+            told = refusal(error, self.settings.components)
+            return step_pb2.StepOutput(seq=step.seq, error=error_message(told)), []
 
     def answered(self, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
         """The same, for a trainer elsewhere: of a fault of ours he is told an id, and the log has the rest."""

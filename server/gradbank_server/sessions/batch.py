@@ -61,6 +61,11 @@ class Batch:
     resets_queue: bool = False
     answered: int = 0
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is anything to compute: not where all rows only enter the bank."""
+        return self.embeddings is not None and (self.enqueue_mask is None or not bool(self.enqueue_mask.all()))
+
 
 class Answer(NamedTuple):
     """What came of a step.

@@ -143,9 +143,11 @@ class Session:
                 if refusal is None:
                     raise
                 self.tally.rejected += 1
-                raise refusal from None
+                if refusal is error:
+                    raise
+                raise refusal from error
             self.tally.optimizer_steps += optimizer_steps
-            loss = None if batch.embeddings is None else answer.value
+            loss = answer.value if batch.compares else None
             self.tally.stepped(loss, answer.statistics, self._clock())
             return Outcome(answer, False, waited)
 

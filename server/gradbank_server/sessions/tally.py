@@ -12,7 +12,7 @@ class Tally:
 
     Attributes:
         created: when, on the clock that the session was given; last_step: when a trainer last sent anything.
-        steps: batches; what only tells of weights, or resets the queue, is none.
+        steps: batches that were compared; what only tells of weights, enters rows or resets the queue is none.
         seconds: time spent, by phase, and in how many steps.
         statistics: what the loss and its parts wrote down of the last step.
     """

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradbank.checks import check_finite
 from gradbank.engine import References
 
 
@@ -207,16 +208,18 @@ class Bank(nn.Module):
             ValueError: a part is missing or does not fit; the bank is as it was.
         """
         absent = [name for name in STATE if name not in state]
-        if state.keys() == set(SAVED_BY_PML):
-            taken = state["embedding_memory"].any(1).nonzero()
-            held = int(taken[-1]) + 1 if len(taken) else 0
-            state = {**state, "queue_idx": held % self.capacity, "has_been_filled": held == self.capacity}
-        elif absent:
+        if absent and state.keys() != set(SAVED_BY_PML):
             raise ValueError(f"a queue cannot be restored without {', '.join(absent)}")
-        rows, labels, cursor = state["embedding_memory"], state["label_memory"], int(state["queue_idx"])
+        rows, labels = state["embedding_memory"], state["label_memory"]
         if rows.shape != (self.capacity, self.dimension):
             wanted = (self.capacity, self.dimension)
             raise ValueError(f"size mismatch for embedding_memory: expected {wanted}, got {tuple(rows.shape)}")
+        check_finite(rows, "embedding_memory")
+        if absent:
+            taken = rows.any(1).nonzero()
+            held = int(taken[-1]) + 1 if len(taken) else 0
+            state = {**state, "queue_idx": held % self.capacity, "has_been_filled": held == self.capacity}
+        cursor = int(state["queue_idx"])
         if not rows.is_floating_point() or labels.is_floating_point():
             raise ValueError("embedding_memory must hold floats and label_memory integers")
         if not 0 <= cursor < self.capacity or labels.shape != rows.shape[:1]:

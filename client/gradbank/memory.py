@@ -198,8 +198,8 @@ class CrossBatchMemory(Loss, Recorder):
                 f"embedding_size={self.embedding_size}"
             )
         check_finite(embeddings)
-        if labels.is_floating_point() and bool((labels != labels.round()).any()):
-            raise ValueError("labels that enter a memory must be whole numbers: it keeps them as int64")
+        if labels.is_floating_point() and bool((labels != labels.to(torch.int64)).any()):
+            raise ValueError("labels that enter a memory must be whole numbers below 2^63: it keeps them as int64")
 
     def _compared(
         self, embeddings: Tensor, labels: Tensor, references: References, own: Tensor | None, indices: Indices | None
@@ -249,7 +249,9 @@ class CrossBatchMemory(Loss, Recorder):
         return loss.compare(embeddings, references, pairs)
 
     def _put(self, name: str, value: Any) -> None:
+        last = self.bank._last
         self.bank.load({**self.bank.state(), name: torch.as_tensor(value)})
+        self.bank._last = last
 
     def _mask(
         self, embeddings: Tensor, indices: Indices | None, mask: Tensor | None, positions: Tensor | None

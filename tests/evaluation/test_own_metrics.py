@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -98,3 +99,17 @@ def test_names_are_refused_as_labels() -> None:
     for names in ([str(each) for each in labels.tolist()], labels.numpy().astype(str)):
         with pytest.raises(ValueError, match=r"labels must be numbers, .*return_inverse"):
             calculator().get_accuracy(points, names)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "bool"])
+def test_labels_may_be_of_any_whole_dtype(dtype: str) -> None:
+    points, labels = task()
+    labels = labels % 2 if dtype == "bool" else labels
+    whole = calculator(return_per_class=True)
+    assert whole.get_accuracy(points, labels.numpy().astype(dtype)) == whole.get_accuracy(points, labels)
+
+
+def test_labels_beyond_int64_stay_apart() -> None:
+    points, labels = task()
+    large = labels.numpy().astype("uint64") + np.uint64(2**64 - 9)
+    assert calculator().get_accuracy(points, large) == calculator().get_accuracy(points, labels)

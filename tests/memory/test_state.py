@@ -21,6 +21,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a vector": ({"embeddings": torch.ones(4)}, r"must be \(batch, dimension\)"),
     "too few labels": ({"labels": torch.arange(3)}, r"labels must be \(4,\)"),
     "labels of fractions": ({"labels": torch.arange(4) / 2}, "must be whole numbers"),
+    "labels that int64 has not": ({"labels": torch.tensor([1e30, 1e30, 2e30, 2e30])}, "whole numbers below 2"),
+    "labels without an end": ({"labels": torch.full((4,), torch.inf)}, "whole numbers below 2"),
     "labels of NaN": ({"labels": torch.full((4,), torch.nan)}, "must be whole numbers"),
     "a mask that is too short": ({"enqueue_mask": torch.ones(3, dtype=torch.bool)}, r"must be \(4,\) booleans"),
     "a mask of floats": ({"enqueue_mask": torch.ones(4)}, "booleans, got .* torch.float32"),
@@ -282,6 +284,23 @@ def test_a_queue_can_be_set_by_hand(queue_of: Any, batch: Any, state: Any) -> No
     with pytest.raises(ValueError, match=r"embedding_memory: expected \(10, 4\), got \(4, 10\)"):
         other.embedding_memory = torch.zeros(4, 10)
     assert state(other) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [(torch.ones(4), r"expected \(10, 4\), got \(4,\)"), (torch.full((10, 4), torch.nan), "row 0 is not finite")],
+    ids=["shape", "NaN"],
+)
+def test_what_pml_cannot_have_saved_is_refused(queue_of: Any, state: Any, rows: Tensor, message: str) -> None:
+    queue = queue_of(10, steps=2)
+    before, last = state(queue), queue.curr_batch_idx
+    with pytest.raises(RuntimeError, match=message):
+        queue.load_state_dict({"embedding_memory": rows, "label_memory": torch.zeros(10, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=message):
+        queue.embedding_memory = rows
+    assert state(queue) == before
+    queue.queue_idx = 3
+    assert torch.equal(queue.curr_batch_idx, last)
 
 
 def test_labels_may_be_whole_floats(queue_of: Any, batch: Any, state: Any) -> None:

@@ -184,6 +184,7 @@ def test_a_lone_anchor_is_its_own_positive() -> None:
         (lambda: MPerClassSampler(LABELS, 2, 20, 19), "at least batch_size=20, got 19"),
         (lambda: MPerClassSampler([], 2), "one or more, got shape"),
         (lambda: MPerClassSampler(LEVELS, 2), "must be .items,."),
+        (lambda: MPerClassSampler([torch.tensor([1]), torch.tensor([1])], 2), r"names, got tensor\(\[1\]\) of item 0"),
         (lambda: MPerClassSampler(LEVELS.tolist(), 2), r"must be .items,., numbers or names, got \[25, 4\] of item 0"),
         (lambda: HierarchicalSampler(LABELS, 20, 5), "must be .items, levels."),
         (lambda: HierarchicalSampler(LEVELS, 21, 5), "super_classes_per_batch=2, got 21"),

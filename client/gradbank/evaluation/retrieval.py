@@ -124,6 +124,10 @@ def _labels(array: Array, device: torch.device) -> Tensor:
         raise ValueError(
             f"labels must be numbers, {error}: number yours, by np.unique(..., return_inverse=True)"
         ) from None
+    if labels.dtype in (torch.uint16, torch.uint32):  # of which torch knows little
+        labels = labels.to(torch.int64)
+    elif labels.dtype == torch.uint64:
+        labels = labels.view(torch.int64)  # told apart all the same
     if labels.ndim not in (1, 2):
         raise ValueError(f"labels must be (rows,) or (rows, parts), got shape {tuple(labels.shape)}")
     return labels

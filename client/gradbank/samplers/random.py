@@ -64,6 +64,8 @@ def _by_equality(labels: Sequence[Any]) -> dict[Any, Indices]:
     for item, label in enumerate(labels):
         each = label.item() if isinstance(label, Tensor | np.ndarray) and label.ndim == 0 else label
         try:
+            if isinstance(each, Tensor):  # of several numbers, which would be told by the object
+                raise TypeError
             items.setdefault(each, []).append(item)
         except TypeError:
             raise SamplingError(f"labels must be (items,), numbers or names, got {each!r:.80} of item {item}") from None

@@ -6,14 +6,13 @@ Commands import what they need when they run: `gradbank health`, which container
 import math
 import os
 import signal
-import statistics
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import structlog
 from cyclopts import App, Parameter
@@ -21,11 +20,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from gradbank_server.printed import described, duration, listed, started, times
 from gradbank_server.settings import ServerSettings, unknown_variables
-
-if TYPE_CHECKING:
-    from gradbank.remote.stats import ComponentInfo
-    from gradbank_server.bench import Course
 
 app = App(
     name="gradbank",
@@ -79,7 +75,8 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
         server.start()
     except (GradbankError, OSError) as error:
         return _failed(error)
-    _announce(server)
+    console.print(started(server), highlight=False, markup=False, soft_wrap=True)
+    sys.stdout.flush()
     ended.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
@@ -138,7 +135,7 @@ def bench(
 ) -> int:
     """Measure where the time of a step goes, over your network and on your server."""
     from gradbank.errors import GradbankError
-    from gradbank_server.bench import PHASES, Workload
+    from gradbank_server.bench import Workload
     from gradbank_server.bench import bench as measured
     from gradbank_server.bench.picture import check_drawable, draw
 
@@ -152,16 +149,8 @@ def bench(
             course, server = measured(address, timeout, workload, via)
     except (GradbankError, RuntimeError) as error:  # torch's own, where there is no room here
         return _failed(error)
-    table = Table("phase", "where", "p50 ms", "p99 ms", "share", "", box=None)
-    for phase, (where, what) in PHASES.items():
-        table.add_row(phase, where, *_milliseconds(course.phases[phase]), _share(course.phases[phase], course), what)
-    table.add_row("step", "", *_milliseconds(course.steps), "", f"{1 / course.step_s:,.0f} a second")
-    table.add_section()
-    least = f"the least a step takes here: the step's is {course.step_s / statistics.median(course.empty):.1f} times it"
-    table.add_row("empty call", "between", *_milliseconds(course.empty), "", least)
-    table.add_row("local", "here", *_milliseconds(course.here), "", "the same loss in this process")
     console.print(f"{workload}\n{address}: {server}\n", highlight=False)
-    console.print(table)
+    console.print(times(course))
     console.print(f"\n{course.advice()}", highlight=False)
     if picture is not None:
         try:
@@ -215,7 +204,7 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
                     f"{stats.mean_loss:.4f}",
                     f"{stats.bank_rows:,} of {stats.bank_capacity:,}",
                     f"{1e3 * sum(stats.mean_seconds.values()):.2f}",
-                    _duration(stats.age_s if math.isnan(stats.idle_s) else stats.idle_s),
+                    duration(stats.age_s if math.isnan(stats.idle_s) else stats.idle_s),
                 )
     except GradbankError as error:
         return _failed(error)
@@ -272,42 +261,16 @@ def catalog(
     infos = {info.name: ComponentInfo.of(info) for info in component_infos()}
     if name is None:
         for kind in sorted({info.kind for info in infos.values()}):
-            _print_kind(kind, [info for info in infos.values() if info.kind == kind])
+            table, common = listed(kind, [info for info in infos.values() if info.kind == kind])
+            console.print(table)
+            if common:
+                console.print(f" {common}", style="dim", highlight=False, markup=False)
+            console.print()
         return 0
     if name not in infos:
         return _failed(f"no component is named {name!r}{did_you_mean(name, infos)}")
-    info = infos[name]
-    parts = [f"{info.kind} {name}({_arguments(info.arguments)})", info.documentation]
-    width = max((len(argument) for argument, _, _ in info.arguments), default=0)
-    types = [f"    {argument:{width}}  {type_}" for argument, type_, _ in info.arguments]
-    parts += ["\n".join(["Types:", *types])] * bool(types) + [f"Paper:\n    {line}" for line in info.paper.splitlines()]
-    console.print("\n\n".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True)
+    console.print(described(infos[name]), markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-Arguments = Sequence[tuple[str, str, str | None]]  # name, type, and default, which is None if the argument is required
-
-
-def _print_kind(kind: str, infos: "list[ComponentInfo]") -> None:
-    """A table of the components of a kind; the arguments that all of them take are named once, below it."""
-    common = [each for each in infos[0].arguments if all(each in info.arguments for info in infos)]
-    table = Table("kind", "name", "arguments", box=None)
-    for info in infos:
-        own = [each for each in info.arguments if len(infos) == 1 or each not in common]
-        table.add_row(kind, info.name, _arguments(own))
-    console.print(table)
-    if common and len(infos) > 1:
-        console.print(f" every {kind} takes {_arguments(common)}", style="dim", highlight=False, markup=False)
-    console.print()
-
-
-def _arguments(arguments: Arguments) -> str:
-    return ", ".join(name if default is None else f"{name}={default}" for name, _, default in arguments)
-
-
-def _milliseconds(times: Sequence[float]) -> tuple[str, str]:
-    """The median and the 99th of a hundred."""
-    return f"{1e3 * statistics.median(times):.2f}", f"{1e3 * sorted(times)[len(times) * 99 // 100]:.2f}"
 
 
 @contextmanager
@@ -320,41 +283,6 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _duration(seconds: float) -> str:
-    """How long, in the unit that fits."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _share(times: Sequence[float], course: "Course") -> str:
-    return f"{100 * statistics.median(times) / course.step_s:.0f} %"
-
-
-def _announce(server: object) -> None:
-    """What was started, and what to paste."""
-    from gradbank_server.service import Server
-    from gradbank_server.service.server import bracketed
-
-    assert isinstance(server, Server)
-    settings, host = server.settings, bracketed(server.settings.host)
-    metrics = "off" if server.metrics_port is None else f"http://{host}:{server.metrics_port}/metrics"
-    lines = [
-        f"gradbank {version('gradbank')}",
-        f"  listening   {host}:{server.port} (gRPC, no TLS, no authentication)",
-        *([f"              unix://{settings.unix_socket} (this user only)"] if settings.unix_socket else []),
-        *(["              shared memory (this user's processes only)"] if settings.shared_memory else []),
-        f"  device      {server.service.device}",
-        f"  metrics     {metrics}",
-        f"  limits      {settings.max_sessions} sessions, {_size(settings.max_session_bytes)} each, "
-        f"{_size(settings.max_step_bytes)} a step",
-        f'  client      loss_fn = gradbank.connect("{server.address}").open("my-run", loss_fn)',
-    ]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-    sys.stdout.flush()
-
-
 def _find_beside(settings: ServerSettings) -> None:
     """Lets the packages named lie in the folder where the command was given; what is installed comes first."""
     if settings.components and os.getcwd() not in sys.path:
@@ -364,10 +292,6 @@ def _find_beside(settings: ServerSettings) -> None:
 def _refused(error: ValidationError) -> str:
     where = {each["loc"][0]: each["msg"] for each in error.errors()}
     return "; ".join(f"GRADBANK_{str(name).upper()}: {said}" for name, said in where.items())
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:g} GiB" if count >= 2**30 else f"{count / 2**20:g} MiB"
 
 
 def _failed(error: object) -> int:

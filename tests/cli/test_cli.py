@@ -14,6 +14,7 @@ import gradbank
 from gradbank import losses
 from gradbank.component import components
 from gradbank_server import cli
+from gradbank_server.printed import duration
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings, unknown_variables
 
@@ -140,7 +141,7 @@ def test_close_ends_a_session(run) -> None:
     ("seconds", "told"), [(0.4, "0 s"), (59, "59 s"), (90, "1.5 min"), (7200, "2.0 h"), (9e5, "10.4 d")]
 )
 def test_how_long_is_told_in_the_unit_that_fits(seconds: float, told: str) -> None:
-    assert cli._duration(seconds) == told
+    assert duration(seconds) == told
 
 
 @pytest.mark.parametrize(

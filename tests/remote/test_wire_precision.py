@@ -7,7 +7,7 @@ from torch import Tensor
 import gradbank
 from gradbank import losses
 from gradbank.errors import InvalidRequest
-from gradbank.remote.loss import _narrowed
+from gradbank.remote.request import narrowed
 from gradbank.remote.ticket import NO_NEWS
 from gradbank.v1 import step_pb2, tensor_pb2
 from gradbank.wire import describe
@@ -82,14 +82,14 @@ def test_half_the_bytes_are_sent_and_received(anyway: gradbank.Client, name: str
 
 def test_labels_and_indices_are_narrowed_only_where_they_stay_the_same() -> None:
     for dtype in (torch.uint8, torch.int8, torch.int16):
-        assert _narrowed(torch.ones(3, dtype=dtype)).dtype == torch.int32
+        assert narrowed(torch.ones(3, dtype=dtype)).dtype == torch.int32
     many = torch.arange(5000)
-    assert _narrowed(many).dtype == torch.int32
-    assert torch.equal(_narrowed(many).long(), many)
+    assert narrowed(many).dtype == torch.int32
+    assert torch.equal(narrowed(many).long(), many)
     for edge in (2**31, -(2**31) - 1):
         many[7] = edge
-        assert _narrowed(many) is many
-    assert _narrowed(torch.arange(5)).dtype == torch.int64
+        assert narrowed(many) is many
+    assert narrowed(torch.arange(5)).dtype == torch.int64
 
 
 def test_named_triplets_that_were_narrowed_are_those_that_were_named(anyway: gradbank.Client, name: str) -> None:

@@ -9,23 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradbank.engine import widened
-from gradbank.engine.eager import refuse_second_derivatives, scaled
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
-from gradbank.memory import CrossBatchMemory, enqueue_mask_of
+from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
+from gradbank.remote.answer import Answered, gradients_of
 from gradbank.remote.future import StepFuture
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import Producer
+from gradbank.remote.request import Inputs, request_of
 from gradbank.remote.ticket import NO_NEWS, News, Ticket
-from gradbank.v1 import step_pb2, tensor_pb2
-from gradbank.wire import TensorReader, describe, seconds_of, seconds_of_both, torch_dtype, wire_dtype
-
-_FEW = 4096  # numbers: of fewer, looking at them takes longer than sending them
-Inputs = tuple[Tensor, Tensor | None]  # embeddings and ref_emb
-
-_SENT = {"embeddings", "labels", "indices_tuple", "ref_emb", "ref_labels", "enqueue_mask", "enqueue_idx"}
+from gradbank.v1 import step_pb2
+from gradbank.wire import seconds_of, seconds_of_both, torch_dtype
 
 
 class RemoteLoss(nn.Module):
@@ -97,7 +92,7 @@ class RemoteLoss(nn.Module):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
         """What is to be sent for a call, and what is to be known once it is answered."""
         begun = time.perf_counter()
-        step, payload, inputs = self._request(self._signature.bind(*args, **kwargs).arguments)
+        step, payload, inputs = request_of(self._signature.bind(*args, **kwargs).arguments, self.wire)
         if self._optimizer is not None:
             step.weights_need_gradient = torch.is_grad_enabled()
         elif self._trains and step.embeddings_need_gradient:
@@ -124,13 +119,7 @@ class RemoteLoss(nn.Module):
         # who did something else for longer than he waits now may have found the answer there
         waited = deadline is not None or asked - call.sent <= answered - asked
         embeddings, ref_emb = call.inputs
-        reader = TensorReader(data)
-        gradients: list[Tensor | None] = [None, None]
-        if output.HasField("embeddings_gradient"):
-            gradients[0] = _wide(reader.take(output.embeddings_gradient), output.embeddings_gradient_exponent)
-        if output.HasField("ref_emb_gradient"):
-            gradients[1] = _wide(reader.take(output.ref_emb_gradient), output.ref_emb_gradient_exponent)
-        reader.finish()
+        gradients = gradients_of(output, data)
         self._statistics.write(output.statistics)
         loss = torch.tensor(output.loss, dtype=torch_dtype(output.loss_dtype), device=embeddings.device)
         seen, token = None, None
@@ -140,7 +129,7 @@ class RemoteLoss(nn.Module):
                 seen = (self._optimizer, output.seq)
                 self._optimizer.will_keep(output.seq)
         with torch.set_grad_enabled(call.recorded):
-            made: Tensor = _Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
+            made: Tensor = Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
         self._untold = step_pb2.TrainerTimings(
             client_encode_s=call.encode_s,
             network_s=max(answered - call.sent - sum(seconds_of(output.timings).values()), 0.0) if waited else None,
@@ -277,42 +266,6 @@ class RemoteLoss(nn.Module):
         rounded = "" if self.wire is None else f", in {self.wire} on the wire"
         return f"{self.name!r} at rank {self.producer.rank}{rounded}: {self.hosted}"
 
-    def _request(self, bound: dict[str, Any]) -> tuple[step_pb2.StepInput, list[memoryview], Inputs]:
-        """The message of a call, its payload, and the two tensors that may want a gradient."""
-        for argument in bound.keys() - _SENT:
-            raise InvalidRequest(f"{argument} cannot be sent to a server: call the loss here, or without it")
-        embeddings, labels, ref_emb = bound["embeddings"], bound.get("labels"), bound.get("ref_emb")
-        # the wire cannot carry that two labels are one object, which says that reference i is anchor i
-        ref_labels = None if bound.get("ref_labels") is labels else bound.get("ref_labels")
-        payload: list[memoryview] = []
-        step = step_pb2.StepInput()
-        named = {
-            "embeddings": self._rounded(embeddings),
-            "labels": _narrowed(labels),
-            "ref_emb": self._rounded(ref_emb),
-            "ref_labels": _narrowed(ref_labels),
-        }
-        for name, tensor in named.items():
-            if tensor is not None:
-                getattr(step, name).CopyFrom(_described(name, tensor, payload))
-        indices = bound.get("indices_tuple")
-        for i, index in enumerate((indices,) if isinstance(indices, Tensor) else indices or ()):
-            step.indices.append(_described(f"indices_tuple[{i}]", _narrowed(index), payload))
-        mask = _mask(bound)
-        if mask is not None:
-            step.enqueue_mask.CopyFrom(_described("enqueue_mask", mask, payload))
-        if torch.is_grad_enabled():
-            step.embeddings_need_gradient = embeddings.requires_grad
-            step.ref_emb_needs_gradient = ref_emb is not None and ref_emb.requires_grad
-        if self.wire is not None:
-            step.gradient_dtype = wire_dtype(self.wire)
-        return step, payload, (embeddings, ref_emb)
-
-    def _rounded(self, rows: Any) -> Any:
-        """The embeddings as they are sent."""
-        floats = isinstance(rows, Tensor) and rows.is_floating_point()
-        return rows if self.wire is None or not floats else rows.detach().to(self.wire)
-
 
 class _Call(NamedTuple):
     """A call of a loss, ready to be sent: whether gradients were recorded, how long it took to encode, and since when
@@ -324,76 +277,3 @@ class _Call(NamedTuple):
     recorded: bool
     encode_s: float
     sent: float
-
-
-class _Answered(torch.autograd.Function):
-    """A loss whose gradients came with it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        loss: Tensor,
-        seen: tuple[RemoteOptimizer, int] | None,
-        gradients: list[Tensor | None],
-        embeddings: Tensor,
-        ref_emb: Tensor | None,
-        token: Tensor | None,
-    ) -> Tensor:
-        ctx.seen, inputs = seen, (embeddings, ref_emb)
-        # as wide as they came: the scale that backward brings may be more than half precision holds
-        ctx.save_for_backward(*(g if g is None or x is None else g.to(x.device) for g, x in zip(gradients, inputs)))
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
-        made = scaled(ctx.saved_tensors, grad_output, owned=True)  # by an answer that nobody else reads
-        of_embeddings, of_ref = (None if g is None else g.to(dtype) for g, dtype in zip(made, ctx.dtypes))
-        of_token = None
-        if ctx.seen is not None:
-            optimizer, seq = ctx.seen
-            optimizer.saw(seq, float(grad_output))
-            of_token = grad_output.to(optimizer.token)
-        return None, None, None, of_embeddings, of_ref, of_token
-
-
-def _described(name: str, tensor: object, payload: list[memoryview]) -> tensor_pb2.Tensor:
-    """The message of an argument, whose bytes are added to the payload."""
-    if not isinstance(tensor, Tensor):
-        raise InvalidRequest(f"{name} must be a tensor, got {type(tensor).__name__}")
-    message, data = describe(tensor)
-    payload.append(data)
-    return message
-
-
-def _wide(gradient: Tensor, exponent: int) -> Tensor:
-    """A gradient in the precision that it is computed with here."""
-    gradient = widened(gradient)
-    return gradient.mul_(2.0**exponent) if exponent else gradient
-
-
-def _narrowed(values: Any) -> Any:
-    """Labels or indices in a dtype that the wire has and that holds the same numbers, in half the bytes if it can."""
-    if not isinstance(values, Tensor):
-        return values
-    if values.dtype in (torch.uint8, torch.int8, torch.int16):
-        return values.int()
-    if values.dtype != torch.int64 or values.numel() < _FEW:
-        return values
-    least, most = values.aminmax()
-    return values.int() if int(least) >= -(2**31) and int(most) < 2**31 else values
-
-
-def _mask(bound: dict[str, Any]) -> Tensor | None:
-    """The mask that `enqueue_mask` or `enqueue_idx` means."""
-    mask: Tensor | None = bound.get("enqueue_mask")
-    positions = bound.get("enqueue_idx")
-    if positions is None:
-        return mask
-    if mask is not None:
-        raise InvalidRequest("enqueue_mask and enqueue_idx say the same: pass one of them")
-    try:
-        return enqueue_mask_of(positions, len(bound["embeddings"]))
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from None

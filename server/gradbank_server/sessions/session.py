@@ -1,7 +1,6 @@
 """A loss and all that it remembers: its steps run one at a time, each as a whole or not at all."""
 
 import inspect
-import math
 import secrets
 import threading
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from gradbank.errors import (
     GradbankError,
     InvalidRequest,
     LimitExceeded,
-    NonFiniteError,
     SessionConflict,
     SessionNotFound,
 )
@@ -26,8 +24,9 @@ from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
 from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec, Outcome
-from gradbank_server.sessions.learner import Learner, Update, is_out_of_memory
+from gradbank_server.sessions.learner import Learner, Update
 from gradbank_server.sessions.producers import Attachment, Producer
+from gradbank_server.sessions.results import check_number, check_result, gradients_of, refusal_of
 from gradbank_server.sessions.tally import Tally
 from gradbank_server.storage import ProducerRecord, Storage
 
@@ -46,7 +45,6 @@ def here(call: Callable[[], T]) -> T:
     return call()
 
 
-_NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_RANKS = 256  # each keeps a few answers and weight gradients
 
 
@@ -139,7 +137,7 @@ class Session:
                 # at its turn, not before: steps of one session would only take threads from one another
                 answer, optimizer_steps = self._run(lambda: self._carried_out(producer, seq, digest, batch))
             except (GradbankError, ValueError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                refusal = _refusal(error)
+                refusal = refusal_of(error)
                 if refusal is None:
                     raise
                 self.tally.rejected += 1
@@ -265,8 +263,8 @@ class Session:
         weights = self._learner.weights if batch.weights_need_gradient else []
         with torch.set_grad_enabled(bool(wanted or weights)):
             staged = self.loss.stage(embeddings, **arguments)
-        _check_number(staged.loss, self.spec)
-        made = _gradients(staged.loss, [*wanted, *weights])
+        check_number(staged.loss, self.spec)
+        made = gradients_of(staged.loss, [*wanted, *weights])
         gradients = iter(made[: len(wanted)])
         answer = Answer(
             staged.loss.detach().cpu(),
@@ -276,7 +274,7 @@ class Session:
             0,
             self._statistics.read(),
         )
-        _check_result(answer, made[len(wanted) :])
+        check_result(answer, made[len(wanted) :])
         if weights:
             update.keep(seq, made[len(wanted) :])
         staged.commit()
@@ -298,47 +296,3 @@ class Session:
 def banks_of(loss: nn.Module) -> list[Bank]:
     """Those of the queues that a loss is, or has within it."""
     return [module.bank for module in loss.modules() if isinstance(module, CrossBatchMemory)]
-
-
-def _check_number(loss: object, spec: Spec) -> None:
-    """Refuses what could not be told once it is computed."""
-    if not isinstance(loss, Tensor):
-        raise InvalidRequest(
-            f"a hosted loss gives one number, and the reducer of {spec.title()} gives {type(loss).__name__}: give it "
-            "another one, or call the loss here"
-        )
-    if loss.numel() != 1 or loss.dtype not in _NUMBERS:
-        raise InvalidRequest(
-            f"a hosted loss gives one number, of {' or '.join(map(str, _NUMBERS))}, and {spec.title()} gives "
-            f"{loss.dtype} of shape {tuple(loss.shape)}"
-        )
-
-
-def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-    if not wanted:
-        return []
-    if not loss.requires_grad:  # nothing of the batch reached the loss
-        return [torch.zeros_like(tensor) for tensor in wanted]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found)]
-
-
-def _check_result(answer: Answer, weight_gradients: list[Tensor]) -> None:
-    hint = "nothing was changed. The embeddings are finite: look at the loss's temperature, scale or margin"
-    if not math.isfinite(answer.value):
-        raise NonFiniteError(f"the loss is {answer.value}; {hint}")
-    for name, gradient in (("embeddings", answer.embeddings_gradient), ("ref_emb", answer.ref_emb_gradient)):
-        if gradient is not None:
-            check_finite(gradient, f"the gradient of {name}")
-    for gradient in weight_gradients:
-        if not bool(gradient.isfinite().all()):
-            raise NonFiniteError(f"the gradient of the loss's weights is not finite; {hint}")
-
-
-def _refusal(error: Exception) -> GradbankError | None:
-    """The error that a trainer is told; None if it is a fault of ours."""
-    if isinstance(error, GradbankError):
-        return error
-    if is_out_of_memory(error):
-        return LimitExceeded("the step does not fit the device's memory; nothing was changed. Send smaller batches")
-    return InvalidRequest(str(error)) if isinstance(error, ValueError) else None

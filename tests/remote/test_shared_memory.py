@@ -29,6 +29,7 @@ from gradbank.errors import (
 from gradbank.remote.shared import SharedSteps
 from gradbank.v1 import shared_pb2
 from gradbank_server.service import Server
+from gradbank_server.service.conversation import Conversation
 from gradbank_server.settings import ServerSettings
 
 from .conftest import serving, wait_until
@@ -271,3 +272,21 @@ def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path: Path, monkey
     assert set(tmp_path.iterdir()) == {starting, alive, other}
     for each in (about_to, listening, ended):
         each.close()
+
+
+def test_no_thread_outlives_the_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has the sessions last, as Python ends, would let go of their tensors, which aborts the process."""
+    hold = Conversation.hold
+
+    def lingering(self: Conversation) -> None:
+        try:
+            hold(self)
+        finally:
+            time.sleep(0.3)
+
+    monkeypatch.setattr(Conversation, "hold", lingering)
+    before = set(threading.enumerate())
+    with serving() as running, gradbank.connect(running.address, timeout=10, via="shm") as client:
+        client.open(name, losses.NTXentLoss())(torch.randn(8, 3), torch.arange(8) % 2)
+        assert [each for each in set(threading.enumerate()) - before if each.name == "gradbank-shared"]
+    assert not [each for each in set(threading.enumerate()) - before if each.name == "gradbank-shared"]

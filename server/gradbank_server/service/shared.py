@@ -8,6 +8,7 @@ import struct
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,7 @@ log = structlog.get_logger()
 
 _PREFIX = "gradbank-"
 _FRESH_S = 60.0  # for so long a server may be about to listen
+_ENDS_WITHIN_S = 2.0  # a thread whose connection has ended
 _PAUSE_S = 0.1  # before a trainer is accepted again
 _CREDENTIALS = struct.Struct("3i")  # of struct ucred: process, user, group
 
@@ -46,6 +48,7 @@ class SharedMemory:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._folder = ""
         self._open: set[socket.socket] = set()
+        self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
 
     def start(self) -> str:
@@ -59,16 +62,20 @@ class SharedMemory:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise OSError(f"cannot listen for shared memory at {path}: {error}; set TMPDIR to another folder") from None
         self._listener.listen(64)
-        threading.Thread(target=self._accept, name="gradbank-shared", daemon=True).start()
+        self._start(self._accept)
         return path
 
     def stop(self) -> None:
-        """Ends every connection; the gate has seen to it that no step is under way."""
+        """Ends every connection, and its thread; the gate has seen to it that no step is under way."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with self._lock:
             for each in (self._listener, *self._open):
                 with suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
+            threads = list(self._threads)
+        until = time.monotonic() + _ENDS_WITHIN_S
+        for thread in threads:  # the last to have the sessions may not be one that Python ends as it lets go of tensors
+            thread.join(max(until - time.monotonic(), 0.0))
 
     def _accept(self) -> None:
         with self._listener:
@@ -82,10 +89,17 @@ class SharedMemory:
     def _take_in(self) -> None:
         connection, _ = self._listener.accept()
         try:
-            threading.Thread(target=self._serve, args=(connection,), name="gradbank-shared", daemon=True).start()
+            self._start(self._serve, connection)
         except RuntimeError:
             connection.close()
             raise
+
+    def _start(self, call: Callable[..., None], *arguments: socket.socket) -> None:
+        """Makes a call in a thread that `stop` waits for."""
+        thread = threading.Thread(target=call, args=arguments, name="gradbank-shared", daemon=True)
+        thread.start()
+        with self._lock:
+            self._threads = {thread, *(each for each in self._threads if each.is_alive())}
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:

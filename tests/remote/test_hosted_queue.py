@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +73,13 @@ def test_an_answer_that_is_lost_empties_it_once(
     wait_until(lambda: proxy.cuts > 0)
     assert near.stats(name).bank_rows == 8
     assert near.stats(name).replayed == 1
+
+
+def test_a_mask_may_be_an_array(either: gradbank.Client, name: str) -> None:
+    here, there = memory(), either.open(name, memory())
+    mask = np.arange(8) < 5
+    assert torch.equal(there(*batch(0), enqueue_mask=mask), here(*batch(0), enqueue_mask=mask))
+    assert either.stats(name).bank_rows == len(here) == 5
 
 
 def test_a_loss_without_a_queue_says_so(either: gradbank.Client, name: str) -> None:

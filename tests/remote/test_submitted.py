@@ -99,7 +99,7 @@ def test_one_that_is_refused_takes_no_other_along(anyway: gradbank.Client, name:
     assert anyway.stats(name).steps == 6
 
 
-def test_steps_behind_a_refused_one_are_fenced_if_their_stream_ends_before_they_are_sent_again(
+def test_steps_behind_a_refused_one_are_sent_under_a_new_epoch_if_their_stream_ends(
     anyway: gradbank.Client, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there, here = anyway.open(name, memory()), memory()
@@ -118,13 +118,37 @@ def test_steps_behind_a_refused_one_are_fenced_if_their_stream_ends_before_they_
     monkeypatch.setattr(steps, "receive", cut)
     with pytest.raises(NonFiniteError):
         refused.result()
-    for future, _, _ in behind:
-        with pytest.raises(ServerUnavailable):
-            future.result()
-    for future, leaf, seed in submitted(there, 2, 4):
+    for future, leaf, seed in (*behind, *submitted(there, 4)):
         assert_same(future.result(), leaf, here, seed)
     assert there.producer.epoch == epoch + 1
-    assert anyway.stats(name).steps == 4
+    assert anyway.stats(name).steps == 5
+    assert anyway.stats(name).bank_rows == len(here)
+
+
+def test_steps_behind_a_refused_one_enter_once_if_their_stream_ends_as_they_are_sent_again(
+    anyway: gradbank.Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = anyway.open(name, memory()), memory()
+    for future, leaf, seed in submitted(there, 0, 1):
+        assert_same(future.result(), leaf, here, seed)
+    refused = there.submit(torch.full((12, 16), torch.nan), batch(0)[1])
+    behind = submitted(there, 2, 3)
+    steps = there.producer._flight._steps
+    assert steps is not None
+    send, passed = steps.send, iter([True, False])
+
+    def cut(*arguments: Any) -> None:
+        if not next(passed):
+            raise ServerUnavailable("cut")
+        send(*arguments)
+
+    monkeypatch.setattr(steps, "send", cut)
+    with pytest.raises(NonFiniteError):
+        refused.result()
+    for future, leaf, seed in (*behind, *submitted(there, 4)):
+        assert_same(future.result(), leaf, here, seed)
+    assert anyway.stats(name).steps == 5
+    assert anyway.stats(name).bank_rows == len(here)
 
 
 def test_all_are_refused_by_name_where_all_are_wrong(anyway: gradbank.Client, name: str) -> None:

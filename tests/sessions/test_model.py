@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from gradbank import losses
-from gradbank.errors import Fenced, InvalidRequest, NonFiniteError, SessionConflict, SessionNotFound, StepConflict
+from gradbank.errors import Fenced, NonFiniteError, SessionConflict, SessionNotFound, StepConflict
 from gradbank_server.build import build_loss
 from gradbank_server.sessions import Batch, Limits, Sessions
 from gradbank_server.storage import MemoryStorage
@@ -34,7 +34,7 @@ class Model:
 
     def judge(self, rank: int, epoch: int, seq: int, digest: int) -> type[Exception] | str:
         if rank not in self.holder:
-            return InvalidRequest
+            return SessionNotFound
         if epoch != self.holder[rank][1]:
             return Fenced
         done = self.answers.setdefault(rank, [])

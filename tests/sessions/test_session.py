@@ -119,7 +119,7 @@ def test_two_ranks_count_for_themselves_and_share_one_bank(hosted: Hosted, batch
 
 def test_a_rank_must_be_attached_before_it_steps(hosted: Hosted, batch: Make) -> None:
     trainer = hosted(memory())
-    with pytest.raises(InvalidRequest, match="rank 3 is not attached to session 'run'"):
+    with pytest.raises(SessionNotFound, match=r"nobody is attached to rank 3 of session 'run': .* open it again"):
         trainer.session.step(3, 1, 1, 0, batch(1))
 
 

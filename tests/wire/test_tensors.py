@@ -200,3 +200,10 @@ def test_no_mutation_of_a_step_is_more_than_a_bad_request() -> None:
             assert size == len(payload), f"seed {seed}"
             outcomes["read"] += 1
     assert min(outcomes.values()) > 50
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_one_number_may_have_any_stride(dtype: torch.dtype) -> None:
+    column = torch.ones(1, 2, dtype=dtype)[:, 0]
+    message, data = describe(column)
+    assert torch.equal(TensorReader(torch.frombuffer(bytearray(data), dtype=torch.uint8)).take(message), column)

@@ -3,6 +3,7 @@
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ class GrpcTransport:
     def __init__(self, address: str) -> None:
         self.address = address
         self.via = "unix" if address.startswith("unix:") else "tcp"
+        self._streams: weakref.WeakSet[GrpcSteps] = weakref.WeakSet()
         self._connect()
 
     def _connect(self) -> None:
@@ -79,7 +81,9 @@ class GrpcTransport:
         return self._arriving(lambda: self._stats.WatchStats(request), between + timeout)
 
     def steps(self, timeout: float) -> Steps:
-        return self._answer(lambda: GrpcSteps(self._channel, self._renew))
+        made = self._answer(lambda: GrpcSteps(self._channel, self._renew))
+        self._streams.add(made)
+        return made
 
     def close(self) -> None:
         self._channel.close()
@@ -98,6 +102,9 @@ class GrpcTransport:
     def _renew(self) -> None:
         """Goes on over another channel: Ctrl-C inside gRPC can leave a lock of its taken, which all that goes over that
         channel would wait for."""
+        for stream in list(self._streams):
+            stream.leave()
+        self._streams.clear()
         end_beside(self._channel.close)
         self._connect()
 

@@ -3,6 +3,7 @@
 import os
 import secrets
 import time
+import weakref
 from contextlib import suppress
 from numbers import Integral
 from typing import Any
@@ -24,6 +25,7 @@ from gradbank.remote.ladder import Via, transport_to
 from gradbank.remote.loss import RemoteLoss
 from gradbank.remote.producer import Producer
 from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats, StatsWatch
+from gradbank.remote.stream import end_beside
 from gradbank.remote.transport import Transport, left_until
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import LONGEST_S, component_message, describe
@@ -69,6 +71,9 @@ class Client:
         self._transport = transport
         self._process = os.getpid()
         self._closed = False
+        # one that is dropped ends its connection too, which is a place at the server
+        self._dropped = weakref.finalize(self, end_beside, transport.close)
+        self._dropped.atexit = False
         self._open: dict[tuple[str, int], RemoteLoss] = {}  # by session and rank, which one of them holds at a time
 
     @property
@@ -159,7 +164,7 @@ class Client:
     def watch(self, name: str, interval: float = 1.0) -> StatsWatch:
         """The same every `interval` seconds, until the session ends or the iterator is closed."""
         request = stats_pb2.WatchStatsRequest(session=name, interval_s=min(interval, LONGEST_S))
-        return StatsWatch(self._checked().watch(request, self.timeout))
+        return StatsWatch(self._checked().watch(request, self.timeout), self)
 
     def server(self) -> ServerInfo:
         """What the server is and what it allows."""
@@ -190,6 +195,7 @@ class Client:
                 failures.append(error)
             remote.close()
         self._open, self._closed = {}, True
+        self._dropped.detach()
         self._transport.close()
         if failures:
             raise failures[0]

@@ -130,16 +130,29 @@ class Flight:
         """Sends all again, under the numbers after `last`, once the server has refused them."""
         with self._lock:
             steps, behind = self._steps, list(self._tickets)
+            if not behind:
+                self.halted = False
+                return
         if steps is None:  # another thread found it broken, and the server may yet read what was sent over it
             raise ServerUnavailable("the stream of steps ended behind a step that was refused")
         for ticket in behind:
             if not answer_of(steps, ticket.step.seq, left_until(deadline))[0].HasField("error"):
                 raise InternalError(f"the server carried out step {ticket.step.seq}, and refused the one before it")
         with self._lock:
-            for number, ticket in enumerate(self._tickets, last + 1):
-                ticket.step.seq = number
-                steps.send(ticket.step, ticket.parts, left_until(deadline))
-            self.halted = False
+            self.number(last)
+            try:
+                for ticket in self._tickets:
+                    steps.send(ticket.step, ticket.parts, left_until(deadline))
+            except ServerUnavailable:
+                self.drop()  # whoever waits for their answers sends them again
+
+    def number(self, last: int, epoch: int | None = None) -> None:
+        """Gives all the numbers after `last`, and perhaps a new epoch; nothing that was sent can be carried out."""
+        for number, ticket in enumerate(self._tickets, last + 1):
+            ticket.step.seq = number
+            if epoch is not None:
+                ticket.step.epoch = epoch
+        self.halted = False
 
     def clear(self) -> None:
         """Lets go of the steps in flight."""

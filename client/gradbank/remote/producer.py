@@ -208,12 +208,37 @@ class Producer:
                     return
                 self._flight.halt()
                 self._refuse(ticket, error_of(output.error))
-            self._flight.renumber(self.last_seq, deadline)
+            try:
+                self._flight.renumber(self.last_seq, deadline)
+            except ServerUnavailable:
+                self._renumber_anew(deadline)
         except BaseException as error:
             with self._lock:
                 self._give_up(error)
             if not isinstance(error, GradbankError):
                 raise
+
+    def _renumber_anew(self, deadline: float) -> None:
+        """Nobody knows whether the server has read what was sent behind a step that it refused: under a new epoch it
+        carries out none of that, and all is sent again."""
+        held = self._attached_anew(deadline)
+        with self._lock:
+            self._flight.drop()
+            self._adopt(held)
+            self._flight.number(self.last_seq, self.epoch)
+
+    def _attached_anew(self, deadline: float) -> session_pb2.AttachSessionResponse:
+        """A new epoch: nothing that was sent before can be carried out from now on."""
+        self._renewed = self._renewed or secrets.token_bytes(16)  # the same one, should this have to be asked again
+        held = self._retried(lambda: self._attached(self._renewed, self._nonce, left_until(deadline)), deadline)
+        if held.epoch != self.epoch + 1:  # which is what a session that knows the nonce makes of it
+            raise SessionNotFound(f"session {self.session!r} ended, and another has its name now: open it again")
+        return held
+
+    def _adopt(self, held: session_pb2.AttachSessionResponse) -> None:
+        self.max_step_bytes = held.max_step_bytes
+        nonce, known = (self._renewed, b""), (held.epoch, held.last_seq)
+        (self.epoch, self.last_seq), (self._nonce, self._renewed) = known, nonce
 
     def _note(self, ticket: Ticket) -> None:
         """What is to be remembered of a step that was carried out."""
@@ -271,17 +296,13 @@ class Producer:
         """Finds out, for good, which of the steps that were never answered were carried out."""
         if self._flight or not self._doubts:
             return  # another thread has found out, and gone on
-        self._renewed = self._renewed or secrets.token_bytes(16)  # the same one, should this have to be asked again
-        held = self._retried(lambda: self._attached(self._renewed, self._nonce, left_until(deadline)), deadline)
-        if held.epoch != self.epoch + 1:  # which is what a session that knows the nonce makes of it
-            raise SessionNotFound(f"session {self.session!r} ended, and another has its name now: open it again")
+        held = self._attached_anew(deadline)
         with self._lock:
             for ticket in self._doubts:
                 if self.last_seq < ticket.step.seq <= held.last_seq:
                     ticket.drop_news()
-            self.max_step_bytes = held.max_step_bytes
-            nonce, known = (self._renewed, b""), (held.epoch, held.last_seq)
-            (self.epoch, self.last_seq), (self._nonce, self._renewed), self._doubts = known, nonce, Doubts()
+            self._adopt(held)
+            self._doubts = Doubts()
 
     def configure(self, optimizer: session_pb2.Optimizer) -> None:
         """Gives the session's weights an optimizer."""

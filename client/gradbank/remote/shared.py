@@ -98,6 +98,10 @@ class SharedSteps:
         self._connection.close()
         self._sending.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_sending"):  # of a client that nobody closed
+            self.close()
+
     def _send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], deadline: float) -> None:
         start = self._sent % self._slots * (len(self._room) // self._slots)
         for part in payload:

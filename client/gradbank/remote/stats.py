@@ -53,8 +53,8 @@ class SessionStats:
 class StatsWatch:
     """Statistics of a session as they come, until it ends; see `Client.watch`."""
 
-    def __init__(self, watched: Watched) -> None:
-        self._watched = watched
+    def __init__(self, watched: Watched, client: object) -> None:
+        self._watched, self._client = watched, client  # whose connection is to last as long
 
     def __iter__(self) -> "StatsWatch":
         return self

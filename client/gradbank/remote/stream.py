@@ -22,7 +22,7 @@ class GrpcSteps:
     """One stream of steps. Who waits for an answer reads it, and a thread beside ends the wait in time."""
 
     def __init__(self, channel: grpc.Channel, interrupted: Callable[[], None]) -> None:
-        self._interrupted, self._broken = interrupted, False
+        self._interrupted, self._broken, self._left = interrupted, False, False
         self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         steps: Any = channel.stream_stream("/gradbank.v1.StepService/Steps", response_deserializer=response_frame)
         self._call = steps(self._encoded())
@@ -36,19 +36,24 @@ class GrpcSteps:
             yield message
 
     def takes(self, step: step_pb2.StepInput) -> bool:
-        return True
+        return not self._left
 
     def prepare(self, step: step_pb2.StepInput, timeout: float) -> None:
-        """There is nothing to prepare."""
+        self._check()
+
+    def leave(self) -> None:
+        """Goes no further: a call that was interrupted inside gRPC may have left a lock of its channel taken."""
+        self._broken = self._left = True
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
-        if self._watch.ended:  # at the last moment of a step that was answered nonetheless
-            raise ServerUnavailable("the stream of steps was ended")
+        self._check()
         for i, part in enumerate(chunks(payload)):
             self._requests.put(Frame(step if i == 0 else None, part))
 
     def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
         deadline = time.monotonic() + timeout
+        if self._left:
+            self._check()
         with self._watch.until(deadline):
             try:
                 return self._answer()
@@ -62,6 +67,10 @@ class GrpcSteps:
                 self._broken = True
                 self._interrupted()
                 raise
+
+    def _check(self) -> None:
+        if self._left or self._watch.ended:  # at the last moment of a step that was answered nonetheless
+            raise ServerUnavailable("the stream of steps was ended")
 
     def close(self) -> None:
         self._requests.put(None)

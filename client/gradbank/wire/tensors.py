@@ -42,6 +42,8 @@ def describe(tensor: Tensor) -> tuple[v1.Tensor, memoryview]:
             f"{', '.join(str(d).removeprefix('torch.') for d in _PROTO)}"
         )
     flat = tensor.detach().cpu().contiguous().view(-1)
+    if flat.numel() == 1:
+        flat = flat.as_strided((1,), (1,))  # torch calls one number contiguous, whatever its stride
     data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
     return v1.Tensor(dtype=_PROTO[tensor.dtype], shape=tensor.shape), data
 

@@ -128,7 +128,10 @@ class Session:
             try:
                 producer = self._producers.get(rank)
                 if producer is None:
-                    raise InvalidRequest(f"rank {rank} is not attached to session {self.name!r}: attach it first")
+                    raise SessionNotFound(
+                        f"nobody is attached to rank {rank} of session {self.name!r}: the one that it was attached to "
+                        "ended, and another has its name now; open it again"
+                    )
                 stored = producer.recall(epoch, seq, digest)
                 if stored is not None:
                     self.tally.replayed += 1

@@ -1,0 +1,95 @@
+"""What is left behind: locks of an interrupted call, ranks of an ended session, clients that nobody closed."""
+
+import gc
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradbank
+from gradbank import losses
+from gradbank.errors import LimitExceeded, SessionNotFound
+from gradbank_server.service import Server
+
+from .conftest import serving, wait_until
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)), torch.arange(8) % 3
+
+
+@pytest.mark.parametrize("via", ["tcp", "unix"])
+def test_steps_go_on_where_a_call_was_interrupted_with_a_lock_of_grpcs(nearby: Server, name: str, via: Any) -> None:
+    with gradbank.connect(nearby.address, timeout=15, via=via) as client:
+        here, there = losses.NTXentLoss(), client.open(name, losses.NTXentLoss())
+        there(*batch())
+        taken, done = threading.Event(), threading.Event()
+        condition = there.producer._flight._steps._call._state.condition  # type: ignore[union-attr]
+
+        def hold() -> None:
+            with condition:
+                taken.set()
+                done.wait(30)
+
+        threading.Thread(target=hold, daemon=True).start()
+        taken.wait(10)
+        try:
+            client._transport._renew()  # type: ignore[attr-defined]  # as it does after Ctrl-C inside gRPC
+            assert torch.equal(there(*batch(1)), here(*batch(1)))
+            assert client.stats(name).steps == 2
+        finally:
+            done.set()
+
+
+def test_every_rank_can_be_opened_again_once_its_session_ended(anyway: gradbank.Client, name: str) -> None:
+    def opened(rank: int) -> gradbank.RemoteLoss:
+        loss_fn = anyway.open(name, losses.ArcFaceLoss(3, 16), rank=rank)
+        loss_fn.optimizer("SGD", lr=0.1)
+        return loss_fn
+
+    def trained(loss_fn: gradbank.RemoteLoss) -> None:
+        embeddings, labels = batch()
+        loss_fn(embeddings.requires_grad_(), labels).backward()
+        loss_fn._optimizer.step()  # type: ignore[union-attr]
+
+    ranks = [opened(rank) for rank in range(3)]
+    for loss_fn in ranks:
+        trained(loss_fn)
+    held, anyway._open = anyway._open, {}
+    anyway.close_session(name)  # as somebody else would
+    anyway._open = held
+    ranks[0] = opened(0)
+    with pytest.raises(SessionNotFound, match="open it again"):
+        trained(ranks[1])
+    for rank in (1, 2):
+        ranks[rank] = opened(rank)
+        trained(ranks[rank])
+    assert anyway.stats(name).steps == 2
+
+
+@pytest.mark.parametrize("via", ["tcp", "shm"])
+def test_a_client_that_is_dropped_gives_its_place_back(name: str, via: Any) -> None:
+    with serving(max_streams=3) as running:
+        for turn in range(9):
+
+            def stepped(turn: int = turn) -> bool:
+                client = gradbank.connect(running.address, timeout=20, via=via)
+                try:
+                    return bool(client.open(f"{name}-{turn}", losses.NTXentLoss())(*batch()).isfinite())
+                except LimitExceeded:  # the server has yet to notice
+                    gc.collect()
+                    return False
+
+            wait_until(stepped)
+            gc.collect()
+
+
+def test_what_is_watched_outlives_the_name_of_its_client(nearby: Server, name: str) -> None:
+    with gradbank.connect(nearby.address, timeout=20) as client:
+        client.open(name, losses.NTXentLoss())(*batch())
+        watched = gradbank.connect(nearby.address, timeout=20).watch(name, 0.1)
+        gc.collect()
+        assert [next(watched).steps for _ in range(3)] == [1, 1, 1]
+        watched.close()

@@ -94,6 +94,7 @@ class Bank(nn.Module):
 
         Raises:
             ValueError: more rows than slots.
+            NonFiniteError: a number that the bank's dtype does not have.
         """
         if len(rows) > self.capacity:
             raise ValueError(
@@ -102,7 +103,10 @@ class Bank(nn.Module):
         dtype = self.slots.dtype if len(self.slots) else torch.promote_types(rows.dtype, torch.float32)
         with torch.inference_mode(False):  # the bank outlives the mode that its rows came in
             kept = labels.detach().to(rows.device, torch.int64, copy=True)
-            return Entering(rows.detach().to(dtype, copy=True), kept, self.cursor)
+            held = rows.detach().to(dtype, copy=True)
+            if dtype != rows.dtype:
+                check_finite(held, f"embeddings, in the {dtype} that the memory is of")
+            return Entering(held, kept, self.cursor)
 
     def slots_of(self, entering: Entering) -> Tensor:
         """`(N,)`: the slot of each entering row."""
@@ -224,6 +228,9 @@ class Bank(nn.Module):
             raise ValueError("embedding_memory must hold floats and label_memory integers")
         if not 0 <= cursor < self.capacity or labels.shape != rows.shape[:1]:
             raise ValueError(f"queue_idx and label_memory do not fit {self.capacity} slots")
+        if cursor == 0 and not bool(state["has_been_filled"]) and not bool(rows.any()):
+            self.reset()  # of what is empty, the dtype says nothing
+            return
         self.waiting, self._last = None, (0, 0)
         dtype = torch.promote_types(rows.dtype, torch.float32)
         self.slots, self.slot_labels = (x.detach().to(t, copy=True) for x, t in ((rows, dtype), (labels, torch.int64)))

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from pytorch_metric_learning import distances as pml_distances
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning import reducers as pml_reducers
 from torch import Tensor
 
-from gradbank import losses, reducers
+from gradbank import distances, losses, reducers
 from gradbank.errors import NonFiniteError
 
 
@@ -194,3 +195,30 @@ def test_two_views_of_one_sample_are_a_pair_too(name: str) -> None:
         for library in (losses, pml)
     )
     assert there == 0 < here
+
+
+def test_nca_counts_an_anchor_far_from_its_class() -> None:
+    rows, labels = torch.tensor([[0.0, 0.0], [12.0, 0.0], [0.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 0, 1, 1])
+    here, there = (
+        float(library.NCALoss(distance=of.LpDistance(normalize_embeddings=False, power=2))(rows, labels))
+        for library, of in ((losses, distances), (pml, pml_distances))
+    )
+    d = torch.cdist(rows, rows).square().double()
+    shares = [torch.logsumexp(-d[a, d[a] > 0], 0) + d[a, p] for a, p in ((0, 1), (1, 0), (2, 3), (3, 2))]
+    assert here == pytest.approx(float(torch.stack(shares).mean()), rel=1e-5)
+    assert there < 1 < here
+
+
+def test_proxy_anchor_weighs_by_the_class() -> None:
+    rows, labels = unit(0, 20, 200, 220), torch.tensor([2, 2, 3, 3])
+    weights = torch.tensor([0.0, 1.0, 2.0, 4.0])
+    torch.manual_seed(0)
+    here = losses.ProxyAnchorLoss(4, 2, reducer=reducers.ClassWeightedReducer(weights))
+    there = pml.ProxyAnchorLoss(4, 2, reducer=pml_reducers.ClassWeightedReducer(weights))
+    plain = pml.ProxyAnchorLoss(4, 2, reducer=pml_reducers.DoNothingReducer())
+    for loss in (there, plain):
+        loss.proxies.data.copy_(here.proxies.data)
+    costs = [part["losses"].detach() for part in plain(rows, labels).values()]  # of each class
+    wanted = sum(float((cost * weights).mean()) for cost in costs)
+    assert float(here(rows, labels).detach()) == pytest.approx(wanted, rel=1e-4)
+    assert float(there(rows, labels).detach()) != pytest.approx(wanted, rel=1e-2)

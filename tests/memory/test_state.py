@@ -310,3 +310,22 @@ def test_labels_may_be_whole_floats(queue_of: Any, batch: Any, state: Any) -> No
     queue.add_to_memory(embeddings, labels)
     other.add_to_memory(embeddings, labels.float())
     assert state(queue) == state(other)
+
+
+def test_an_empty_queue_that_was_loaded_takes_the_dtype_of_its_first_batch(queue_of: Any, batch: Any) -> None:
+    loaded, emptied = queue_of(10), queue_of(10, steps=1)
+    loaded.load_state_dict(queue_of(10).state_dict())
+    emptied.reset_queue()
+    emptied.load_state_dict(emptied.state_dict())
+    for queue in (loaded, emptied):
+        queue(*batch(4, 0, torch.float64))
+        assert queue.embedding_memory.dtype == torch.float64
+
+
+def test_numbers_that_its_dtype_has_not_are_refused(queue_of: Any, batch: Any, state: Any) -> None:
+    queue = queue_of(10, steps=1)
+    before = state(queue)
+    embeddings, labels = batch(4, 1, torch.float64)
+    with pytest.raises(NonFiniteError, match=r"embeddings, in the torch.float32 that the memory is of: row 0 is not"):
+        queue(embeddings * 1e39, labels)
+    assert state(queue) == before

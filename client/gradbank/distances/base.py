@@ -114,7 +114,7 @@ class Distance(Recorder):
             return None
         if self.p == 2 and embeddings.dtype in _HOLD_SQUARES:  # quicker
             squares = embeddings.square().sum(-1) if squares is None else squares
-            return squares[..., None].clamp(min=1e-24).rsqrt()
+            return squares[..., None].clamp(min=1e-24).sqrt().reciprocal()  # rsqrt's gradient is a third power
         norms = torch.linalg.vector_norm(embeddings, ord=self.p, dim=-1, keepdim=True)
         inverse: Tensor = norms.clamp(min=1e-12).reciprocal()  # a division for each row, not each number
         return inverse
@@ -129,7 +129,12 @@ class Distance(Recorder):
 
     def raised(self, mat: Tensor) -> Tensor:
         """`mat` to the power that the distance has."""
-        return mat if self.power == 1 else mat.square() if self.power == 2 else mat**self.power
+        if self.power in (1, 2):
+            return mat if self.power == 1 else mat.square()
+        if not 0 < self.power < 1:
+            return mat**self.power
+        none = mat == 0  # where the power has no slope
+        return mat.masked_fill(none, 1.0).pow(self.power).masked_fill(none, 0.0)
 
     def pairs(self, queries: Tensor, references: Tensor) -> Tensor:
         """Prepared `(P, D)` queries, each with the reference of its own row: `(P,)`."""

@@ -20,7 +20,7 @@ def distances_of(distance: Distance, queries: Tensor, references: References, li
     row, column = listing.positives()
     met, place = torch.unique(column, return_inverse=True)
     s = queries.new_zeros(len(column))
-    for start in range(0, len(met), width):
+    for start in range(0, len(met), max(width, 1)):
         some = met[start : start + width]
         with torch.no_grad():
             rows = references.prepare(references.take(some).to(queries.dtype), distance)

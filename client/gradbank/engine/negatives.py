@@ -74,7 +74,8 @@ class Masked:
     def logged(self, values: Tensor) -> Tensor:
         if self.mask.dtype == torch.bool:
             return values.masked_fill_(~self.mask, -torch.inf)
-        return values + self.mask.to(values.dtype).log()
+        # not by their sum where there is none, for a value may be infinite
+        return torch.where(self.mask != 0, values + self.mask.to(values.dtype).log(), -torch.inf)
 
     def weighed(self, weight: Tensor) -> Tensor:
         return weight.masked_fill_(~self.mask, 0) if self.mask.dtype == torch.bool else weight * self.mask

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gradbank.checks import as_labels, check_batch
@@ -47,6 +48,17 @@ class Loss(Component):
     embedding_regularizer: Regularizer | None = field(default=None, kw_only=True)
     embedding_reg_weight: float = field(default=1.0, kw_only=True)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, with its hooks; in `torch.inference_mode` as under `no_grad`, whose tensors are as any others."""
+        given = (*args, *kwargs.values())
+        if not torch.is_inference_mode_enabled() and not any(isinstance(x, Tensor) and x.is_inference() for x in given):
+            return super().__call__(*args, **kwargs)
+        copies: dict[int, Any] = {}
+        recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+            args, kwargs = _ordinary(args, copies), {name: _ordinary(each, copies) for name, each in kwargs.items()}
+            return super().__call__(*args, **kwargs)
+
     def take_state(self, state: Mapping[str, Tensor]) -> None:
         """Loads what a `state_dict` has of this loss, and weights in the dtype that they have there."""
         for name, weight in self.named_parameters():
@@ -70,6 +82,13 @@ class Loss(Component):
         if isinstance(loss, Tensor):
             return loss + cost
         return {**loss, f"{name}_reg_loss": {"losses": cost, "indices": None, "reduction_type": "already_reduced"}}
+
+
+def _ordinary(value: Any, copies: dict[int, Any]) -> Any:
+    """The same, with copies of tensors of `torch.inference_mode`: one of each, for it may matter which is which."""
+    if isinstance(value, Tensor) and value.is_inference():
+        return copies.setdefault(id(value), value.clone())
+    return tuple(_ordinary(each, copies) for each in value) if isinstance(value, tuple) else value
 
 
 @foundation

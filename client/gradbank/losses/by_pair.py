@@ -51,7 +51,7 @@ def positives_with_negatives(
     Raises:
         ValueError: more pairs than can be held.
     """
-    known = references.labels
+    known = references.labels if isinstance(pairs, LabelledPairs) else None
     if known is not None and len(known) and bool((known == known[0]).all()):  # one class: nobody has a negative
         none = torch.zeros(0, dtype=torch.int64, device=embeddings.device)
         return none, none

@@ -105,7 +105,8 @@ class Reducer(Recorder):
         if is_nothing(losses):
             return self.zero_loss(embeddings)
         # methods of a user's own take no divisor
-        extra = {"divisor": part["divisor"]} if "divisor" in part and not self.needs_list else {}
+        divides = "divisor" in part and kind != "already_reduced" and not self.needs_list
+        extra = {"divisor": part["divisor"]} if divides else {}
         name = f"{kind}_reduction"
         if kind in _LISTED and not self._is_own(name) and self._is_own("element_reduction"):
             name = "element_reduction"

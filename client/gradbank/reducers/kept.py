@@ -25,10 +25,11 @@ class Ratio(NamedTuple):
         return reduce(torch.add, (part.value() for part in parts))
 
     def value(self) -> Tensor:
-        """What the part is worth: 0 (which backpropagates zeros) where nothing was left to reduce."""
+        """What the part is worth: 0 (which backpropagates zeros) where there is nothing to divide by."""
         if self.denominator is None:
             return self.numerator
-        return self.numerator / torch.where(self.denominator > 0, self.denominator, 1.0)
+        some = self.denominator != 0
+        return torch.where(some, self.numerator / torch.where(some, self.denominator, 1.0), 0.0)
 
     def plus(self, other: "Ratio") -> "Ratio":
         """The ratio of both parts together."""

@@ -3,7 +3,6 @@
 import queue
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -27,7 +26,6 @@ class GrpcTransport:
     def __init__(self, address: str) -> None:
         self.address = address
         self.via = "unix" if address.startswith("unix:") else "tcp"
-        self._streams: weakref.WeakSet[GrpcSteps] = weakref.WeakSet()
         self._connect()
 
     def _connect(self) -> None:
@@ -46,6 +44,7 @@ class GrpcTransport:
                 ("grpc.enable_http_proxy", int(self.address.rpartition(":")[0] not in _HERE)),
             ],
         )
+        self._left = threading.Event()  # set once nothing more is to go over this channel
         self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
         self._stats = stats_pb2_grpc.StatsServiceStub(self._channel)
         self._stubs = (self._sessions, self._stats, catalog_pb2_grpc.CatalogServiceStub(self._channel))
@@ -81,9 +80,7 @@ class GrpcTransport:
         return self._arriving(lambda: self._stats.WatchStats(request), between + timeout)
 
     def steps(self, timeout: float) -> Steps:
-        made = self._answer(lambda: GrpcSteps(self._channel, self._renew))
-        self._streams.add(made)
-        return made
+        return self._answer(lambda: GrpcSteps(self._channel, self._left, self._renew))
 
     def close(self) -> None:
         self._channel.close()
@@ -102,9 +99,7 @@ class GrpcTransport:
     def _renew(self) -> None:
         """Goes on over another channel: Ctrl-C inside gRPC can leave a lock of its taken, which all that goes over that
         channel would wait for."""
-        for stream in list(self._streams):
-            stream.leave()
-        self._streams.clear()
+        self._left.set()
         end_beside(self._channel.close)
         self._connect()
 

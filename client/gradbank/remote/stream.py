@@ -19,10 +19,15 @@ _LONGEST_WAIT_S = 60.0  # a lock cannot be waited for as long as a timeout may b
 
 
 class GrpcSteps:
-    """One stream of steps. Who waits for an answer reads it, and a thread beside ends the wait in time."""
+    """One stream of steps. Who waits for an answer reads it, and a thread beside ends the wait in time.
 
-    def __init__(self, channel: grpc.Channel, interrupted: Callable[[], None]) -> None:
-        self._interrupted, self._broken, self._left = interrupted, False, False
+    Args:
+        left: set once the channel is not to be used: a call that was interrupted there may have left a lock taken.
+        interrupted: called when this one may have.
+    """
+
+    def __init__(self, channel: grpc.Channel, left: threading.Event, interrupted: Callable[[], None]) -> None:
+        self._left, self._interrupted = left, interrupted
         self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         steps: Any = channel.stream_stream("/gradbank.v1.StepService/Steps", response_deserializer=response_frame)
         self._call = steps(self._encoded())
@@ -36,14 +41,10 @@ class GrpcSteps:
             yield message
 
     def takes(self, step: step_pb2.StepInput) -> bool:
-        return not self._left
+        return not self._left.is_set()
 
     def prepare(self, step: step_pb2.StepInput, timeout: float) -> None:
         self._check()
-
-    def leave(self) -> None:
-        """Goes no further: a call that was interrupted inside gRPC may have left a lock of its channel taken."""
-        self._broken = self._left = True
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
         self._check()
@@ -52,7 +53,7 @@ class GrpcSteps:
 
     def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
         deadline = time.monotonic() + timeout
-        if self._left:
+        if self._left.is_set():
             self._check()
         with self._watch.until(deadline):
             try:
@@ -64,18 +65,17 @@ class GrpcSteps:
             except GradbankError:
                 raise
             except BaseException:
-                self._broken = True
                 self._interrupted()
                 raise
 
     def _check(self) -> None:
-        if self._left or self._watch.ended:  # at the last moment of a step that was answered nonetheless
+        if self._left.is_set() or self._watch.ended:  # at the last moment of a step that was answered nonetheless
             raise ServerUnavailable("the stream of steps was ended")
 
     def close(self) -> None:
         self._requests.put(None)
         self._watch.close()
-        if self._broken:
+        if self._left.is_set():
             end_beside(self._call.cancel)
         else:
             self._call.cancel()

@@ -122,6 +122,19 @@ def test_a_step_is_done_once(connected: gradbank.Client, name: str, asks_again: 
         assert torch.equal(after, here(*batch(2 * at + 1))), f"place {at} of {last}"
 
 
+# gRPC's own, of a call that was interrupted as it was made
+@pytest.mark.filterwarnings("ignore:.*_Rendezvous.__del__:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("asked", ["stats", "local"])
+def test_steps_go_on_after_another_call_was_interrupted(connected: gradbank.Client, name: str, asked: str) -> None:
+    there, here, at = connected.open(name, memory()), memory(), 1
+    call: Callable[[], object] = there.local if asked == "local" else lambda: connected.stats(name)
+    assert torch.equal(there(*batch(0)), here(*batch(0)))
+    while interrupted(call, at, _OWN, *_GRPC):
+        assert torch.equal(there(*batch(at)), here(*batch(at))), f"place {at}"
+        at += 3
+    assert at > 10
+
+
 def test_steps_in_flight_are_done_once(connected: gradbank.Client, name: str) -> None:
     there, here, steps, at, answered = connected.open(name, memory()), memory(), 0, 0, False
 

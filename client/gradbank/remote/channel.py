@@ -140,7 +140,8 @@ class Arriving:
             self._call.cancel()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_arrived"):  # or it was interrupted as it was made
+            self.close()
 
 
 def _read(call: Any, arrived: "queue.SimpleQueue[Any]") -> None:

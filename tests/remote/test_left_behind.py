@@ -1,7 +1,9 @@
 """What is left behind: locks of an interrupted call, ranks of an ended session, clients that nobody closed."""
 
 import gc
+import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -84,6 +86,29 @@ def test_a_client_that_is_dropped_gives_its_place_back(name: str, via: Any) -> N
 
             wait_until(stepped)
             gc.collect()
+
+
+@pytest.mark.parametrize("via", ["tcp", "unix", "shm"])
+def test_a_forked_child_that_drops_the_client_leaves_the_parents_connection(
+    nearby: Server, name: str, via: Any
+) -> None:
+    client = gradbank.connect(nearby.address, timeout=20, via=via)
+    held = [client.open(name, losses.NTXentLoss())]
+    wanted = held[0](*batch())
+    steps = held[0].producer._flight._steps
+    child = os.fork()
+    if not child:
+        try:
+            held.clear()
+            del client, steps
+            gc.collect()
+            time.sleep(0.3)  # for a thread beside, if there were one
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(held[0](*batch()), wanted)
+    assert held[0].producer._flight._steps is steps, "the parent had to connect again"
+    client.close()
 
 
 def test_what_is_watched_outlives_the_name_of_its_client(nearby: Server, name: str) -> None:

@@ -72,7 +72,7 @@ class Client:
         self._process = os.getpid()
         self._closed = False
         # one that is dropped ends its connection too, which is a place at the server
-        self._dropped = weakref.finalize(self, end_beside, transport.close)
+        self._dropped = weakref.finalize(self, _end, transport, os.getpid())
         self._dropped.atexit = False
         self._open: dict[tuple[str, int], RemoteLoss] = {}  # by session and rank, which one of them holds at a time
 
@@ -224,6 +224,12 @@ class Client:
         if self._closed:
             raise ServerUnavailable(f"the connection to {self.address} was closed here: connect again")
         return self._transport
+
+
+def _end(transport: Transport, process: int) -> None:
+    """Ends a connection in the process that it belongs to: in a forked child it is still the parent's."""
+    if os.getpid() == process:
+        end_beside(transport.close)
 
 
 def _state_to_send(loss: Loss) -> dict[str, torch.Tensor]:

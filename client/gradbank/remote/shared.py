@@ -36,7 +36,7 @@ class SharedSteps:
     """
 
     def __init__(self, path: str, boot_id: str, timeout: float, full: Callable[[], None] | None = None) -> None:
-        self._full = full
+        self._full, self._process = full, os.getpid()
         self._room, self._answers = memoryview(b""), memoryview(b"")
         self._slots, self._wanted = 1, 1  # how many parts the rooms have, and are to have
         self._sent = self._answered = 0
@@ -99,7 +99,7 @@ class SharedSteps:
         self._sending.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_sending"):  # of a client that nobody closed
+        if hasattr(self, "_sending") and os.getpid() == self._process:  # of a client that nobody closed
             self.close()
 
     def _send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], deadline: float) -> None:

@@ -209,6 +209,7 @@ def test_an_answer_that_is_none_is_an_error_by_name(
             if "no memory" in told:
                 steps.send(step_pb2.StepInput(seq=1, embeddings=message, payload_bytes=len(data)), [data], 5)
             else:
+                steps._room = memoryview(b"x")  # as if it had been shared
                 steps.send(step_pb2.StepInput(seq=1), [], 5)
             answer_of(steps, 1, 5)
 

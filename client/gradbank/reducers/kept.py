@@ -29,7 +29,8 @@ class Ratio(NamedTuple):
         if self.denominator is None:
             return self.numerator
         some = self.denominator != 0
-        return torch.where(some, self.numerator / torch.where(some, self.denominator, 1.0), 0.0)
+        # what is no number stays none
+        return torch.where(some, self.numerator / torch.where(some, self.denominator, 1.0), self.numerator * 0)
 
     def plus(self, other: "Ratio") -> "Ratio":
         """The ratio of both parts together."""

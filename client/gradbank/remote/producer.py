@@ -224,7 +224,7 @@ class Producer:
         held = self._attached_anew(deadline)
         with self._lock:
             self._flight.drop()
-            self._adopt(held)
+            self._adopt(held, self._doubts)
             self._flight.number(self.last_seq, self.epoch)
 
     def _attached_anew(self, deadline: float) -> session_pb2.AttachSessionResponse:
@@ -235,10 +235,11 @@ class Producer:
             raise SessionNotFound(f"session {self.session!r} ended, and another has its name now: open it again")
         return held
 
-    def _adopt(self, held: session_pb2.AttachSessionResponse) -> None:
+    def _adopt(self, held: session_pb2.AttachSessionResponse, doubts: Doubts) -> None:
+        """Goes on from there: all at once, whenever Ctrl-C comes."""
         self.max_step_bytes = held.max_step_bytes
         nonce, known = (self._renewed, b""), (held.epoch, held.last_seq)
-        (self.epoch, self.last_seq), (self._nonce, self._renewed) = known, nonce
+        (self.epoch, self.last_seq), (self._nonce, self._renewed), self._doubts = known, nonce, doubts
 
     def _note(self, ticket: Ticket) -> None:
         """What is to be remembered of a step that was carried out."""
@@ -301,8 +302,7 @@ class Producer:
             for ticket in self._doubts:
                 if self.last_seq < ticket.step.seq <= held.last_seq:
                     ticket.drop_news()
-            self._adopt(held)
-            self._doubts = Doubts()
+            self._adopt(held, Doubts())
 
     def configure(self, optimizer: session_pb2.Optimizer) -> None:
         """Gives the session's weights an optimizer."""

@@ -11,6 +11,7 @@ the same round: shared memory for what goes through shared memory, and TCP for a
 import argparse
 import multiprocessing
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ def _measured(rows: int, dimension: int, places: peer.Places, address: str, seco
                 raise RuntimeError("the floor's echo is not what was sent")
             gradient.zero_()
         channel = open_.enter_context(grpc.insecure_channel(f"127.0.0.1:{places.bare}"))
-        steps[BARE] = _bare(GrpcSteps(channel, lambda: None), embeddings, labels)
+        steps[BARE] = _bare(GrpcSteps(channel, threading.Event(), lambda: None), embeddings, labels)
         for name, via in WAYS.items():
             client = open_.enter_context(gradbank.connect(address, via=via))
             loss_fn = client.open(f"echo-{rows}x{dimension}-{via}", EchoLoss())

@@ -1,9 +1,9 @@
 """What is left behind: locks of an interrupted call, ranks of an ended session, clients that nobody closed."""
 
 import gc
-import os
+import subprocess
+import sys
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -88,27 +88,39 @@ def test_a_client_that_is_dropped_gives_its_place_back(name: str, via: Any) -> N
             gc.collect()
 
 
+FORKS = """
+import gc, os, sys, time
+import torch
+import gradbank
+from gradbank import losses
+
+address, via, name = sys.argv[1:]
+client = gradbank.connect(address, timeout=20, via=via)
+held = [client.open(name, losses.NTXentLoss())]
+rows, labels = torch.randn(8, 16), torch.arange(8) % 3
+wanted = held[0](rows, labels)
+steps = held[0].producer._flight._steps
+child = os.fork()
+if not child:
+    held.clear()
+    del client, steps
+    gc.collect()
+    time.sleep(0.3)  # for a thread beside, if there were one
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert torch.equal(held[0](rows, labels), wanted)
+assert held[0].producer._flight._steps is steps, "the parent had to connect again"
+client.close()
+"""
+
+
 @pytest.mark.parametrize("via", ["tcp", "unix", "shm"])
 def test_a_forked_child_that_drops_the_client_leaves_the_parents_connection(
-    nearby: Server, name: str, via: Any
+    nearby: Server, name: str, via: str
 ) -> None:
-    client = gradbank.connect(nearby.address, timeout=20, via=via)
-    held = [client.open(name, losses.NTXentLoss())]
-    wanted = held[0](*batch())
-    steps = held[0].producer._flight._steps
-    child = os.fork()
-    if not child:
-        try:
-            held.clear()
-            del client, steps
-            gc.collect()
-            time.sleep(0.3)  # for a thread beside, if there were one
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    assert torch.equal(held[0](*batch()), wanted)
-    assert held[0].producer._flight._steps is steps, "the parent had to connect again"
-    client.close()
+    words = [sys.executable, "-c", FORKS, nearby.address, via, name]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_what_is_watched_outlives_the_name_of_its_client(nearby: Server, name: str) -> None:

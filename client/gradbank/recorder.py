@@ -85,6 +85,7 @@ class _Statistic(NamedTuple):
 
 
 def _statistics(recorder: Recorder) -> Iterator[_Statistic]:
+    """Those of its class, which are fields, and those that its constructor named. False is 0 to Python, and is none."""
     for each in dataclasses.fields(recorder):
         if not each.init and each.default in (None, 0) and each.default is not False:
             yield _Statistic(each.name, each.default == 0, "float" not in str(each.type))

@@ -90,6 +90,17 @@ def test_inference_mode_is_as_no_grad_and_its_tensors_as_others(made: Any, size:
     assert torch.equal(among, losses.NTXentLoss()(rows, labels))
 
 
+@pytest.mark.parametrize("size", [40, 600])
+def test_indices_may_be_mined_in_inference_mode(size: int) -> None:
+    rows, labels = batch(size, torch.float32)
+    with torch.inference_mode():
+        mined = miners.MultiSimilarityMiner()(rows, labels)
+    assert mined[0].is_inference()
+    wanted = gradient(losses.ContrastiveLoss(), rows, labels, tuple(each.clone() for each in mined))
+    for found, value in zip(gradient(losses.ContrastiveLoss(), rows, labels, mined), wanted, strict=True):
+        assert torch.equal(found, value)
+
+
 # -- infinities and zeros --------------------------------------------------------------------------------------------
 
 

@@ -98,7 +98,7 @@ class Distance(Recorder):
 
     def get_norm(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
         """The `p`-norms along `dim`; `torch.linalg.vector_norm` gets the rest."""
-        return torch.linalg.vector_norm(embeddings, ord=self.p, dim=dim, **kwargs)  # type: ignore[no-any-return]
+        return torch.linalg.vector_norm(embeddings, ord=self.p, dim=dim, **kwargs)  # type: ignore[no-any-return]  # torch's
 
     def normalized(self, embeddings: Tensor, inverse: Tensor | None) -> Tensor:
         """`prepare`, given what `inverse_norms` made of the embeddings."""

@@ -62,7 +62,7 @@ class LpDistance(Distance):
         return made if self.power == 2 else made.sqrt_()
 
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(query_emb - ref_emb, ord=self.p, dim=1)  # type: ignore[no-any-return]
+        return torch.linalg.vector_norm(query_emb - ref_emb, ord=self.p, dim=1)  # type: ignore[no-any-return]  # torch's
 
 
 _DIRECT_AT_MOST = 25  # rows whose distances are sums of squared differences, exact; as torch.cdist has it

@@ -50,8 +50,7 @@ class Loss(Component):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with its hooks; in `torch.inference_mode` as under `no_grad`, whose tensors are as any others."""
-        given = (*args, *kwargs.values())
-        if not torch.is_inference_mode_enabled() and not any(isinstance(x, Tensor) and x.is_inference() for x in given):
+        if not torch.is_inference_mode_enabled() and not any(map(_is_of_inference, (*args, *kwargs.values()))):
             return super().__call__(*args, **kwargs)
         copies: dict[int, Any] = {}
         recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -82,6 +81,13 @@ class Loss(Component):
         if isinstance(loss, Tensor):
             return loss + cost
         return {**loss, f"{name}_reg_loss": {"losses": cost, "indices": None, "reduction_type": "already_reduced"}}
+
+
+def _is_of_inference(value: Any) -> bool:
+    """Whether it is, or has in a tuple of indices, a tensor of `torch.inference_mode`."""
+    if isinstance(value, Tensor):
+        return value.is_inference()
+    return isinstance(value, tuple) and any(map(_is_of_inference, value))
 
 
 def _ordinary(value: Any, copies: dict[int, Any]) -> Any:

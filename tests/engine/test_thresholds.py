@@ -1,11 +1,14 @@
 """Where values fall among thresholds: as a plain search says, whatever lies crowded, far away or nowhere."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gradbank.engine.thresholds
 from gradbank.engine import Buckets, first_not_above
 
 LIMIT = torch.finfo(torch.float32).max
@@ -38,7 +41,8 @@ def test_each_value_is_put_where_a_plain_search_puts_it(data: st.DataObject) -> 
     values = 1 + spread * torch.randn(anchors, data.draw(st.integers(0, 33)), dtype=dtype, generator=generator)
     if number and values.numel():  # and values that are thresholds
         values.view(-1)[: min(number, values.numel())] = thresholds[: min(number, values.numel())]
-    buckets = Buckets(anchors, anchor, thresholds, cells)
+    with patch.object(gradbank.engine.thresholds, "_CELLS", cells):
+        buckets = Buckets(anchors, anchor, thresholds)
     assert torch.equal(found(buckets, values), searched(anchors, anchor, thresholds, values))
 
 

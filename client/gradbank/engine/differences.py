@@ -72,7 +72,7 @@ class _RunningDifferences(Running):
         self.edges, self.positives = edges, positives
         self.times = positives.times.double()
         thresholds = self._thresholds(positives.s).view(-1)
-        self.buckets = Buckets(anchors, positives.anchor.repeat(edges.number), thresholds, cells=16)
+        self.buckets = Buckets(anchors, positives.anchor.repeat(edges.number), thresholds)
         self.kept_buckets: deque[Tensor] = deque()  # of the tiles that are kept for a second sweep, in their order
         self.mine = positives.s.new_zeros(anchors, dtype=torch.float64).index_add(0, positives.anchor, self.times)
         self.counts = torch.zeros_like(self.buckets.table, dtype=torch.float64)

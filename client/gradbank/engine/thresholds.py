@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_CELLS = 128  # of a grid for each threshold: these crowd where the values do
-_GRID = 2**22  # cells of all anchors' grids together, at most
+_CELLS = 32  # of a grid for each threshold: these crowd where the values do
+_GRID = 2**21  # cells of all anchors' grids together, at most
 _GROUP = 4  # values that are looked at together for one that a grid does not place
 
 
@@ -16,19 +16,19 @@ class Buckets:
     Buckets are numbered through all anchors, `size` for each: the one below anchor i's first threshold is `i * size`.
 
     Bisection is slow, so a grid over each anchor's thresholds says how many lie in lower cells than the value's. Most
-    values have a cell without any threshold, and that is their bucket; the others are bisected among those of their
-    own cell. What the grid rounds it rounds alike for values and thresholds, so the answer is exact.
+    cells have one threshold at most, which the value is compared with; in the others it is bisected first. What the
+    grid rounds it rounds alike for values and thresholds, so the answer is exact. A finer grid would have fewer of
+    those others, and no room in the processor's cache.
 
     Args:
         anchor: `(Q,)` whose threshold each one is.
         thresholds: `(Q,)`, finite.
-        cells: of the grid for each threshold; few of them do where thresholds are spread evenly.
 
     Attributes:
         last: `(b, 1)` int32, each anchor's last bucket, which no value falls in: for what is not to be counted.
     """
 
-    def __init__(self, anchors: int, anchor: Tensor, thresholds: Tensor, cells: int = _CELLS) -> None:
+    def __init__(self, anchors: int, anchor: Tensor, thresholds: Tensor) -> None:
         by_anchor = anchor.argsort(stable=True)
         number = torch.bincount(anchor, minlength=anchors)
         start = number.cumsum(0) - number
@@ -39,7 +39,7 @@ class Buckets:
         places = torch.arange(most, device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(1, order, places)
         self.anchor, self.rank = anchor, rank[anchor, column]
-        self._make_grid(table, max(16, min(cells * most, _GRID // max(anchors, 1))))
+        self._make_grid(table, max(16, min(_CELLS * most, _GRID // max(anchors, 1))))
 
     def _make_grid(self, table: Tensor, cells: int) -> None:
         anchors, most = table.shape
@@ -56,14 +56,15 @@ class Buckets:
         inside = torch.zeros(anchors * (cells + 2), dtype=torch.int32, device=table.device)
         inside.index_add_(0, taken, torch.ones_like(taken))
         crowded = int(inside.max()) if inside.numel() else 0
-        self.steps = [2**i for i in reversed(range(crowded.bit_length()))]
-        # filled up with +inf, which no value is at or above, as far as a bisection may look, and by one bucket more
-        self.size = most + 2 ** len(self.steps) + 1
-        self.table = torch.nn.functional.pad(table, (0, self.size - most), value=torch.inf)
+        self.steps = [2**i for i in reversed(range(1, crowded.bit_length()))]  # before the last one, which is of 1
+        # filled up with NaN, which no value is at or above, as far as a bisection may look, and by one bucket more
+        self.size = most + 2 ** (len(self.steps) + 1) + 1
+        self.table = table.new_full((anchors, self.size), torch.nan)
+        self.table[:, :most] = torch.where(table.isfinite(), table, torch.nan)
         below = inside.view(anchors, cells + 2).cumsum(1, dtype=torch.int32).sub_(inside.view(anchors, cells + 2))
-        # the bucket of each cell's values, or -1 less that of its lowest where a threshold lies inside
-        self.bucket = below.add_(row.int() * self.size).view(-1)
-        self.bucket[taken] = -1 - self.bucket[taken]
+        # the bucket of each cell's lowest values, or -1 less that where more than one threshold lies inside
+        lowest = below.add_(row.int() * self.size).view(-1)
+        self.bucket = torch.where(inside > 1, -1 - lowest, lowest)
         self.last = (row * self.size + self.size - 1).int()
 
     def _cell(self, values: Tensor) -> Tensor:
@@ -73,14 +74,15 @@ class Buckets:
     def find(self, values: Tensor) -> Tensor:
         """`(b, w)` int32: the bucket of each value."""
         bucket = self.bucket.index_select(0, self._cell(values).view(-1))  # plain indexing is several times slower
-        place = _groups_below_zero(bucket)
-        found, among = bucket.index_select(0, place), values.reshape(-1).index_select(0, place)
-        among.clamp_(max=torch.finfo(among.dtype).max)  # what the table is filled up with is infinite
-        found ^= found >> 31  # -1 - x where it is negative
-        table = self.table.view(-1)
-        for step in self.steps:
-            found.add_(table[step - 1 :].index_select(0, found) <= among, alpha=step)
-        return bucket.index_copy_(0, place, found).view(values.shape)
+        flat, table = values.reshape(-1), self.table.view(-1)
+        if self.steps:
+            place = _groups_below_zero(bucket)
+            found, among = bucket.index_select(0, place), flat.index_select(0, place)
+            found ^= found >> 31  # -1 - x where it is negative
+            for step in self.steps:
+                found.add_(table[step - 1 :].index_select(0, found) <= among, alpha=step)
+            bucket.index_copy_(0, place, found)
+        return bucket.add_(table.index_select(0, bucket) <= flat).view(values.shape)
 
     def lookup(self, bucket: Tensor, weights: Tensor) -> Tensor:
         """`(b, w)`: for each value the number that its bucket has among `(b, size)`."""

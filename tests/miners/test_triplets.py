@@ -114,3 +114,36 @@ def test_few_triplets_are_found_without_making_all(name: str, monkeypatch: pytes
         found = miner(embeddings, labels)
     assert 0 < len(found[0]) < 10_000
     assert seen.numbers <= 128 * 128
+
+
+def plainly(miner: miners.TripletMarginMiner, embeddings: Tensor, labels: Tensor) -> set[tuple[int, int, int]]:
+    """The triplets, by three loops."""
+    d, found = miner.distance(embeddings), set()
+    sign = -1 if miner.distance.is_inverted else 1
+    for a in range(len(labels)):
+        for p in range(len(labels)):
+            for n in range(len(labels)):
+                if p != a and labels[p] == labels[a] != labels[n]:
+                    inside = counts(miner, sign * d[a, p].view(1), sign * d[a, n].view(1))
+                    found |= {(a, p, n)} if bool(inside) else set()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("margin", [0.2, torch.inf, -torch.inf])
+@pytest.mark.parametrize("what", ["zeros", "NaN", "infinity"])
+def test_distances_that_are_no_numbers_are_compared_as_any(kind: Kind, margin: float, what: str) -> None:
+    """They have no place among sorted ones, and what was counted there lay outside of the list."""
+    torch.manual_seed(0)
+    embeddings, labels = torch.randn(14, 4), torch.arange(14) % 4
+    distance: distances.Distance = distances.LpDistance(normalize_embeddings=False)
+    if what == "zeros":  # whose noise has no signal
+        embeddings[11:], distance = 0, distances.SNRDistance()
+    elif what == "NaN":
+        embeddings[3, 1] = torch.nan
+    else:
+        embeddings[3, 1], embeddings[7, 0] = torch.inf, -torch.inf
+    miner = miners.TripletMarginMiner(margin, kind, distance=distance)
+    a, p, n = miner(embeddings, labels)
+    assert set(zip(a.tolist(), p.tolist(), n.tolist())) == plainly(miner, embeddings, labels)
+    assert not bool((labels[a] == labels[n]).any())

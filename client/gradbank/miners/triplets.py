@@ -1,5 +1,6 @@
 """Miners of triplets."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from functools import partial
@@ -25,7 +26,7 @@ from gradbank.engine import (
 )
 from gradbank.miners.base import Miner
 from gradbank.miners.listing import TripletList
-from gradbank.miners.rows import matrix
+from gradbank.miners.rows import ENTRIES, matrix
 from gradbank.miners.totals import totals
 from gradbank.reducers import Tally
 
@@ -86,15 +87,39 @@ class TripletMarginMiner(Miner):
         for rows, d, positives, negatives in matrix(self.distance, embeddings, labels, ref_emb, ref_labels):
             u = -d if self.distance.is_inverted else d
             row, p = positives.nonzero(as_tuple=True)
-            near, far = u[row, p], u.masked_fill(~negatives, torch.inf)
-            ordered, column = far.sort(1)
-            start, stop = _below(ordered, row, self.interval(near)).unbind(1)
-            counts = stop - start
-            found.add(row + rows.start, p, counts, partial(_runs, column.int(), row, start, counts))
+            if math.isfinite(u.sum()):
+                ordered, column = u.masked_fill(~negatives, torch.inf).sort(1)
+                start, stop = _below(ordered, row, self.interval(u[row, p])).unbind(1)
+                counts = stop - start
+                negatives_of = partial(_runs, column.int(), row, start, counts)
+            else:  # NaN has no place in an order, and what is infinite none of its own
+                counts, listed = self._compared(u, row, p, negatives)
+                negatives_of = partial(torch.cat, listed)
+            found.add(row + rows.start, p, counts, negatives_of)
         if self.collect_stats:
             own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
             self._average(embeddings, References((ref_emb,), ref_labels), LabelledPairs(labels, ref_labels, own))
         return found.triplets()
+
+    def _compared(self, u: Tensor, row: Tensor, p: Tensor, negatives: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """How many negatives each positive has, and which they are, by a look at all of them."""
+        step = max(1, ENTRIES // max(u.shape[1], 1))
+        counts, listed = [row.new_zeros(0)], [row.new_zeros(0)]
+        for first in range(0, len(row), step):
+            anchor = row[first : first + step]
+            taken = self._takes(u[anchor] - u[anchor, p[first : first + step], None]) & negatives[anchor]
+            counts.append(taken.sum(1))
+            listed.append(taken.nonzero()[:, 1])
+        return torch.cat(counts), listed
+
+    def _takes(self, margin: Tensor) -> Tensor:
+        within = margin <= self.margin
+        return {
+            "all": within,
+            "hard": within & (margin <= 0),
+            "semihard": within & (margin > 0),
+            "easy": margin > self.margin,
+        }[self.type_of_triplets]
 
     def watch(self, embeddings: Tensor, references: References, taken: Pairs) -> None:
         self.reset_stats()
@@ -118,6 +143,8 @@ class TripletMarginMiner(Miner):
         """The smallest `v` for which the rounded `v - u` exceeds the margin."""
         if margin == 0:
             return torch.nextafter(u, torch.full_like(u, torch.inf))
+        if math.isinf(margin):  # nothing does, or everything
+            return torch.full_like(u, margin)
         slack = 8 * torch.finfo(u.dtype).eps * (u.abs() + abs(margin))
         return first_not_above(lambda v: u - v, u + margin, slack, -margin, strict=False)
 

@@ -181,6 +181,11 @@ def _rebuilt(value: Any) -> Any:
 def _sent(value: Any) -> Any:
     if isinstance(value, Component):
         return value.spec()
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            "an argument that is learned cannot be sent: a server has it as a number, and no gradient of it. Give the "
+            "number, as in temperature.item(), or learn it with a loss in this process"
+        )
     if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
         return value.item()  # a number, whoever made it
     if isinstance(value, np.ndarray):

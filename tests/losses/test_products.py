@@ -25,7 +25,7 @@ def test_unit_product(turned: bool, columns: bool) -> None:
     queries, weights = random(5, 3).requires_grad_(), random(*((3, 7) if columns else (7, 3)), seed=1).requires_grad_()
     vectors = weights.T if columns else weights
     wanted = 2.5 * queries @ F.normalize(vectors, dim=1).T
-    found = UnitProduct.apply(queries, vectors, 2.5, turned, Products())
+    found = UnitProduct.apply(queries, vectors, turned, 2.5, Products())
     found = found.T if turned else found
     upstream = random(5, 7, seed=2)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
@@ -50,7 +50,7 @@ def test_a_product_is_kept_until_it_is_seen_again() -> None:
     first, second, third = vectors[:8], vectors[8:10], vectors[10:]  # 40 numbers, 10, 50
 
     def product(of: Tensor) -> Tensor:
-        made: Tensor = UnitProduct.apply(queries, of, 1.0, False, products)
+        made: Tensor = UnitProduct.apply(queries, of, False, 1.0, products)
         return made
 
     seen = [product(each) for each in (first, second, third)]
@@ -64,7 +64,7 @@ def test_a_product_is_kept_until_it_is_seen_again() -> None:
 
 def test_a_product_that_is_differentiated_is_not_kept() -> None:
     products = Products()
-    UnitProduct.apply(random(5, 3).requires_grad_(), random(4, 3), 1.0, False, products)
+    UnitProduct.apply(random(5, 3).requires_grad_(), random(4, 3), False, 1.0, products)
     LargestProduct.apply(random(5, 3), random(4, 3, 2).requires_grad_(), 1.0, products)
     assert not products.kept
 

@@ -33,9 +33,18 @@ class Ramp:
         base = torch.add(self.offset(s, *row), s, alpha=self.slope).relu()
         return base if self.power == 1 else base.square()
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether it is a function of what is to have a gradient, too."""
+        given = (self.slope, self.intercept, self.row_slope)
+        return any(isinstance(each, Tensor) and each.requires_grad for each in given)
+
     def offset(self, like: Tensor, *row: Tensor) -> Tensor:
         """What is the same for all numbers of a row."""
-        return row[0] * self.row_slope + self.intercept if row else like.new_full((), self.intercept)
+        if row:
+            return row[0] * self.row_slope + self.intercept
+        given = self.intercept
+        return given.to(like) if isinstance(given, Tensor) else like.new_full((), given)
 
 
 class Sloped:

@@ -83,9 +83,12 @@ class _RunningRanks(Running):
         return [(s, weight)]
 
 
-def ranks_among(positives: Positives, anchors: int, temperature: float) -> Tensor:
+def ranks_among(positives: Positives, anchors: int, temperature: float | Tensor) -> Tensor:
     """The soft rank of each positive among its anchor's other positives: `(P,)`, differentiable once."""
-    made: Tensor = _RanksAmong.apply(positives.s, positives.anchor, anchors, temperature)  # type: ignore[no-untyped-call]
+    s = positives.s
+    if isinstance(temperature, Tensor):  # which may be learned
+        s, temperature = s / temperature, 1.0
+    made: Tensor = _RanksAmong.apply(s, positives.anchor, anchors, temperature)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -78,12 +78,12 @@ class Each(Sum):
         self.weigh, self.bounds = reducer.weigh, reducer.bounds
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
-        if isinstance(self.f, Ramp) and self.bounds in _ALL_OR_ACTIVE:
+        if isinstance(self.f, Ramp) and not self.f.is_learned and self.bounds in _ALL_OR_ACTIVE:
             return RunningRamp(self.f, self.row, self.bounds == (None, None), anchors, like)
         return super().begin(anchors, like, positives)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
-        if isinstance(self.f, Ramp) and self.bounds in _ALL_OR_ACTIVE:
+        if isinstance(self.f, Ramp) and not self.f.is_learned and self.bounds in _ALL_OR_ACTIVE:
             every = self.bounds == (None, None)
             return Gathered(*_OfRamp.apply(s, self.row, self.f, negatives, every))  # type: ignore[no-untyped-call]  # torch's
         return super().dense(s, negatives, positives)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from gradbank.engine import (
 )
 from gradbank.losses.by_pair import positives_with_negatives
 from gradbank.losses.pair import PairLoss, softplus
+from gradbank.losses.softmax import radians
 from gradbank.reducers import DoNothingReducer, MeanReducer, Reducer
 
 
@@ -109,7 +110,8 @@ class _Angular:
         self.reducer: Reducer = DoNothingReducer() if loss.reducer.needs_list else loss.reducer
         self.distance: Distance = DotProductSimilarity(normalize_embeddings=False)
         self.between, self.a, self.p, self.labels = between, a, p, labels
-        self.squared = math.tan(math.radians(loss.alpha)) ** 2
+        squared = radians(loss.alpha).tan().square()
+        self.squared: Any = squared if squared.requires_grad else float(squared)
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         return {"seen": LogSumExp(Linear(4 * self.squared))}

@@ -17,8 +17,10 @@ from gradbank.engine import (
     at_once,
     every_pair,
     full_precision,
+    using,
     widened,
 )
+from gradbank.learned import learned_arguments, learned_tensors
 from gradbank.mismatch import Mismatch
 from gradbank.recorder import Recorder
 from gradbank.reducers import LossDict, MeanReducer, Reducer
@@ -51,6 +53,9 @@ class Loss(Component):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with its hooks; in `torch.inference_mode` as under `no_grad`, whose tensors are as any others."""
         if not torch.is_inference_mode_enabled() and not any(map(_is_of_inference, (*args, *kwargs.values()))):
+            if torch.is_grad_enabled() and learned_arguments(self):
+                with using("dense"):  # tiles take arguments for numbers
+                    return super().__call__(*args, **kwargs)
             return super().__call__(*args, **kwargs)
         copies: dict[int, Any] = {}
         recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -185,8 +190,12 @@ class BaseMetricLossFunction(Loss, Recorder):
             parts = self.compute_loss(rows, here, indices_tuple, ref_rows, theirs)
             return self.regularized(self.reducer(parts, rows, here), rows)
 
+        references = References((others,))
         with full_precision(rows.device):
-            return self.at_once(call, rows, References((others,)))  # type: ignore[no-any-return]
+            if type(self).__module__.startswith("gradbank."):
+                return self.at_once(call, rows, references)  # type: ignore[no-any-return]
+            # what a loss of one's own is made of may be anybody's, and get a gradient
+            return call(rows, references)  # type: ignore[no-any-return]
 
     def at_once(self, call: Callable[[Tensor, References], Any], embeddings: Tensor, references: References) -> Any:
         """What `call(embeddings, references)` gives, with its gradients computed now, unless it is no number."""
@@ -196,7 +205,7 @@ class BaseMetricLossFunction(Loss, Recorder):
         def whole(inputs: tuple[Tensor, ...]) -> Any:
             return call(inputs[0], replace(references, pieces=inputs[1:]))
 
-        return at_once(whole, (embeddings, *references.pieces), self.learned())
+        return at_once(whole, (embeddings, *references.pieces), learned_tensors(self))
 
     def learned(self) -> list[nn.Parameter]:
         """The parameters that get a gradient of the loss."""

@@ -24,6 +24,7 @@ from gradbank.engine import (
     named_weight,
     widened,
 )
+from gradbank.learned import learned_tensors
 from gradbank.losses.pair import PairLoss, softplus
 from gradbank.regularizers import Regularizer
 
@@ -126,8 +127,7 @@ class ClassificationLoss(PairLoss):
             if self.reducer.needs_list:
                 value = whole((embeddings,))
             else:
-                learned = [each for each in self.parameters() if each.requires_grad]
-                value = at_once(whole, (embeddings,), learned, owned=True)
+                value = at_once(whole, (embeddings,), learned_tensors(self), owned=True)
             self.record(embeddings, labels)
         return value  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ from gradbank.engine import Anchors
 from gradbank.losses.angles import AngleLoss
 from gradbank.losses.classes import ClassificationLoss
 from gradbank.losses.logits import Logits
-from gradbank.losses.softmax import angle
+from gradbank.losses.softmax import angle, radians
 
 
 @component
@@ -123,7 +123,7 @@ class ArcFaceLoss(AngleLoss):
         return Logits(self.distance, self.scale)
 
     def with_margin(self, z: Tensor, anchors: Anchors) -> Tensor:
-        margin, cosine = math.radians(self.margin), z / self.scale
+        margin, cosine = radians(self.margin), z / self.scale
         t = angle(cosine)
-        beyond = cosine - margin * math.sin(margin)
+        beyond = cosine - margin * margin.sin()
         return self.scale * torch.where(t <= math.pi - margin, (t + margin).cos(), beyond)

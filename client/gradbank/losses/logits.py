@@ -1,7 +1,9 @@
 """Logits: what a softmax over classes takes, of embeddings and the weights of the classes."""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +29,7 @@ class Logits(Distance):
     def __init__(
         self,
         distance: Distance,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         unit: bool = False,
         merge: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -43,7 +45,7 @@ class Logits(Distance):
         if self.merge is None:
             return self._matrix(queries, references)
         if self.merge is largest and self._is_cosine():
-            return LargestProduct.apply(queries, references, self.scale, self.products)  # type: ignore[no-any-return, no-untyped-call]
+            return self._scaled(LargestProduct, queries, references)
         z = self._matrix(queries, references.movedim(0, 1).flatten(1).T)
         return self.merge(z.view(len(queries), len(references), references.shape[2]))
 
@@ -70,7 +72,12 @@ class Logits(Distance):
         return self.of_each.matrix(queries, self._vectors(vectors)) * self.scale
 
     def _product(self, queries: Tensor, vectors: Tensor, turned: bool) -> Tensor:
-        return UnitProduct.apply(queries, vectors, self.scale, turned, self.products)  # type: ignore[no-any-return, no-untyped-call]
+        return self._scaled(UnitProduct, queries, vectors, turned)
+
+    def _scaled(self, product: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+        if isinstance(self.scale, Tensor):  # which may be learned, and to a product is a number
+            return self.scale * product.apply(*arguments, 1.0, self.products)  # type: ignore[no-any-return, no-untyped-call]
+        return product.apply(*arguments, self.scale, self.products)  # type: ignore[no-any-return, no-untyped-call]
 
     def _is_cosine(self) -> bool:
         each = self.of_each

@@ -68,7 +68,7 @@ class UnitProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, vectors: Tensor, scale: float, turned: bool, products: Products) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, vectors: Tensor, turned: bool, scale: float, products: Products) -> Tensor:
         known = products.take(queries, vectors)
         if known is None:
             inverse = _inverse_norms(vectors)

@@ -1,6 +1,5 @@
 """Losses that classify each positive against the anchor's other references."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import field
 from typing import ClassVar
@@ -173,7 +172,7 @@ class TupletMarginLoss(PairLoss):
         return {"near": LogSumExp(Linear(self.scale))}
 
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
-        nearer = (angle(anchors.s) - math.radians(self.margin)).cos() * self.scale
+        nearer = (angle(anchors.s) - radians(self.margin)).cos() * self.scale
         return {"loss": anchors.per_positive(softplus(anchors.each(anchors.found["near"].value) - nearer))}
 
 
@@ -196,6 +195,11 @@ class _Angles:
             "avg_pos_angle": anchors.per_positive(degrees(anchors.s)),
             "avg_neg_angle": anchors.per_negative("avg_neg_angle"),
         }
+
+
+def radians(degrees: float | Tensor) -> Tensor:
+    """Of an argument, which may be learned."""
+    return torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float64))
 
 
 def degrees(cosine: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class MarginLoss(TripletLoss):
 
     margin: float = 0.2
     nu: float = 0.0
-    beta: Any = 1.2
+    beta: Any = field(default=1.2, metadata={"weight": True})
     triplets_per_anchor: int | Literal["all"] = "all"
     learn_beta: bool = False
     num_classes: int | None = None

@@ -1,5 +1,6 @@
 """Several losses of one batch."""
 
+from dataclasses import field
 from typing import Any, cast
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from gradbank.component import Component, component
 from gradbank.engine import Indices, at_once, full_precision, widened
+from gradbank.learned import learned_tensors
 from gradbank.losses.base import Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.mismatch import Mismatch
@@ -23,7 +25,8 @@ class MultipleLosses(Loss):
         losses: a list, or a dictionary by name.
         miners: likewise; each chooses the pairs of the loss in the same place. In a list None is no miner, in a
             dictionary a name may be left out.
-        weights: likewise; one for each loss. None is 1 for all.
+        weights: likewise; one for each loss, which may be learned (a tensor that requires a gradient, or several). None
+            is 1 for all.
 
     Raises:
         ValueError: no losses, or miners or weights that do not belong to them.
@@ -32,7 +35,7 @@ class MultipleLosses(Loss):
 
     losses: list[nn.Module] | dict[str, nn.Module]
     miners: list[nn.Module | None] | dict[str, nn.Module] | None = None
-    weights: list[float] | dict[str, float] | None = None
+    weights: list[float] | dict[str, float] | None = field(default=None, metadata={"weight": True})
 
     def __post_init__(self) -> None:
         if isinstance(self.losses, Loss):
@@ -47,7 +50,9 @@ class MultipleLosses(Loss):
             _check_kind("miners", self.miners, Miner)
         if self.weights is None:
             self.weights = dict.fromkeys(self._keys(), 1.0) if self.is_dict else [1.0] * len(self.losses)
-        elif isinstance(self.weights, Tensor | np.ndarray):
+        elif isinstance(self.weights, np.ndarray) or (
+            isinstance(self.weights, Tensor) and not _is_learned(self.weights)
+        ):
             self.weights = self.weights.tolist()
         self._check("weights", self.weights)
 
@@ -88,7 +93,7 @@ class MultipleLosses(Loss):
                 value: Tensor = self.regularized(total, rows)
             return value
 
-        learned = [each for each in self.parameters() if each.requires_grad]
+        learned = learned_tensors(self) + _learned_of(self.weights)
         # the gradients of half precision are added up, and multiplied by what backward brings, before they are rounded
         rows = widened(embeddings) if embeddings.is_floating_point() else embeddings
         loss = at_once(whole, (rows,), learned)
@@ -127,6 +132,16 @@ def _check_kind(what: str, given: Any, kind: type[Component]) -> None:
     for each in given.values() if isinstance(given, dict | nn.ModuleDict) else given:
         if isinstance(each, Component) and not isinstance(each, kind):
             raise TypeError(f"MultipleLosses: {what} must each be a {kind.__name__}, got {type(each).__name__}")
+
+
+def _is_learned(weight: object) -> bool:
+    return isinstance(weight, Tensor) and weight.requires_grad
+
+
+def _learned_of(weights: Any) -> list[Tensor]:
+    """The weights that are learned one by one; those in one tensor are learned as a whole."""
+    one_by_one = weights.values() if isinstance(weights, dict) else weights if isinstance(weights, list | tuple) else ()
+    return [each for each in one_by_one if _is_learned(each)]
 
 
 def _staged(loss: nn.Module, embeddings: Tensor, labels: Tensor | None, indices: Indices | None) -> Staged:

@@ -1,0 +1,150 @@
+"""Arguments that are learned, as a temperature is in CLIP: their gradient is what differences say."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradbank
+from gradbank import distances, losses, regularizers
+from gradbank.errors import InvalidComponent
+from gradbank.losses.base import BaseMetricLossFunction
+
+_CLASSES = {"num_classes": 5, "embedding_size": 8}
+_AT = {
+    "scale": 3.0,
+    "softmax_scale": 3.0,
+    "gamma": 2.0,
+    "la": 3.0,
+    "beta": 2.0,
+    "alpha": 3.0,
+    "temperature": 0.3,
+}  # where nothing saturates
+_NOT_SMOOTH = {"HistogramLoss", "FastAPLoss", "DynamicSoftMarginLoss", "ManifoldLoss", "VICRegLoss"}  # or not of labels
+_NEEDED = {"RankedListLoss": {"margin": 0.4, "Tn": 3.0}}
+_WITHOUT = {
+    ("MarginLoss", "beta"),
+    ("SphereFaceLoss", "margin"),
+    ("LargeMarginSoftmaxLoss", "margin"),
+}  # weights, counts
+
+
+def _cases() -> list[tuple[str, str, float]]:
+    cases = []
+    for name in losses.__all__:
+        kind = getattr(losses, name)
+        if not name.endswith("Loss") or inspect.isabstract(kind) or name in _NOT_SMOOTH:
+            continue
+        for each in dataclasses.fields(kind):
+            if each.init and not each.kw_only and isinstance(each.default, float) and (name, each.name) not in _WITHOUT:
+                cases.append((name, each.name, _AT.get(each.name, each.default or 0.1)))
+    return cases
+
+
+def made(name: str, **given: Any) -> nn.Module:
+    torch.manual_seed(1)
+    taken = inspect.signature(getattr(losses, name)).parameters
+    sizes = {key: value for key, value in _CLASSES.items() if key in taken}
+    loss: nn.Module = getattr(losses, name)(**{**sizes, **_NEEDED.get(name, {}), **given})
+    return loss.double()
+
+
+def batch(rows: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, 8, dtype=torch.float64, generator=generator), torch.arange(rows) % 5
+
+
+def difference(value: Callable[[float], Tensor], at: float, step: float = 1e-6) -> float:
+    return float((value(at + step) - value(at - step)).detach()) / (2 * step)
+
+
+@pytest.mark.parametrize(("name", "argument", "at"), _cases())
+@pytest.mark.parametrize("rows", [20, 700])
+def test_an_argument_that_is_a_parameter_gets_its_gradient(name: str, argument: str, at: float, rows: int) -> None:
+    if rows > 100 and name in ("SmoothAPLoss", "AngularLoss", "TripletMarginLoss"):
+        pytest.skip("it takes long, or has so many triplets that differences are none of one smooth function")
+    embeddings, labels = batch(rows)
+    wanted = difference(lambda value: made(name, **{argument: value})(embeddings, labels), at)
+    loss = made(name)
+    setattr(loss, argument, nn.Parameter(torch.tensor(at, dtype=torch.float64)))
+    loss(embeddings.requires_grad_(), labels).backward()
+    found = getattr(loss, argument).grad
+    assert float(0 if found is None else found) == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert bool(embeddings.grad.any())  # type: ignore[union-attr]  # a backward pass made it
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_a_temperature_made_of_a_parameter_is_learned_as_in_clip(queue: bool) -> None:
+    embeddings, labels = batch(1200)
+
+    def of(log_t: Tensor) -> Tensor:
+        loss = losses.NTXentLoss()
+        loss.temperature = log_t.exp()
+        whole = losses.CrossBatchMemory(loss, 8, 4096) if queue else loss
+        for _ in range(2 if queue else 1):
+            value: Tensor = whole(embeddings, labels)
+        return value
+
+    log_t = nn.Parameter(torch.tensor(-2.0, dtype=torch.float64))
+    of(log_t).backward()
+    wanted = difference(lambda value: of(torch.tensor(value, dtype=torch.float64)), -2.0)
+    assert float(log_t.grad) == pytest.approx(wanted, rel=1e-4)  # type: ignore[arg-type]  # a backward pass made it
+
+
+def test_the_weights_of_several_losses_are_learned() -> None:
+    embeddings, labels = batch(20)
+    parts = [losses.NTXentLoss(), losses.TripletMarginLoss()]
+    wanted = [float(part(embeddings, labels)) for part in parts]
+    weights = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    for given in (weights, list(weights)):
+        weights.grad = None
+        losses.MultipleLosses(parts, weights=given)(embeddings, labels).backward()
+        assert weights.grad.tolist() == pytest.approx(wanted)  # type: ignore[union-attr]
+    of_one = {"a": weights[0], "b": 1.0}
+    weights.grad = None
+    losses.MultipleLosses(dict(zip("ab", parts)), weights=of_one)(embeddings, labels).backward()
+    assert weights.grad.tolist() == pytest.approx([wanted[0], 0])  # type: ignore[union-attr]
+
+
+def test_the_weight_of_a_regularizer_is_learned() -> None:
+    embeddings, labels = batch(20)
+    weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    loss = losses.ContrastiveLoss(embedding_regularizer=regularizers.LpRegularizer())
+    loss.embedding_reg_weight = weight
+    loss(embeddings, labels).backward()
+    assert float(weight.grad) == pytest.approx(float(embeddings.norm(dim=1).mean()))  # type: ignore[arg-type]
+
+
+def test_a_loss_of_ones_own_backpropagates_to_whatever_it_is_made_of() -> None:
+    head = nn.Linear(8, 1, dtype=torch.float64)  # which is no part of the loss
+
+    class Weighted(BaseMetricLossFunction):
+        def compute_loss(self, embeddings: Tensor, labels: Any, indices: Any, ref_emb: Any, ref_labels: Any) -> Any:
+            cost = head(embeddings).squeeze(1).square()
+            return {"loss": {"losses": cost, "indices": torch.arange(len(cost)), "reduction_type": "element"}}
+
+    embeddings, labels = batch(20)
+    Weighted()(embeddings, labels).backward()
+    wanted = torch.autograd.grad(head(embeddings).square().mean(), head.weight)[0]
+    torch.testing.assert_close(head.weight.grad, wanted)
+
+
+def test_a_server_is_not_asked_to_learn_an_argument(client: gradbank.Client) -> None:
+    loss = losses.NTXentLoss()
+    loss.temperature = nn.Parameter(torch.tensor(0.07))
+    with pytest.raises(InvalidComponent, match="an argument that is learned cannot be sent"):
+        client.open("clip", loss)
+
+
+def test_a_margin_that_is_learned_by_class_is_still_computed_in_tiles() -> None:
+    """It is a weight, for which the engine has a gradient."""
+    from gradbank.learned import learned_arguments
+
+    assert not learned_arguments(losses.MarginLoss(learn_beta=True, num_classes=5))
+    assert not learned_arguments(losses.ArcFaceLoss(5, 8))
+    learned = losses.ContrastiveLoss(distance=distances.LpDistance(power=nn.Parameter(torch.tensor(2.0))))
+    assert len(learned_arguments(learned)) == 1

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gradbank.checks import check_finite
 from gradbank.engine import References
+from gradbank.mismatch import Mismatch
 
 
 class Entering(NamedTuple):
@@ -76,17 +77,23 @@ class Bank(nn.Module):
     def rows(self) -> Tensor:
         """`(capacity, D)` by slot, zeros where there is no row yet; what is written there is in the bank."""
         self._shown = True
-        return self._rows()
-
-    def _rows(self) -> Tensor:
-        self.settle()
-        # what is not allocated yet has no dtype yet, and looking at it does not give it one
-        return self.slots if len(self.slots) else self.slots.new_zeros(self.capacity, self.dimension)
+        self._show()
+        return self.slots
 
     def labels(self) -> Tensor:
-        """`(capacity,)` by slot."""
+        """`(capacity,)` by slot; what is written there is in the bank."""
+        self._show()
+        return self.slot_labels
+
+    def _show(self) -> None:
         self.settle()
-        return self.slot_labels if len(self.slots) else self.slot_labels.new_zeros(self.capacity)
+        if not len(self.slots):
+            self._allocate(self.slots)
+
+    def _has_no_dtype(self) -> bool:
+        """Whether it is empty, and looked at without being written to: that gives it no dtype yet."""
+        written = self.cursor or self.is_full or self.waiting is not None
+        return not len(self.slots) or not (written or self.slots.any() or self.slot_labels.any())
 
     def entering(self, rows: Tensor, labels: Tensor) -> Entering:
         """`(N, D)` rows at the slots that they will enter, in the bank's dtype: that of the first batch, float32 at
@@ -97,10 +104,15 @@ class Bank(nn.Module):
             NonFiniteError: a number that the bank's dtype does not have.
         """
         if len(rows) > self.capacity:
-            raise ValueError(
+            raise Mismatch(
                 f"{len(rows)} rows do not fit a memory of {self.capacity}: raise memory_size, or enqueue fewer"
             )
-        dtype = self.slots.dtype if len(self.slots) else torch.promote_types(rows.dtype, torch.float32)
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        if (dtype, rows.device) != (self.slots.dtype, self.slots.device) and len(self.slots):
+            if self._has_no_dtype():
+                self.reset()
+            else:
+                dtype = self.slots.dtype
         with torch.inference_mode(False):  # the bank outlives the mode that its rows came in
             kept = labels.detach().to(rows.device, torch.int64, copy=True)
             held = rows.detach().to(dtype, copy=True)
@@ -193,9 +205,13 @@ class Bank(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """All that it takes to go on from here, under PML's names and two more: the cursor and whether it is full."""
+        self.settle()
+        rows, labels = self.slots, self.slot_labels
+        if not len(rows):  # of which there are none only for want of a row
+            rows, labels = rows.new_zeros(self.capacity, self.dimension), labels.new_zeros(self.capacity)
         return {
-            "embedding_memory": self._rows().detach(),
-            "label_memory": self.labels(),
+            "embedding_memory": rows.detach(),
+            "label_memory": labels,
             "queue_idx": torch.tensor(self.cursor),
             "has_been_filled": torch.tensor(self.is_full),
         }
@@ -228,7 +244,7 @@ class Bank(nn.Module):
             raise ValueError("embedding_memory must hold floats and label_memory integers")
         if not 0 <= cursor < self.capacity or labels.shape != rows.shape[:1]:
             raise ValueError(f"queue_idx and label_memory do not fit {self.capacity} slots")
-        if cursor == 0 and not bool(state["has_been_filled"]) and not bool(rows.any()):
+        if cursor == 0 and not bool(state["has_been_filled"]) and not bool(rows.any()) and not bool(labels.any()):
             self.reset()  # of what is empty, the dtype says nothing
             return
         self.waiting, self._last = None, (0, 0)

@@ -26,6 +26,7 @@ from gradbank.engine import (
 from gradbank.losses.base import BaseMetricLossFunction, Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.miners.triplets import TripletMarginMiner
+from gradbank.mismatch import Mismatch
 from gradbank.recorder import Recorder
 
 
@@ -83,8 +84,12 @@ class CrossBatchMemory(Loss, Recorder):
             )
 
     def reset_queue(self) -> None:
-        """Empties the queue."""
-        self.bank.reset()
+        """Empties the queue, which is then of the size that `memory_size` and `embedding_size` say."""
+        check_counts(self, "embedding_size", "memory_size")
+        if (self.bank.capacity, self.bank.dimension) == (self.memory_size, self.embedding_size):
+            self.bank.reset()
+        else:
+            self.bank = Bank(self.memory_size, self.embedding_size)
 
     def __len__(self) -> int:
         """How many rows the queue holds."""
@@ -192,10 +197,10 @@ class CrossBatchMemory(Loss, Recorder):
         check_batch(embeddings, labels)
         if labels is None:
             raise ValueError("a memory needs labels: they say what the rows in it are positives of")
-        if embeddings.shape[1] != self.embedding_size:
-            raise ValueError(
+        if embeddings.shape[1] != self.bank.dimension:
+            raise Mismatch(
                 f"embeddings have dimension {embeddings.shape[1]}, but the memory was built with "
-                f"embedding_size={self.embedding_size}"
+                f"embedding_size={self.bank.dimension}"
             )
         check_finite(embeddings)
         if labels.is_floating_point() and bool((labels != labels.to(torch.int64)).any()):
@@ -258,15 +263,15 @@ class CrossBatchMemory(Loss, Recorder):
     ) -> Tensor | None:
         if positions is not None:
             if mask is not None:
-                raise ValueError("enqueue_mask and enqueue_idx say the same: pass one of them")
+                raise Mismatch("enqueue_mask and enqueue_idx say the same: pass one of them")
             mask = enqueue_mask_of(positions, len(embeddings)).to(embeddings.device)
         if mask is None:
             return None
         mask = torch.as_tensor(mask)
         if indices is not None:
-            raise ValueError("indices_tuple and enqueue_mask are mutually exclusive")
+            raise Mismatch("indices_tuple and enqueue_mask are mutually exclusive")
         if mask.shape != embeddings.shape[:1] or mask.is_floating_point():
-            raise ValueError(
+            raise Mismatch(
                 f"enqueue_mask must be ({len(embeddings)},) booleans, got {tuple(mask.shape)} {mask.dtype}"
             )
         return mask.to(embeddings.device, torch.bool)

@@ -71,12 +71,16 @@ class Distance(Recorder):
         return self._inverted
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
-        """The `(B, M)` matrix between `(B, D)` queries and `(M, D)` references (themselves if None).
+        """The `(B, M)` matrix between `(B, D)` queries and `(M, D)` references (themselves if None), in their dtype;
+        that of half precision is computed in float32.
 
         Raises:
             ValueError: an input that is not two-dimensional, or dimensions that differ.
         """
         self.check_shapes(query_emb, ref_emb)
+        if query_emb.dtype in (torch.float16, torch.bfloat16):  # in which squares overflow
+            wide = self.forward(query_emb.float(), None if ref_emb is None else ref_emb.float())
+            return wide.to(query_emb.dtype)
         queries = self.prepare(query_emb)
         mat = self.matrix(queries, queries if ref_emb is None else self.prepare(ref_emb))
         self.record(query_emb, (query_emb if ref_emb is None else ref_emb,))

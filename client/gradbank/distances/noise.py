@@ -12,6 +12,10 @@ from gradbank.distances.base import Distance
 from gradbank.distances.euclidean import by_row, squared_distances, toward
 
 
+_ROUNDINGS = 32  # of a product of rows of length 1, more than there are
+_EQUAL_AT_MOST = 2**13  # pairs that are looked at: of embeddings that have collapsed all are
+
+
 @component
 class SNRDistance(Distance):
     """The noise-to-signal ratio: `d[a, b] = Var(a - b) / Var(a)`, each over the D numbers of an embedding.
@@ -37,7 +41,7 @@ class SNRDistance(Distance):
     def pull(
         self, queries: Tensor, references: Tensor, s: Tensor, weight: Tensor, of_both: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        inverse = queries.square().sum(1, keepdim=True).reciprocal_()
+        inverse = _inverse_signal(queries)
         of_queries, of_references = _toward_signal(queries, references, inverse, s, weight, True, of_both)
         assert of_queries is not None
         return of_queries, of_references
@@ -70,21 +74,36 @@ def _centered(rows: Tensor) -> Tensor:
     return rows - rows.mean(1, keepdim=True)
 
 
+def _inverse_signal(a: Tensor) -> Tensor:
+    return a.square().sum(1, keepdim=True).reciprocal()
+
+
+def _measure_equal_rows(s: Tensor, a: Tensor, b: Tensor) -> None:
+    """Corrects what is 0 but for the rounding of the product: a reducer may count whatever is above 0."""
+    least = _ROUNDINGS * torch.finfo(s.dtype).eps
+    if not len(s) or not len(b) or not bool(s.amin() <= least):
+        return
+    row, column = (s <= least).nonzero(as_tuple=True)
+    if len(row) <= _EQUAL_AT_MOST:
+        signal = a[row]
+        s[row, column] = (signal - b[column]).square_().sum(1) / signal.square().sum(1)
+
+
 class _NoiseToSignal(torch.autograd.Function):
     """`|a - b|^2 / |a|^2` of centered rows: from one matrix product each way, so that nothing of B * M * D is made."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        inverse = a.square().sum(1, keepdim=True).reciprocal_()
-        s = squared_distances(a, b).mul_(inverse)
-        ctx.save_for_backward(a, b, inverse, s)
+        s = squared_distances(a, b).mul_(_inverse_signal(a))
+        _measure_equal_rows(s, a, b)
+        ctx.save_for_backward(a, b, s)
         return s
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b, inverse, s = ctx.saved_tensors
+        a, b, s = ctx.saved_tensors
         of_a, of_b = ctx.needs_input_grad
-        return _toward_signal(a, b, inverse, s, gradient, of_a, of_b)
+        return _toward_signal(a, b, _inverse_signal(a), s, gradient, of_a, of_b)
 
 
 def _toward_signal(

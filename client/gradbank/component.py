@@ -57,8 +57,8 @@ class Component(nn.Module):
             super().__setattr__(name, value)
             return
         if value is None:
-            factory = getattr(self, f"get_default_{name}", each.metadata.get("default_factory"))
-            value = None if factory is None else factory()
+            factory = getattr(self, f"get_default_{name}", None)
+            value = made_by_default(type(self), name) if factory is None else factory()
         check_part(type(self), name, value)
         value = _held(value)
         if type(value) is Tensor and name not in self._buffers and name not in self._parameters:
@@ -134,6 +134,13 @@ def _field(cls: type[Component], name: str) -> "dataclasses.Field[Any] | None":
     """The field of a class, or of any that it is written on: what is no dataclass names its first base's only."""
     every = (vars(each).get("__dataclass_fields__", {}) for each in cls.__mro__)
     return next((fields[name] for fields in every if name in fields), None)
+
+
+def made_by_default(cls: type[Component], name: str) -> Any:
+    """What the `default_factory` of an argument makes; None if it has none."""
+    each = _field(cls, name)  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
+    factory = None if each is None else each.metadata.get("default_factory")
+    return None if factory is None else factory()
 
 
 def _check_constructor(cls: type[Component]) -> None:

@@ -27,6 +27,7 @@ from gradbank.losses.base import BaseMetricLossFunction, Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.miners.triplets import TripletMarginMiner
 from gradbank.mismatch import Mismatch
+from gradbank.overrides import is_ours, refuse_uncalled
 from gradbank.recorder import Recorder
 
 
@@ -60,6 +61,13 @@ class CrossBatchMemory(Loss, Recorder):
     embedding_size: int
     memory_size: int = 1024
     miner: Miner | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if is_ours(cls, "forward") and is_ours(cls, "stage"):
+            refuse_uncalled(
+                cls, ("create_indices_tuple", "add_to_memory"), "override forward as a whole, or give it a miner"
+            )
 
     def __post_init__(self) -> None:
         if not _compares(type(self.loss)):
@@ -271,9 +279,7 @@ class CrossBatchMemory(Loss, Recorder):
         if indices is not None:
             raise Mismatch("indices_tuple and enqueue_mask are mutually exclusive")
         if mask.shape != embeddings.shape[:1] or mask.is_floating_point():
-            raise Mismatch(
-                f"enqueue_mask must be ({len(embeddings)},) booleans, got {tuple(mask.shape)} {mask.dtype}"
-            )
+            raise Mismatch(f"enqueue_mask must be ({len(embeddings)},) booleans, got {tuple(mask.shape)} {mask.dtype}")
         return mask.to(embeddings.device, torch.bool)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

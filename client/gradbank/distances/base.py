@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradbank.component import foundation
+from gradbank.overrides import is_ours, refuse_uncalled
 from gradbank.recorder import Recorder
 
 
@@ -48,11 +49,13 @@ class Distance(Recorder):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
-        lost = [name for name in _NOT_CALLED if callable(own.get(name))]
-        if lost and not cls.__module__.startswith("gradbank."):
-            raise TypeError(
-                f"{cls.__name__} overrides {', '.join(lost)}, which losses and miners do not call: a distance is its "
-                "compute_mat, of what maybe_normalize makes of embeddings, and is_inverted says that larger is closer"
+        if not cls.__module__.startswith("gradbank."):
+            refuse_uncalled(
+                cls,
+                _NOT_CALLED,
+                "a distance is its compute_mat, of what maybe_normalize makes of embeddings, and is_inverted says that "
+                "larger is closer",
+                "losses and miners",
             )
         if isinstance(own.get("is_inverted"), bool):
             cls._inverted = own["is_inverted"]
@@ -60,7 +63,7 @@ class Distance(Recorder):
             raise TypeError(f"{cls.__name__}.is_inverted must be True or False, or an argument, and not a property")
         if "compute_mat" in own:  # what it inherits of ours may know a quicker way to what is no longer computed
             for name in _WAYS_AROUND - own.keys():
-                if getattr(cls, name).__module__.startswith("gradbank."):
+                if is_ours(cls, name):
                     setattr(cls, name, getattr(Distance, name))
         cls._normalizes_itself = any(
             getattr(cls, name) is not getattr(Distance, name) for name in ("maybe_normalize", "normalize")
@@ -271,7 +274,7 @@ def _computes_as(kind: type[Distance], known: type[Distance]) -> bool:
     return all(getattr(kind, name) is getattr(known, name) for name in names)
 
 
-_NOT_CALLED = ("forward", "margin", "smallest_dist", "largest_dist")  # what subclasses might override in PML
+_NOT_CALLED = ("forward", "margin", "smallest_dist", "largest_dist", "set_default_stats")
 _WAYS_AROUND = {"normalized", "matrix", "tile", "pairs", "pairwise_distance"}  # `compute_mat`, which may differ
 _HOLD_SQUARES = (torch.float32, torch.float64)  # of the smallest norms that matter
 _PAIRS_AT_ONCE = 32  # rows of a matrix of which only the diagonal is wanted

@@ -11,7 +11,6 @@ from gradbank.component import component
 from gradbank.distances.base import Distance
 from gradbank.distances.euclidean import by_row, squared_distances, toward
 
-
 _ROUNDINGS = 32  # of a product of rows of length 1, more than there are
 _EQUAL_AT_MOST = 2**13  # pairs that are looked at: of embeddings that have collapsed all are
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.checks import as_labels, check_batch
-from gradbank.component import Component, foundation
+from gradbank.component import Component, foundation, made_by_default
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import (
     Indices,
@@ -153,8 +153,23 @@ class BaseMetricLossFunction(Loss, Recorder):
 
     def zero_losses(self) -> LossDict:
         """What `compute_loss` returns where nothing is to be compared."""
-        names = self._sub_loss_names()
-        return {name: {"losses": 0, "indices": None, "reduction_type": "already_reduced"} for name in names}
+        return {name: self.zero_loss() for name in self._sub_loss_names()}
+
+    def zero_loss(self) -> dict[str, Any]:
+        """The part of a loss of which nothing is to be compared."""
+        return {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
+
+    def get_default_distance(self) -> Distance | None:
+        """What embeddings are compared by where nothing else is given."""
+        return made_by_default(type(self), "distance")  # type: ignore[no-any-return]
+
+    def get_default_reducer(self) -> Reducer:
+        """What the losses become one number by where nothing else is given."""
+        return made_by_default(type(self), "reducer")  # type: ignore[no-any-return]
+
+    def set_reducer(self, reducer: Reducer | None) -> None:
+        """Has another reducer make one number of the losses; None is the default one."""
+        self.reducer = reducer  # type: ignore[assignment]  # None becomes the default
 
     def _sub_loss_names(self) -> list[str]:
         return ["loss"]

@@ -25,10 +25,16 @@ from gradbank.engine import (
     widened,
 )
 from gradbank.losses.base import BaseMetricLossFunction
+from gradbank.overrides import is_ours, refuse_uncalled
 
-_NOT_CALLED = (  # what subclasses override in PML, and nobody would call here
+_NOT_CALLED = (
     *("compute_loss", "_compute_loss", "pair_based_loss", "mat_based_loss", "triplet_based_loss"),
-    *("get_cosine", "get_angles", "modify_cosine_of_target_classes", "scale_logits"),
+    *("get_cosine", "get_angles", "get_cos_with_margin", "modify_cosine_of_target_classes", "scale_logits"),
+    *("get_target_mask", "init_margin", "cast_types", "nca_computation", "sigmoid", "variance_with_eps"),
+    *("pos_calc", "neg_calc", "get_per_pair_loss", "get_pairs", "set_stats", "compute_reg_loss", "initialize_beta"),
+    *("compute_density", "compute_loss_with_labels", "compute_loss_without_labels", "update_histogram", "weigh_loss"),
+    *("add_embedding_regularization_to_loss_dict", "add_weight_regularization_to_loss_dict"),
+    *("embedding_regularization_loss", "weight_regularization_loss"),
 )
 
 
@@ -45,12 +51,12 @@ class PairLoss(BaseMetricLossFunction):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        lost = [name for name in _NOT_CALLED if callable(vars(cls).get(name))]
-        if lost and cls.forward.__module__.startswith("gradbank."):
-            raise TypeError(
-                f"{cls.__name__} overrides {', '.join(lost)}, which {cls.__mro__[1].__name__} does not call: derive it "
-                "from GenericPairLoss or BaseMetricLossFunction, which do, or override what it is declared by "
-                "(negatives and terms, or forward as a whole)"
+        if not cls.__module__.startswith("gradbank.") and is_ours(cls, "forward"):
+            refuse_uncalled(
+                cls,
+                _NOT_CALLED,
+                "derive it from GenericPairLoss or BaseMetricLossFunction, which call compute_loss, or override what "
+                "it is declared by (negatives and terms, or forward as a whole)",
             )
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:

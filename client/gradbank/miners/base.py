@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from gradbank.checks import check_batch
-from gradbank.component import foundation
+from gradbank.component import foundation, made_by_default
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision
+from gradbank.overrides import is_ours, refuse_uncalled
 from gradbank.recorder import Recorder
 
 
@@ -36,15 +37,15 @@ class Miner(Recorder):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        lost = [name for name in _NOT_CALLED if callable(vars(cls).get(name))]
-        if lost and cls.mine.__module__.startswith("gradbank.") and cls.mine is not Miner.mine:
-            raise TypeError(
-                f"{cls.__name__} overrides {', '.join(lost)}, which {cls.__mro__[1].__name__} does not call: override "
-                "mine, which lists what is chosen"
-            )
+        if is_ours(cls, "mine") and cls.mine is not Miner.mine:
+            refuse_uncalled(cls, _NOT_CALLED, "override mine, which lists what is chosen")
 
     def __post_init__(self) -> None:
         self.reset_stats()
+
+    def get_default_distance(self) -> Distance:
+        """What embeddings are compared by where nothing else is given."""
+        return made_by_default(type(self), "distance")  # type: ignore[no-any-return]
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         """The chosen `(a, p, n)` or `(a1, p, a2, n)`, int64: anchors are rows of `embeddings`, others of `ref_emb`.
@@ -134,7 +135,7 @@ class Miner(Recorder):
 
 BaseMiner = Miner  # what PML calls it
 
-_NOT_CALLED = (  # what subclasses of PML's miners might override
+_NOT_CALLED = (
     *("set_stats", "set_idx", "should_select_largest", "filter_original_indices", "get_bins", "filter_by_bin"),
     *("get_uniformly_distributed_pairs", "get_mine_function", "get_positives", "get_negatives"),
     *("get_max_per_row", "get_min_per_row", "get_x_per_row", "get_func_for_stats"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbank.component import foundation
+from gradbank.overrides import refuse_uncalled
 from gradbank.recorder import Recorder
 from gradbank.reducers.kept import Bounds, Kept, Kind, LossDict, Ratio, add_up
 
@@ -28,6 +29,13 @@ class Reducer(Recorder):
 
     losses_size: int | None = field(default=None, init=False)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not any(name in vars(cls) for name in ("forward", "combine", *_REDUCTIONS)):
+            refuse_uncalled(
+                cls, _NOT_CALLED, "override element_reduction, pos_pair_reduction and their like, or forward as a whole"
+            )
+
     @property
     def bounds(self) -> Bounds:
         """The losses that count lie strictly between these; None is no bound."""
@@ -36,7 +44,7 @@ class Reducer(Recorder):
     @property
     def needs_list(self) -> bool:
         """Whether the reducer must see every loss: it has methods that are not of this package."""
-        return any(map(self._is_own, ("forward", "combine", *(f"{kind}_reduction" for kind in _KINDS))))
+        return any(map(self._is_own, ("forward", "combine", "zero_loss", *_REDUCTIONS)))
 
     @property
     def collects(self) -> bool:
@@ -159,7 +167,12 @@ class Reducer(Recorder):
 
 
 _LISTED = ("pos_pair", "neg_pair", "triplet")
-_KINDS = ("already_reduced", "element", *_LISTED)
+_REDUCTIONS = tuple(f"{kind}_reduction" for kind in ("already_reduced", "element", *_LISTED))
+_NOT_CALLED = (
+    *("reduce_the_loss", "unpack_loss_info", "get_reduction_func", "input_is_zero_loss", "set_losses_size_stat"),
+    *("element_reduction_helper", "tuple_reduction_helper", "sub_loss_reduction", "sum_and_divide", "set_stats"),
+    *("assert_sizes", *(f"assert_sizes_{kind}" for kind in ("already_reduced", "element", "pair", *_LISTED))),
+)
 _PACKAGE = __name__.removesuffix("base")  # with the dot at its end
 
 

@@ -13,6 +13,7 @@ from gradbank.learned import learned_tensors
 from gradbank.losses.base import Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.mismatch import Mismatch
+from gradbank.overrides import is_ours, refuse_uncalled
 
 
 @component
@@ -36,6 +37,11 @@ class MultipleLosses(Loss):
     losses: list[nn.Module] | dict[str, nn.Module]
     miners: list[nn.Module | None] | dict[str, nn.Module] | None = None
     weights: list[float] | dict[str, float] | None = field(default=None, metadata={"weight": True})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if is_ours(cls, "forward") and is_ours(cls, "stage"):
+            refuse_uncalled(cls, ("get_indices_tuple", "assertions_if_not_none"), "give it miners of your own")
 
     def __post_init__(self) -> None:
         if isinstance(self.losses, Loss):

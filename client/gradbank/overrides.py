@@ -1,0 +1,26 @@
+"""Methods that subclasses of pytorch-metric-learning's classes override, and that nobody would call here."""
+
+from collections.abc import Iterable
+
+
+def refuse_uncalled(cls: type, names: Iterable[str], instead: str, base: str | None = None) -> None:
+    """Refuses a class that defines one of some methods, which would change nothing without a word.
+
+    Args:
+        instead: what to do in place of that.
+        base: what does not call them; None is the class that this one is written on.
+
+    Raises:
+        TypeError: it does.
+    """
+    lost = [name for name in names if callable(vars(cls).get(name))]
+    if lost:
+        verb = "does not call" if base is None else "do not call"
+        raise TypeError(
+            f"{cls.__name__} overrides {', '.join(lost)}, which {base or cls.__mro__[1].__name__} {verb}: {instead}"
+        )
+
+
+def is_ours(cls: type, name: str) -> bool:
+    """Whether a class has a method as this package defines it."""
+    return str(getattr(cls, name).__module__).startswith("gradbank.")

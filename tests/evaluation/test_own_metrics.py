@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_metric_learning.utils.accuracy_calculator as pml
 import torch
 from torch import Tensor
 
+from gradbank import evaluation
 from gradbank.evaluation import AccuracyCalculator, ExactKNN, precision_at_k
 
 RETRIEVAL = ("mean_average_precision", "mean_average_precision_at_r", "mean_reciprocal_rank", "r_precision")
@@ -113,3 +115,45 @@ def test_labels_beyond_int64_stay_apart() -> None:
     points, labels = task()
     large = labels.numpy().astype("uint64") + np.uint64(2**64 - 9)
     assert calculator().get_accuracy(points, large) == calculator().get_accuracy(points, labels)
+
+
+@pytest.mark.parametrize("avg_of_avgs", [False, True])
+@pytest.mark.parametrize("return_per_class", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_metrics_are_made_of_is_that_of_pml(
+    avg_of_avgs: bool, return_per_class: bool, own: bool, parts: int
+) -> None:
+    torch.manual_seed(0)
+    shape = () if parts == 1 else (parts,)
+    known, labels = torch.randint(4, (50, *shape)), torch.randint(3, (20, *shape))
+    knn_labels, column = known[torch.rand(20, 50).argsort(1)[:, :30]], labels[:, None]
+    counts = evaluation.get_label_match_counts(labels, known, evaluation.EQUALITY)
+    how = {"avg_of_avgs": avg_of_avgs, "return_per_class": return_per_class}
+    compared = {**how, "label_comparison_fn": torch.eq if parts == 1 else lambda a, b: (a == b).all(-1)}
+    mask = torch.arange(20) % 3 > 0
+    for name, given in (
+        ("precision_at_k", {"k": 3, **compared}),
+        ("mean_reciprocal_rank", compared),
+        ("r_precision", {"ref_includes_query": own, "label_counts": counts, **compared}),
+        ("mean_average_precision", {"ref_includes_query": own, "label_counts": counts, **compared}),
+        ("mean_average_precision", {"ref_includes_query": own, "label_counts": counts, "at_r": True, **compared}),
+    ):
+        found = getattr(evaluation, name)(knn_labels, column, **given)
+        assert found == pytest.approx(getattr(pml, name)(knn_labels, column, **given), nan_ok=True), name
+    scores = torch.rand(20, dtype=torch.float64)
+    found = evaluation.maybe_get_avg_of_avgs(scores, column, **how)
+    assert found == pytest.approx(pml.maybe_get_avg_of_avgs(scores, column, **how))
+    assert torch.equal(evaluation.get_unique_labels(labels), pml.get_unique_labels(labels))
+    assert evaluation.try_getting_not_lone_labels(knn_labels, labels, mask & False) == (None, None)
+    for here, there in zip(
+        evaluation.try_getting_not_lone_labels(knn_labels, labels, mask),
+        pml.try_getting_not_lone_labels(knn_labels, labels, mask),
+    ):
+        assert torch.equal(here, there)  # type: ignore[arg-type]  # there are some
+    assert str(evaluation.nan_accuracy(labels, return_per_class)) == str(pml.nan_accuracy(labels, return_per_class))
+
+
+def test_metrics_may_be_asked_for_in_a_set() -> None:
+    found = calculator().get_accuracy(*task(), include={"precision_at_1"})  # type: ignore[arg-type]  # as PML takes it
+    assert set(found) == {"precision_at_1"}

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradbank.evaluation.labels import EQUALITY, Comparison, distinct, ids_among, matching, relevant_per_label
+from gradbank.evaluation.labels import Comparison, distinct, ids_among, matching, relevant_per_label
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -108,23 +108,6 @@ def calculation(name: str) -> Callable[..., float | list[float]]:
     calculate.__doc__ = score.__doc__
     calculate.__name__ = calculate.__qualname__ = f"calculate_{name}"  # as which a copy of its calculator looks for it
     return calculate
-
-
-def precision_at_k(
-    knn_labels: Tensor,
-    gt_labels: Tensor,
-    k: int,
-    avg_of_avgs: bool = False,
-    return_per_class: bool = False,
-    label_comparison_fn: Comparison = EQUALITY,
-) -> float | list[float]:
-    """The part of the k nearest references that match, for metrics of your own.
-
-    Args:
-        knn_labels: `(Q, K)` labels of the neighbours, K at least k, and gt_labels: `(Q, 1)` of the queries.
-    """
-    matches = matching(label_comparison_fn, gt_labels, knn_labels[:, :k])
-    return average(matches.sum(1).double() / k, gt_labels[:, 0], avg_of_avgs, return_per_class)
 
 
 def _first(count: Tensor, matches: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class Selection:
 
     Raises:
         ValueError: a metric that does not exist.
-        TypeError: `include` or `exclude` that is not a tuple or list.
+        TypeError: `include` or `exclude` that is not a tuple, list or set.
     """
 
     def __init__(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
@@ -39,7 +39,7 @@ class Selection:
     def check_primary_metrics(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
         """Refuses, by TypeError or ValueError, anything but a tuple or list of metrics that exist."""
         for names in (include, exclude):
-            if not isinstance(names, tuple | list):
+            if not isinstance(names, tuple | list | set | frozenset):
                 raise TypeError(f"include and exclude must be tuples or lists of metrics, got {type(names).__name__}")
             for name in names:
                 if name not in self.known_metrics:

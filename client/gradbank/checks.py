@@ -29,9 +29,16 @@ def require_positive(**values: float) -> None:
 
 
 def check_batch(
-    embeddings: Tensor, labels: Tensor | None, name: str = "embeddings", labels_name: str = "labels"
+    embeddings: Tensor,
+    labels: Tensor | None,
+    name: str = "embeddings",
+    labels_name: str = "labels",
+    any_shape: bool = False,
 ) -> None:
     """Refuses a batch whose shapes do not fit.
+
+    Args:
+        any_shape: whether an embedding may be of another shape than `(D,)`.
 
     Raises:
         TypeError: what is no tensor.
@@ -44,7 +51,7 @@ def check_batch(
             raise TypeError(
                 f"{called} must be a tensor, got {type(each).__name__}: torch.as_tensor({called}) makes it one"
             )
-    if embeddings.ndim != 2 or not embeddings.shape[1]:
+    if not any_shape and (embeddings.ndim != 2 or not embeddings.shape[1]):
         raise ValueError(f"{name} must be (batch, dimension), got shape {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {embeddings.dtype}; call .float() first")

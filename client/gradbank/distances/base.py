@@ -257,8 +257,14 @@ class Distance(Recorder):
         initial, final = (total / max(sum(map(len, pieces)), 1)).tolist()
         return initial, final
 
+    @property
+    def takes_any_shape(self) -> bool:
+        """Whether it says itself which embeddings it compares, as one of tokens does: `(B, T, D)`."""
+        return not is_ours(type(self), "check_shapes")
+
     def check_shapes(self, query_emb: Tensor, ref_emb: Tensor | None) -> None:
-        """Refuses, by ValueError, inputs that are not two-dimensional or differ in dimension."""
+        """Refuses, by ValueError, inputs that are not two-dimensional or differ in dimension. A distance of embeddings
+        of another shape overrides it, along with `maybe_normalize` and `compute_mat`."""
         for name, rows in (("embeddings", query_emb), ("ref_emb", ref_emb)):
             if rows is not None and rows.ndim != 2:
                 raise ValueError(f"{name} must be (rows, dimension), got shape {tuple(rows.shape)}")

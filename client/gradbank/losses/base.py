@@ -191,9 +191,10 @@ class BaseMetricLossFunction(Loss, Recorder):
         Raises:
             ValueError: a shape that does not fit, or an argument that the loss does not take.
         """
-        check_batch(embeddings, labels)
+        any_shape = self.distance is not None and self.distance.takes_any_shape
+        check_batch(embeddings, labels, any_shape=any_shape)
         if ref_emb is not None:
-            check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels")
+            check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels", any_shape)
         rows = widened(embeddings)
         here = None if labels is None else as_labels(labels, rows.device)
         others = rows if ref_emb is None or ref_emb is embeddings else ref_emb.to(rows.dtype)

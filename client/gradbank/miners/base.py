@@ -93,16 +93,17 @@ class Miner(Recorder):
         Raises:
             ValueError: a shape that does not fit.
         """
-        check_batch(embeddings, labels)
+        any_shape = self.distance.takes_any_shape
+        check_batch(embeddings, labels, any_shape=any_shape)
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")
-        if ref_emb is not None:
+        if ref_emb is not None or any_shape:
             self.distance.check_shapes(embeddings, ref_emb)
         is_self = ref_labels is None or ref_labels is labels
         labels = labels.to(embeddings.device)
         ref_emb = embeddings if ref_emb is None else ref_emb
         ref_labels = labels if is_self or ref_labels is None else ref_labels.to(embeddings.device)
-        check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels")
+        check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels", any_shape)
         return self._listed(embeddings, labels, ref_emb, ref_labels)
 
     def _listed(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:

@@ -261,3 +261,14 @@ def test_it_cannot_be_the_loss_of_a_queue() -> None:
 def test_arguments_that_do_not_fit_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DynamicSoftMarginLoss(**options)
+
+
+def test_a_state_of_pml_has_no_histogram_and_is_loaded_all_the_same() -> None:
+    loss = losses.DynamicSoftMarginLoss()
+    loss(torch.randn(8, 4), torch.arange(8) % 2)
+    held = loss.hist_.clone()
+    assert bool(held.any())
+    loss.load_state_dict(pml_losses.DynamicSoftMarginLoss().state_dict())
+    assert torch.equal(loss.hist_, held)
+    loss.load_state_dict(losses.DynamicSoftMarginLoss().state_dict())
+    assert not bool(loss.hist_.any())

@@ -77,6 +77,10 @@ class DynamicSoftMarginLoss(PairLoss):
         self.register_buffer("hist_", torch.zeros(self.num_bins, dtype=torch.float64))
         self._made: list[Tensor] | None = None  # during a call, the histogram that it leads to
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own = {prefix + "hist_": self.hist_}  # as it is, where the state is of PML, which saves no histogram
+        super()._load_from_state_dict({**own, **state_dict}, prefix, *rest)
+
     def edges(self) -> Edges:
         """Where the nodes of the histogram lie, which are the lower edges of the CDF's bins."""
         return Edges(self.min_val, 2 * abs(self.min_val) / self.num_bins, self.num_bins)

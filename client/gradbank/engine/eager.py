@@ -22,7 +22,12 @@ def eager(evaluation: Evaluation, inputs: tuple[Tensor, ...], owned: bool = Fals
     Args:
         owned: whether no gradient shares its memory with anything: then a backward pass that is the last writes to
             them, and those of large weights are not held twice.
+
+    Raises:
+        RuntimeError: a transform of `torch.func`, which wants to differentiate it.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("a loss computes its gradient itself: call backward or torch.autograd.grad, not torch.func")
     if not torch.is_grad_enabled():
         return evaluation(inputs, (False,) * len(inputs))[0]
     return _Eager.apply(evaluation, owned, *inputs)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,0 +1,115 @@
+"""Where gradbank differs from PML on purpose, in what is called how: rows of the table in docs/losses.md, shown."""
+
+import math
+
+import pytest
+import torch
+from pytorch_metric_learning import losses as pml
+from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning import reducers as pml_reducers
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator as PMLAccuracyCalculator
+from torch import Tensor
+
+from gradbank import losses, miners, reducers
+from gradbank.evaluation import AccuracyCalculator
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(24, 8), torch.arange(24) % 6
+
+
+def test_class_weights_keep_their_dtype() -> None:
+    embeddings, labels = batch()
+    ours, theirs = losses.NormalizedSoftmaxLoss(6, 8), pml.NormalizedSoftmaxLoss(6, 8)
+    for loss, dtype in ((ours, torch.float32), (theirs, torch.float64)):
+        loss(embeddings.double(), labels).backward()
+        assert loss.W.dtype == loss.W.grad.dtype == dtype
+    ours.double()(embeddings.double(), labels)
+    assert ours.W.dtype == torch.float64
+
+
+def test_half_precision_comes_back_in_float32() -> None:
+    embeddings, labels = batch()
+    assert losses.TripletMarginLoss()(embeddings.half(), labels).dtype == torch.float32
+    assert pml.TripletMarginLoss()(embeddings.half(), labels).dtype == torch.float16
+
+
+def test_arguments_are_attributes_as_they_were_given() -> None:
+    assert losses.AngularLoss(alpha=45).alpha == 45
+    assert float(pml.AngularLoss(alpha=45).alpha) == pytest.approx(math.pi / 4)
+    assert losses.SoftTripleLoss(6, 8, gamma=0.1).gamma == 0.1
+    assert pml.SoftTripleLoss(6, 8, gamma=0.1).gamma == pytest.approx(10)
+
+
+def test_a_reducer_is_the_one_that_was_given() -> None:
+    ours, theirs = reducers.ThresholdReducer(low=0), pml_reducers.ThresholdReducer(low=0)
+    assert losses.TripletMarginLoss(reducer=ours).reducer is ours
+    assert pml.TripletMarginLoss(reducer=theirs).reducer is not theirs
+
+
+def test_pairs_that_a_miner_lists_are_the_same_in_another_order() -> None:
+    embeddings, labels = batch()
+    for name, ordered in (("MultiSimilarityMiner", False), ("TripletMarginMiner", False)):
+        ours, theirs = getattr(miners, name)()(embeddings, labels), getattr(pml_miners, name)()(embeddings, labels)
+        for some in (slice(2), slice(2, None)) if len(ours) == 4 else (slice(3),):
+            listed = [list(zip(*(index.tolist() for index in found[some]))) for found in (ours, theirs)]
+            assert sorted(listed[0]) == sorted(listed[1])
+        assert all(map(torch.equal, ours, theirs)) == ordered
+    # which is another loss where it takes the first pair of each label
+    mined = [kind.MultiSimilarityMiner()(embeddings, labels) for kind in (miners, pml_miners)]
+    found, wanted = (float(losses.NPairsLoss()(embeddings, labels, each)) for each in mined)
+    assert found != pytest.approx(wanted, rel=1e-3)
+    assert float(pml.NPairsLoss()(embeddings, labels, mined[0])) == pytest.approx(found)
+
+
+def test_labels_of_references_need_references() -> None:
+    embeddings, labels = batch()
+    pml.NTXentLoss()(embeddings, labels, ref_labels=labels + 1)
+    with pytest.raises(ValueError, match="ref_labels are the labels of ref_emb"):
+        losses.NTXentLoss()(embeddings, labels, ref_labels=labels + 1)
+
+
+def test_places_are_not_counted_from_the_end() -> None:
+    embeddings, labels = batch()
+    named = tuple(torch.tensor(index) for index in ([0, 1], [-1, -2], [0], [3]))
+    pml.ContrastiveLoss()(embeddings, labels, named)
+    with pytest.raises(ValueError, match="positive"):
+        losses.ContrastiveLoss()(embeddings, labels, named)
+
+
+def test_an_empty_batch_costs_nothing() -> None:
+    embeddings, labels = torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)
+    assert losses.NormalizedSoftmaxLoss(6, 8)(embeddings, labels).item() == 0
+    assert bool(pml.NormalizedSoftmaxLoss(6, 8)(embeddings, labels).isnan())
+
+
+def test_a_row_of_nan_is_seen() -> None:
+    embeddings, labels = batch()
+    embeddings[3] = torch.nan
+    for name, given in (
+        ("TripletMarginLoss", {}),
+        ("SignalToNoiseRatioContrastiveLoss", {}),
+        ("RankedListLoss", {"margin": 0.4, "Tn": 3}),
+    ):
+        assert bool(getattr(pml, name)(**given)(embeddings, labels).isfinite()), name
+        assert bool(getattr(losses, name)(**given)(embeddings, labels).isnan()), name
+
+
+def test_a_calculator_refuses_what_it_would_not_use() -> None:
+    embeddings, labels = batch()
+    ours = AccuracyCalculator(include=("precision_at_1",), k=3, device="cpu")
+    theirs = PMLAccuracyCalculator(include=("precision_at_1",), k=3, device=torch.device("cpu"))
+    theirs.get_accuracy(embeddings, labels, None, labels)
+    assert theirs.get_accuracy(embeddings, labels, include=("nope",)) == {}
+    with pytest.raises(ValueError, match="belong together"):
+        ours.get_accuracy(embeddings, labels, None, labels)
+    with pytest.raises(ValueError, match="no metric is called 'nope'"):
+        ours.get_accuracy(embeddings, labels, include=("nope",))
+
+
+def test_a_loss_cannot_be_transformed_by_torch_func() -> None:
+    embeddings, labels = batch()
+    torch.func.grad(lambda rows: pml.NTXentLoss()(rows, labels))(embeddings)
+    with pytest.raises(RuntimeError, match="computes its gradient itself"):
+        torch.func.grad(lambda rows: losses.NTXentLoss()(rows, labels))(embeddings)

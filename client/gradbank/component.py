@@ -61,6 +61,8 @@ class Component(nn.Module):
             value = made_by_default(type(self), name) if factory is None else factory()
         check_part(type(self), name, value)
         value = _held(value)
+        if isinstance(value, nn.Parameter) and name in self.__dict__:
+            self._as_given = {**self.__dict__.get("_as_given", {}), name: self.__dict__[name]}
         if type(value) is Tensor and name not in self._buffers and name not in self._parameters:
             self.__dict__.pop(name, None)  # what was there before, and was no tensor
             self.register_buffer(name, value, persistent=False)  # it is of the spec, and not of the state
@@ -70,8 +72,10 @@ class Component(nn.Module):
             super().__setattr__(name, value)
 
     def arguments(self) -> dict[str, Any]:
-        """The constructor arguments that build an equal component."""
-        return {name: _given(getattr(self, name)) for name in argument_names(type(self))}
+        """The constructor arguments that build an equal component; what a class of one's own makes a parameter of is as
+        it was given, for the parameter is among the weights."""
+        given = {} if _is_ours(type(self)) else self.__dict__.get("_as_given", {})
+        return {name: given.get(name, _given(getattr(self, name))) for name in argument_names(type(self))}
 
     def rebuilt(self: C) -> C:
         """A new component, and new ones within it, from the same arguments."""
@@ -88,6 +92,7 @@ class Component(nn.Module):
             raise TypeError(f"{type(self).__name__} is not a registered component: decorate it with @component")
         _check_constructor(type(self))
         arguments, fields = self.arguments(), argument_fields(type(self))
+        _check_not_learned(type(self), arguments)
         return Spec(type(self).__name__, {each.name: _sent(arguments[each.name]) for each in fields if is_sent(each)})
 
     def extra_repr(self) -> str:
@@ -155,6 +160,21 @@ def _check_constructor(cls: type[Component]) -> None:
         )
 
 
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("gradbank.")
+
+
+def _check_not_learned(cls: type[Component], arguments: dict[str, Any]) -> None:
+    """Refuses what a server would take for a number."""
+    for name, value in arguments.items():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(each, Tensor) and each.requires_grad for each in items):
+            raise TypeError(
+                f"{name} of {cls.__name__} is learned, and a server would have it as a number and no gradient of it: "
+                f"give the number (as in {name}.detach()), or learn it with a loss in this process"
+            )
+
+
 def _held(value: Any) -> Any:
     """An argument as the component holds it: what contains modules is a module."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -188,11 +208,6 @@ def _rebuilt(value: Any) -> Any:
 def _sent(value: Any) -> Any:
     if isinstance(value, Component):
         return value.spec()
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(
-            "an argument that is learned cannot be sent: a server has it as a number, and no gradient of it. Give the "
-            "number, as in temperature.item(), or learn it with a loss in this process"
-        )
     if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
         return value.item()  # a number, whoever made it
     if isinstance(value, np.ndarray):

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import gradbank
-from gradbank import distances, losses, regularizers
+from gradbank import component, distances, engine, losses, regularizers
+from gradbank.engine import Anchors
 from gradbank.errors import InvalidComponent
+from gradbank.learned import learned_arguments
 from gradbank.losses.base import BaseMetricLossFunction
+from gradbank.losses.pair import softplus
 
 _CLASSES = {"num_classes": 5, "embedding_size": 8}
 _AT = {
@@ -136,15 +140,46 @@ def test_a_loss_of_ones_own_backpropagates_to_whatever_it_is_made_of() -> None:
 def test_a_server_is_not_asked_to_learn_an_argument(client: gradbank.Client) -> None:
     loss = losses.NTXentLoss()
     loss.temperature = nn.Parameter(torch.tensor(0.07))
-    with pytest.raises(InvalidComponent, match="an argument that is learned cannot be sent"):
+    with pytest.raises(InvalidComponent, match="temperature of NTXentLoss is learned"):
         client.open("clip", loss)
 
 
 def test_a_margin_that_is_learned_by_class_is_still_computed_in_tiles() -> None:
     """It is a weight, for which the engine has a gradient."""
-    from gradbank.learned import learned_arguments
-
     assert not learned_arguments(losses.MarginLoss(learn_beta=True, num_classes=5))
     assert not learned_arguments(losses.ArcFaceLoss(5, 8))
     learned = losses.ContrastiveLoss(distance=distances.LpDistance(power=nn.Parameter(torch.tensor(2.0))))
     assert len(learned_arguments(learned)) == 1
+
+
+@component
+class LearnedGap(losses.PairLoss):
+    """Makes its argument a parameter, which is a weight as any other."""
+
+    margin: Any = 0.3
+    distance: distances.Distance = field(default_factory=distances.CosineSimilarity, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.margin = nn.Parameter(torch.as_tensor(self.margin, dtype=torch.float32).detach().clone())
+
+    def negatives(self, anchors: Anchors) -> dict[str, Any]:
+        return {"far": engine.LogSumExp(lambda s: 5 * (s + self.margin))}
+
+    def terms(self, anchors: Anchors) -> dict[str, Any]:
+        return {"loss": anchors.per_positive(softplus(anchors.each(anchors.found["far"].value) - 5 * anchors.s))}
+
+
+def test_a_loss_of_ones_own_may_make_its_argument_a_parameter(client: gradbank.Client, name: str) -> None:
+    embeddings, labels = (each.float() if each.is_floating_point() else each for each in batch(700))
+    loss = LearnedGap(margin=0.2)
+    assert not learned_arguments(loss)
+    loss(embeddings, labels).backward()
+    with engine.using("dense"):
+        whole = LearnedGap(margin=0.2)
+        whole(embeddings, labels).backward()
+    torch.testing.assert_close(loss.margin.grad, whole.margin.grad)
+    hosted = client.open(name, loss)
+    optimizer = hosted.optimizer("SGD", lr=0.1)
+    hosted(embeddings.requires_grad_(), labels).backward()
+    optimizer.step()
+    torch.testing.assert_close(hosted.local().margin.detach(), loss.margin.detach() - 0.1 * loss.margin.grad)

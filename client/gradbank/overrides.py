@@ -4,21 +4,20 @@ from collections.abc import Iterable
 
 
 def refuse_uncalled(cls: type, names: Iterable[str], instead: str, base: str | None = None) -> None:
-    """Refuses a class that defines one of some methods, which would change nothing without a word.
+    """Refuses a class that has one of some methods of its own, or of a mixin: they would change nothing without a word.
 
     Args:
         instead: what to do in place of that.
-        base: what does not call them; None is the class that this one is written on.
+        base: what does not call them; None is the class of ours that this one is written on.
 
     Raises:
         TypeError: it does.
     """
-    lost = [name for name in names if callable(vars(cls).get(name))]
+    lost = [name for name in names if callable(getattr(cls, name, None)) and not is_ours(cls, name)]
     if lost:
+        ours = next(each for each in cls.__mro__[1:] if each.__module__.startswith("gradbank."))
         verb = "does not call" if base is None else "do not call"
-        raise TypeError(
-            f"{cls.__name__} overrides {', '.join(lost)}, which {base or cls.__mro__[1].__name__} {verb}: {instead}"
-        )
+        raise TypeError(f"{cls.__name__} overrides {', '.join(lost)}, which {base or ours.__name__} {verb}: {instead}")
 
 
 def is_ours(cls: type, name: str) -> bool:

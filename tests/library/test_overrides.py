@@ -64,6 +64,15 @@ def test_what_nobody_would_call_is_refused(base: type, method: str) -> None:
         type("Mine", (base,), {method: lambda self, *args, **kwargs: None})
 
 
+def test_a_mixin_is_seen() -> None:
+    class Halving:
+        def pos_calc(self, *given: Any) -> None:
+            """What PML would call."""
+
+    with pytest.raises(TypeError, match="Mine overrides pos_calc, which ContrastiveLoss does not call"):
+        type("Mine", (Halving, losses.ContrastiveLoss), {})
+
+
 def test_a_queue_that_is_written_to_by_a_method_of_ones_own_is_refused() -> None:
     with pytest.raises(TypeError, match="Mine overrides add_to_memory"):
         type("Mine", (losses.CrossBatchMemory,), {"add_to_memory": lambda self, *args: None})
@@ -84,10 +93,15 @@ def test_a_class_that_calls_its_method_itself_may_have_it() -> None:
         def pos_calc(self, embeddings: Tensor) -> Tensor:
             return embeddings.sum()
 
+    class Quartered(Halved):
+        def element_reduction_helper(self, losses: Tensor) -> Tensor:
+            return super().element_reduction_helper(losses) / 2
+
     embeddings, labels = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
     assert float(Own()(embeddings, labels)) == 8
     whole = losses.NTXentLoss()(embeddings, labels)
     assert float(losses.NTXentLoss(reducer=Halved(low=0))(embeddings, labels)) == pytest.approx(float(whole) / 2)
+    assert float(losses.NTXentLoss(reducer=Quartered(low=0))(embeddings, labels)) == pytest.approx(float(whole) / 4)
 
 
 def test_a_reducer_may_say_what_nothing_costs() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbank.component import foundation
-from gradbank.overrides import refuse_uncalled
+from gradbank.overrides import is_ours, refuse_uncalled
 from gradbank.recorder import Recorder
 from gradbank.reducers.kept import Bounds, Kept, Kind, LossDict, Ratio, add_up
 
@@ -31,7 +31,7 @@ class Reducer(Recorder):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not any(name in vars(cls) for name in ("forward", "combine", *_REDUCTIONS)):
+        if all(is_ours(cls, name) for name in ("forward", "combine", *_REDUCTIONS)):
             refuse_uncalled(
                 cls, _NOT_CALLED, "override element_reduction, pos_pair_reduction and their like, or forward as a whole"
             )

@@ -97,7 +97,15 @@ def test_a_class_that_calls_its_method_itself_may_have_it() -> None:
         def element_reduction_helper(self, losses: Tensor) -> Tensor:
             return super().element_reduction_helper(losses) / 2
 
+    class Declared(losses.PairLoss):
+        def terms(self, anchors: Any) -> Any:
+            return {"loss": anchors.per_positive(self.sigmoid(anchors.s))}
+
+        def sigmoid(self, s: Tensor) -> Tensor:
+            return s.sigmoid()
+
     embeddings, labels = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
+    assert float(Declared()(embeddings, labels)) == pytest.approx(0.5)
     assert float(Own()(embeddings, labels)) == 8
     whole = losses.NTXentLoss()(embeddings, labels)
     assert float(losses.NTXentLoss(reducer=Halved(low=0))(embeddings, labels)) == pytest.approx(float(whole) / 2)

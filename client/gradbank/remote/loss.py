@@ -245,6 +245,30 @@ class RemoteLoss(nn.Module):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def requires_grad_(self, requires_grad: bool = True) -> "RemoteLoss":
+        """Refused where it would freeze or thaw weights, for they are the server's.
+
+        Raises:
+            InvalidRequest: it would.
+        """
+        if any(weight.requires_grad != requires_grad for weight in self.hosted.parameters()):
+            raise InvalidRequest(
+                f"the weights of {self.name!r} are the server's: freeze them with requires_grad_(False) before "
+                "client.open, or leave optimizer.step out"
+            )
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        hosted = self.__dict__.get("_hosted")  # the last that its constructor needs
+        known = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if hosted is not None and not known and hasattr(hosted[0], name):
+            kind = type(hosted[0]).__name__
+            raise AttributeError(
+                f"{name!r} of the hosted {kind} is the server's, and cannot be set here: set it before client.open. "
+                "loss_fn.local() is a copy with its weights and bank, which can be opened under another name"
+            )
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise InvalidRequest(f"{name} cannot be made: {error}") from None
         super().__init__([self.token], defaults)
         self.name, self.options = name, options
-        self._seen = 0.0  # the sum of what backward passes brought since the last zero_grad
+        self._since = _Since()
+        self.token.register_post_accumulate_grad_hook(self._since.land)  # type: ignore[no-untyped-call]  # torch's
         self._kept: deque[int] = deque(maxlen=GRADIENTS_KEPT)  # steps whose weight gradients the server keeps
         self.events: list[step_pb2.WeightEvent] = []
         self.told = 0  # how many there were before these
@@ -90,34 +93,67 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 f"{GRADIENTS_KEPT} losses later: the server keeps no more of their gradients"
             )
         self._kept.remove(seq)
-        self._seen += scale
+        if self._since.landed and (self.token.grad is None or not self.token.grad):
+            self._forget()  # the gradient was set to None, or to 0, by someone else than zero_grad
+        self._since.seen += scale
         self.events.append(step_pb2.WeightEvent(backward=step_pb2.Backward(seq=seq, scale=scale)))
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Has the weights stepped, before the next batch's loss is computed."""
+        """Has the weights stepped, before the next batch's loss is computed.
+
+        Args:
+            closure: called first, as torch's optimizers do, with gradients on; what it gives is returned.
+        """
         if self.retired:
             raise InvalidRequest(
                 "this optimizer is of a loss that was opened anew: make one by loss_fn.optimizer(...) of the new loss"
             )
+        loss = None
         if closure is not None:
-            raise InvalidRequest("a remote optimizer takes no closure: each call would be a step of the session")
+            with torch.enable_grad():
+                loss = closure()
         if self.token.grad is None:
-            return None  # no backward pass since zero_grad: as in torch, nothing to do
-        scale = float(self.token.grad) / self._seen if self._seen else 1.0
-        group = self.param_groups[0]
-        options = {name: group[name] for name in self.defaults if _is_plain(group[name])}
+            return loss  # no backward pass since zero_grad: as in torch, nothing to do
+        seen, group = self._since.seen, self.param_groups[0]
+        scale = float(self.token.grad) / seen if seen else 1.0
+        given = {name: _plain(group[name]) for name in self.defaults}
+        options = {name: value for name, value in given.items() if value is not None}
         asked = step_pb2.OptimizerStep(gradient_scale=scale, options=argument_messages(options, self.name))
         self.events.append(step_pb2.WeightEvent(optimizer_step=asked))
-        return None
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.token.grad = None
-        self._seen = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Has the server forget the gradients that it added up."""
+        self._since.seen, self._since.landed = 0.0, False
         if not (self.events and self.events[-1].HasField("zero_gradient")):
             self.events.append(step_pb2.WeightEvent(zero_gradient=True))
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, bool | int | float) or (
-        isinstance(value, tuple) and all(isinstance(item, int | float) for item in value)
-    )
+@dataclass
+class _Since:
+    """What came since the last `zero_grad`; apart, for frameworks wrap an optimizer in a copy of its attributes.
+
+    Attributes:
+        seen: the sum of what backward passes brought.
+        landed: whether it is in the gradient by now.
+    """
+
+    seen: float = 0.0
+    landed: bool = False
+
+    def land(self, token: Tensor) -> None:
+        self.landed = True
+
+
+def _plain(value: Any) -> Any:
+    """An option as it can be told: a number, whoever made it, or a tuple of such; None for any other."""
+    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        return value.item()
+    if isinstance(value, tuple | list):
+        items = tuple(map(_plain, value))
+        return items if all(isinstance(item, int | float) for item in items) else None
+    return value if isinstance(value, bool | int | float) else None

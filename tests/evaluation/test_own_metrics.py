@@ -158,3 +158,42 @@ def test_what_metrics_are_made_of_is_that_of_pml(
 def test_metrics_may_be_asked_for_in_a_set() -> None:
     found = calculator().get_accuracy(*task(), include={"precision_at_1"})  # type: ignore[arg-type]  # as PML takes it
     assert set(found) == {"precision_at_1"}
+
+
+def test_arguments_of_metrics_come_in_the_order_of_pml() -> None:
+    _, labels = task()
+    calculators = (
+        calculator(return_per_class=True),
+        pml.AccuracyCalculator(exclude=("NMI", "AMI"), return_per_class=True, device=torch.device("cpu")),
+    )
+    knn_labels, counts = (
+        labels[torch.rand(60, 60).argsort(1)],
+        evaluation.get_label_match_counts(labels, labels, torch.eq),
+    )
+    mask = torch.ones(60, dtype=torch.bool)
+    for name in RETRIEVAL:
+        given: tuple[Any, ...] = (counts,) if name == "mean_reciprocal_rank" else (True, counts)
+        found, wanted = (getattr(each, f"calculate_{name}")(knn_labels, labels, mask, *given) for each in calculators)
+        assert found == pytest.approx(wanted), name
+
+
+def test_a_class_that_computes_the_metrics_in_its_own_way_gets_what_they_need() -> None:
+    seen: dict[str, Any] = {}
+
+    class Keeping(AccuracyCalculator):
+        def _get_accuracy(self, function_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+            seen.update(kwargs, names=list(function_dict))
+            return super()._get_accuracy(function_dict, **kwargs)
+
+    query, labels = task()
+    wanted = calculator(k=5).get_accuracy(query, labels)
+    assert calculator(Keeping, k=5).get_accuracy(query, labels) == pytest.approx(wanted)
+    assert sorted(seen["names"]) == sorted(wanted)
+    assert seen["knn_labels"].shape == seen["knn_distances"].shape == (60, 5)
+    assert seen["not_lone_query_mask"].shape == (60,)
+
+
+def test_an_order_of_older_versions_is_refused() -> None:
+    _, labels = task()
+    with pytest.raises(TypeError, match="takes return_per_class before label_comparison_fn"):
+        precision_at_k(labels[:, None], labels[:, None], 1, False, torch.eq)  # type: ignore[arg-type]

@@ -199,3 +199,10 @@ def test_sizes_that_do_not_fit_are_refused(made: Callable[[], Any], message: str
     with pytest.raises(ValueError, match=message) as caught:
         made()
     assert isinstance(caught.value, AssertionError)  # which PML raises
+
+
+def test_a_sampler_of_ones_own_knows_how_often_classes_are_drawn() -> None:
+    for batch_size, length in ((None, 100), (8, 100), (8, 8), (None, 1)):
+        ours = MPerClassSampler([0, 1, 2, 3, 4, 5] * 10, 2, batch_size, max(length, batch_size or 1))
+        theirs = pml.MPerClassSampler([0, 1, 2, 3, 4, 5] * 10, 2, batch_size, max(length, batch_size or 1))
+        assert ours.calculate_num_iters() == theirs.calculate_num_iters()

@@ -213,6 +213,9 @@ class AccuracyCalculator(Selection):
         }
 
     def _is_as_here(self, name: str) -> bool:
-        """Whether a metric is as this class has it, and so can be computed some queries at a time."""
+        """Whether a metric is as this class has it, and so can be computed some queries at a time; none is for a class
+        that computes all of them in its own way."""
+        if type(self)._get_accuracy is not AccuracyCalculator._get_accuracy:
+            return False
         here = getattr(AccuracyCalculator, PREFIX + name, None)
         return here is not None and getattr(self.curr_function_dict[name], "__func__", None) is here

@@ -14,6 +14,7 @@ from torch import Tensor
 from gradbank.evaluation.labels import Comparison, distinct, ids_among, matching, relevant_per_label
 
 Score = Callable[[Tensor, Tensor], Tensor]
+LabelCounts = tuple[Sequence[Any] | Tensor, Sequence[int] | Tensor]
 
 
 class Averaging(Protocol):
@@ -84,7 +85,11 @@ def nothing(labels: int, return_per_class: bool) -> float | list[float]:
 
 
 def calculation(name: str) -> Callable[..., float | list[float]]:
-    """The score of that name as a calculator's method, for neighbours that are all at hand."""
+    """The score of that name as a calculator's method, for neighbours that are all at hand.
+
+    Arguments are in the order that PML has them: a score that is over R is told before the counts whether a query is
+    among the references.
+    """
     score = SCORES[name]
 
     def calculate(
@@ -92,10 +97,12 @@ def calculation(name: str) -> Callable[..., float | list[float]]:
         knn_labels: Tensor,
         query_labels: Tensor,
         not_lone_query_mask: Tensor,
-        label_counts: tuple[Sequence[Any] | Tensor, Sequence[int] | Tensor],
         ref_includes_query: bool = False,
+        label_counts: LabelCounts | None = None,
         **kwargs: Any,
     ) -> float | list[float]:
+        if label_counts is None:
+            raise TypeError(f"calculate_{name} needs label_counts")
         if not bool(not_lone_query_mask.any()):
             return nothing(len(label_counts[0]), self.return_per_class)
         knn_labels, labels = knn_labels[not_lone_query_mask], query_labels[not_lone_query_mask]
@@ -105,9 +112,21 @@ def calculation(name: str) -> Callable[..., float | list[float]]:
         scores = score(matches, relevant[ids_among(unique, labels)])
         return average(scores, labels, self.avg_of_avgs, self.return_per_class)
 
-    calculate.__doc__ = score.__doc__
-    calculate.__name__ = calculate.__qualname__ = f"calculate_{name}"  # as which a copy of its calculator looks for it
-    return calculate
+    def calculate_by_rank(
+        self: Averaging,
+        knn_labels: Tensor,
+        query_labels: Tensor,
+        not_lone_query_mask: Tensor,
+        label_counts: LabelCounts,
+        ref_includes_query: bool = False,
+        **kwargs: Any,
+    ) -> float | list[float]:
+        return calculate(self, knn_labels, query_labels, not_lone_query_mask, ref_includes_query, label_counts)
+
+    made = calculate_by_rank if score in (precision_at_1, mean_reciprocal_rank) else calculate
+    made.__doc__ = score.__doc__
+    made.__name__ = made.__qualname__ = f"calculate_{name}"  # as which a copy of its calculator looks for it
+    return made
 
 
 def _first(count: Tensor, matches: Tensor) -> Tensor:

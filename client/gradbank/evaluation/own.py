@@ -20,7 +20,13 @@ def precision_at_k(
     return_per_class: bool = False,
     label_comparison_fn: Comparison = EQUALITY,
 ) -> float | list[float]:
-    """The part of the k nearest references that match; K is at least k."""
+    """The part of the k nearest references that match; K is at least k.
+
+    Raises:
+        TypeError: a comparison in the place of `return_per_class`, as older versions of PML had it.
+    """
+    if callable(return_per_class):
+        raise TypeError("precision_at_k takes return_per_class before label_comparison_fn, as PML does since 2.0")
     matches = matching(label_comparison_fn, gt_labels, knn_labels[:, :k])
     return maybe_get_avg_of_avgs(matches.sum(1).double() / k, gt_labels, avg_of_avgs, return_per_class)
 

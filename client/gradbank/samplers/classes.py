@@ -45,15 +45,22 @@ class MPerClassSampler(Sampler[int]):
         self.length_of_single_pass = self.m_per_class * len(self.labels)
         if self.batch_size is not None:
             self._check(self.batch_size, length_before_new_iter)
-        step = self.length_of_single_pass if self.batch_size is None else self.batch_size
-        self.list_size = max(length_before_new_iter - length_before_new_iter % step, step)
+        self.list_size = max(length_before_new_iter - length_before_new_iter % self._step, self._step)
 
     def __len__(self) -> int:
         return self.list_size
 
+    @property
+    def _step(self) -> int:
+        return self.length_of_single_pass if self.batch_size is None else self.batch_size
+
+    def calculate_num_iters(self) -> int:
+        """How often the classes are drawn in an epoch, for an `__iter__` of your own."""
+        return self.list_size // self._step
+
     def __iter__(self) -> Iterator[int]:
         random = source(self.generator)
-        drawn = len(self.labels) if self.batch_size is None else self.batch_size // self.m_per_class
+        drawn = self._step // self.m_per_class
         items: list[int] = []
         while len(items) < self.list_size:
             random.shuffle(self.labels)

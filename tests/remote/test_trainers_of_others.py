@@ -129,3 +129,20 @@ def test_what_is_the_servers_cannot_be_set_here(client: gradbank.Client, name: s
         trains.requires_grad_(False)
     assert trains.requires_grad_() is trains
     assert there.requires_grad_(False) is there
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about what it looks at
+def test_a_compiled_step_leaves_the_wire_alone(client: gradbank.Client, name: str) -> None:
+    there, model = client.open(name, losses.NTXentLoss()), nn.Linear(8, 8)
+    embeddings, labels = data()[0]
+
+    def step(embeddings: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = there(model(embeddings), labels)
+        return loss * 2
+
+    wanted = losses.NTXentLoss()(model(embeddings), labels) * 2
+    (of_weight,) = torch.autograd.grad(wanted, model.weight)
+    found = torch.compile(step, backend="aot_eager")(embeddings, labels)
+    found.backward()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(model.weight.grad, of_weight)

@@ -153,6 +153,11 @@ class Distance(Recorder):
         few = zip(torch.split(query_emb, _PAIRS_AT_ONCE), torch.split(ref_emb, _PAIRS_AT_ONCE))
         return torch.cat([self.compute_mat(q, r).diagonal() for q, r in few])
 
+    @property
+    def is_its_matrix(self) -> bool:
+        """Whether `compute_mat` is one's own, which then says what the distance of a pair is too."""
+        return not is_ours(type(self), "compute_mat")
+
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """The `(B, M)` matrix before `power`, a new tensor: the one method that a distance must write."""
         raise NotImplementedError(f"{type(self).__name__} must define compute_mat")

@@ -1,5 +1,6 @@
 """Pairs and triplets that are named one by one, and only their distances computed."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,12 @@ from gradbank.distances import Distance
 from gradbank.engine.anchors import Anchors, Positives
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.references import References
+from gradbank.engine.room import room
 from gradbank.engine.triplets import Triplets
 
 CHUNK = 2**16  # pairs whose two vectors are held at a time
+_ENTRIES = 2**22  # of a matrix that is held at a time
+_ENTRIES_FOR_A_PAIR = 32  # in the time that it takes to gather the two vectors of one
 
 
 def listed_distances(
@@ -21,10 +25,14 @@ def listed_distances(
 ) -> Tensor:
     """The distance of each `(anchors[i], others[i])`: `(P,)`, differentiable, in memory of `O(P)`.
 
-    The vectors are gathered a chunk at a time and gathered again in the backward pass.
+    Many are looked up in the matrix, which is made some anchors at a time; so are those of a distance of one's own,
+    which is its matrix. Of few the vectors are gathered, a chunk at a time. Both are made again in the backward pass.
     """
     queries = distance.prepare(embeddings)
     rows = distance.prepare(references.whole().to(embeddings.dtype))
+    is_dense = len(queries) * len(rows) <= _ENTRIES_FOR_A_PAIR * len(anchors)
+    if len(anchors) and (is_dense or distance.is_its_matrix):
+        return _looked_up(distance, queries, rows, anchors, others)
 
     def of_chunk(a: Tensor, b: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
         return distance.pairs(queries.index_select(0, a), rows.index_select(0, b))
@@ -32,6 +40,29 @@ def listed_distances(
     chunks = zip(torch.split(anchors, CHUNK), torch.split(others, CHUNK))
     made = [checkpoint(of_chunk, a, b, queries, rows, use_reentrant=False) for a, b in chunks]
     return torch.cat(made)  # split gives one empty chunk for no pairs
+
+
+def _looked_up(distance: Distance, queries: Tensor, rows: Tensor, anchors: Tensor, others: Tensor) -> Tensor:
+    def of_block(start: int, stop: int, a: Tensor, b: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+        s = distance.matrix(queries[start:stop], rows)
+        return s.reshape(-1).index_select(0, (a - start) * len(rows) + b)
+
+    step = max(1, room(_ENTRIES, queries.device) // len(rows))
+    if step >= len(queries):
+        return of_block(0, len(queries), anchors, others, queries, rows)
+    anchor, order = anchors.sort(stable=True)
+    edges = torch.arange(0, len(queries) + step, step, device=anchor.device)
+    bounds = torch.searchsorted(anchor, edges).tolist()
+    made = [
+        checkpoint(
+            of_block, i * step, (i + 1) * step, anchor[lo:hi], others[order[lo:hi]], queries, rows, use_reentrant=False
+        )
+        for i, (lo, hi) in enumerate(itertools.pairwise(bounds))
+        if lo < hi
+    ]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return torch.cat(made).index_select(0, back)
 
 
 def of_triplets(
@@ -43,8 +74,7 @@ def of_triplets(
 ) -> Any:
     """A loss whose statistics are all of triplets, over `(a, p, n)`: differentiable, in memory of `O(T)`."""
     a, p, n = triplets
-    near = listed_distances(loss.distance, embeddings, references, a, p)
-    far = listed_distances(loss.distance, embeddings, references, a, n)
+    near, far = listed_distances(loss.distance, embeddings, references, a.repeat(2), torch.cat([p, n])).chunk(2)
     none = near[:0]
     nothing = Positives(none, none.long(), none, none.long())
     place = slice(0, len(embeddings))

@@ -104,6 +104,13 @@ MINERS = (
 )
 
 
+LISTED = (  # losses that are given what a miner lists
+    ("TripletMarginLoss", "TripletMarginMiner"),
+    ("MultiSimilarityLoss", "MultiSimilarityMiner"),
+    ("ContrastiveLoss", "PairMarginMiner"),
+)
+
+
 def bank(sizes: Sizes) -> Iterator[Case]:
     floor = Floor(sizes.batch, sizes.bank, 128)
 
@@ -152,6 +159,8 @@ def small(sizes: Sizes) -> Iterator[Case]:
 def _of_size(batch: int, section: str) -> Iterator[Case]:
     for loss in (*OF_PAIRS, "TripletMarginLoss", "AngularLoss", *ONE_PAIR_A_CLASS, *IN_BATCH_ONLY, *BY_THE_CLOCK):
         yield Case(section, loss, loss, Target(), batch, arguments=ARGUMENTS.get(loss, {}))
+    for loss, miner in LISTED:
+        yield Case(section, f"{loss}, {miner}'s list", loss, Target(), batch, miner=miner)
 
 
 def classes(sizes: Sizes) -> Iterator[Case]:

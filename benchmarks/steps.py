@@ -55,6 +55,9 @@ def make(case: Case, library: str, device: str = "cpu") -> Step:
     if case.component == "VICRegLoss":  # takes another view
         view = next(_data(case, case.batch, 2, device))[1]
         return Step(lambda: loss(embeddings, ref_emb=view), leaves)
+    if case.miner:
+        chooses = getattr(miners, case.miner)()
+        return Step(lambda: loss(embeddings, labels, chooses(embeddings, labels)), leaves)
     return Step(lambda: loss(embeddings, labels), leaves, loss)
 
 

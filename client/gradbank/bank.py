@@ -17,6 +17,7 @@ class Entering(NamedTuple):
     rows: Tensor  # (N, D)
     labels: Tensor  # (N,)
     start: int
+    is_first: bool = False  # of a bank that was looked at, and has another dtype or device by that
 
 
 class _Squares(NamedTuple):
@@ -88,7 +89,8 @@ class Bank(nn.Module):
     def _show(self) -> None:
         self.settle()
         if not len(self.slots):
-            self._allocate(self.slots)
+            with torch.inference_mode(False):  # which the bank outlives
+                self._allocate(self.slots)
 
     def _has_no_dtype(self) -> bool:
         """Whether it is empty, and looked at without being written to: that gives it no dtype yet."""
@@ -107,18 +109,16 @@ class Bank(nn.Module):
             raise Mismatch(
                 f"{len(rows)} rows do not fit a memory of {self.capacity}: raise memory_size, or enqueue fewer"
             )
-        dtype = torch.promote_types(rows.dtype, torch.float32)
+        dtype, is_first = torch.promote_types(rows.dtype, torch.float32), False
         if (dtype, rows.device) != (self.slots.dtype, self.slots.device) and len(self.slots):
-            if self._has_no_dtype():
-                self.reset()
-            else:
-                dtype = self.slots.dtype
+            is_first = self._has_no_dtype()
+            dtype = dtype if is_first else self.slots.dtype
         with torch.inference_mode(False):  # the bank outlives the mode that its rows came in
             kept = labels.detach().to(rows.device, torch.int64, copy=True)
             held = rows.detach().to(dtype, copy=True)
             if dtype != rows.dtype:
                 check_finite(held, f"embeddings, in the {dtype} that the memory is of")
-            return Entering(held, kept, self.cursor)
+            return Entering(held, kept, self.cursor, is_first)
 
     def slots_of(self, entering: Entering) -> Tensor:
         """`(N,)`: the slot of each entering row."""
@@ -177,7 +177,7 @@ class Bank(nn.Module):
         if waiting is None:
             return
         with torch.inference_mode(False):
-            if not len(self.slots):
+            if not len(self.slots) or waiting.is_first:
                 self._allocate(waiting.rows)
             if self.slots.device != waiting.rows.device:  # after a load from a checkpoint, for one
                 self.slots = self.slots.to(waiting.rows.device)

@@ -61,8 +61,7 @@ class Component(nn.Module):
             value = made_by_default(type(self), name) if factory is None else factory()
         check_part(type(self), name, value)
         value = _held(value)
-        if isinstance(value, nn.Parameter) and name in self.__dict__:
-            self._as_given = {**self.__dict__.get("_as_given", {}), name: self.__dict__[name]}
+        self._note_given(name, value)
         if type(value) is Tensor and name not in self._buffers and name not in self._parameters:
             self.__dict__.pop(name, None)  # what was there before, and was no tensor
             self.register_buffer(name, value, persistent=False)  # it is of the spec, and not of the state
@@ -70,6 +69,15 @@ class Component(nn.Module):
             if name in self._buffers and not isinstance(value, Tensor):
                 delattr(self, name)  # torch would have a tensor there for good
             super().__setattr__(name, value)
+
+    def _note_given(self, name: str, value: Any) -> None:
+        """Keeps what an argument was, should it become a parameter now."""
+        before = self.__dict__.get(name, self._buffers.get(name))
+        given = {key: each for key, each in self.__dict__.get("_as_given", {}).items() if key != name}
+        if isinstance(value, nn.Parameter) and before is not None:
+            given[name] = before
+        if given or "_as_given" in self.__dict__:
+            self._as_given = given
 
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments that build an equal component; what a class of one's own makes a parameter of is as

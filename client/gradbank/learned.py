@@ -1,25 +1,67 @@
 """Which tensors of a component get a gradient: its weights, and arguments that are learned."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from gradbank.component import Component, argument_fields
+from gradbank.engine import at_once, using
+from gradbank.overrides import is_ours
+
+_FORMULAS = ("negatives", "terms", "compute_mat")  # which take arguments for numbers in tiles, if they are ours
+
+
+def learned_at_once(
+    whole: nn.Module, call: Callable[[tuple[Tensor, ...]], Any], inputs: tuple[Tensor, ...], owned: bool = False
+) -> Any:
+    """`engine.at_once`, with the gradients of all that is learned of a component."""
+
+    def untiled(inputs: tuple[Tensor, ...]) -> Any:
+        with using("dense"):
+            return call(inputs)
+
+    learns = torch.is_grad_enabled() and bool(learned_arguments(whole))
+    weights = [each for each in (*whole.parameters(), *whole.buffers()) if each.requires_grad]
+    return at_once(untiled if learns else call, inputs, weights, owned, partial(_standing_in, whole))
 
 
 def learned_arguments(whole: nn.Module) -> list[Tensor]:
     """Arguments, of a component and of those within it, that require a gradient: a temperature that is a parameter, or
-    made of one, as in `loss_fn.temperature = log_t.exp()`. Not those that a class of one's own makes its parameters,
-    which are weights as any others."""
+    made of one, as in `loss_fn.temperature = log_t.exp()`. Not those of a formula of one's own."""
     found: list[Tensor] = []
     for part in whole.modules():
-        ours = type(part).__module__.startswith("gradbank.")
-        held = {**part._buffers, **(part._parameters if ours else {})}
-        learned = {name: each for name, each in held.items() if each is not None and each.requires_grad}
+        held = (*part._buffers.items(), *part._parameters.items())
+        learned = {name: each for name, each in held if each is not None and each.requires_grad}
         if learned and isinstance(part, Component):
-            given = {each.name for each in argument_fields(type(part)) if not each.metadata.get("weight")}
-            found += [each for name, each in learned.items() if name in given]
+            kind = type(part)
+            given = {each.name for each in argument_fields(kind) if not each.metadata.get("weight")}
+            known = all(is_ours(kind, name) for name in _FORMULAS if hasattr(kind, name))
+            found += [
+                each
+                for name, each in learned.items()
+                if name in given and (known or not isinstance(each, nn.Parameter))
+            ]
     return found
 
 
-def learned_tensors(whole: nn.Module) -> list[Tensor]:
-    """All that get a gradient: parameters, and learned arguments that are none."""
-    return [each for each in (*whole.parameters(), *whole.buffers()) if each.requires_grad]
+@contextmanager
+def _standing_in(whole: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Leaves in place of the tensors that are learned and no parameters, by their id: what one is made of may be
+    learned too, and gets its gradient once."""
+    made: dict[int, Tensor] = {}
+    held: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    try:
+        for part in whole.modules():
+            for name, each in part._buffers.items():
+                if each is not None and each.requires_grad:
+                    held.append((part._buffers, name, each))
+        for buffers, name, each in held:
+            buffers[name] = made.setdefault(id(each), each.detach().requires_grad_())
+        yield made
+    finally:
+        for buffers, name, each in held:
+            buffers[name] = each

@@ -192,6 +192,7 @@ class CrossBatchMemory(Loss, Recorder):
             lambda rows, others: self.regularized(self._compared(rows, labels, others, own, indices_tuple), rows),
             embeddings,
             references,
+            self,
         )
         return Staged(loss, lambda: self.bank.enter(entering))
 

@@ -79,7 +79,7 @@ def test_a_queue_that_is_written_to_by_a_method_of_ones_own_is_refused() -> None
 
 
 def test_a_class_that_calls_its_method_itself_may_have_it() -> None:
-    class Halved(reducers.ThresholdReducer):
+    class Halved(reducers.MeanReducer):
         def element_reduction(self, losses: Tensor, *rest: Any) -> Tensor:
             return self.element_reduction_helper(losses)
 
@@ -108,8 +108,8 @@ def test_a_class_that_calls_its_method_itself_may_have_it() -> None:
     assert float(Declared()(embeddings, labels)) == pytest.approx(0.5)
     assert float(Own()(embeddings, labels)) == 8
     whole = losses.NTXentLoss()(embeddings, labels)
-    assert float(losses.NTXentLoss(reducer=Halved(low=0))(embeddings, labels)) == pytest.approx(float(whole) / 2)
-    assert float(losses.NTXentLoss(reducer=Quartered(low=0))(embeddings, labels)) == pytest.approx(float(whole) / 4)
+    assert float(losses.NTXentLoss(reducer=Halved())(embeddings, labels)) == pytest.approx(float(whole) / 2)
+    assert float(losses.NTXentLoss(reducer=Quartered())(embeddings, labels)) == pytest.approx(float(whole) / 4)
 
 
 def test_a_reducer_may_say_what_nothing_costs() -> None:

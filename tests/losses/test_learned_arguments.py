@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
@@ -148,8 +149,111 @@ def test_a_margin_that_is_learned_by_class_is_still_computed_in_tiles() -> None:
     """It is a weight, for which the engine has a gradient."""
     assert not learned_arguments(losses.MarginLoss(learn_beta=True, num_classes=5))
     assert not learned_arguments(losses.ArcFaceLoss(5, 8))
-    learned = losses.ContrastiveLoss(distance=distances.LpDistance(power=nn.Parameter(torch.tensor(2.0))))
-    assert len(learned_arguments(learned)) == 1
+
+
+@pytest.mark.parametrize("rows", [20, 700])
+def test_a_power_of_a_distance_is_learned(rows: int) -> None:
+    embeddings, labels = batch(rows)
+
+    def of(power: Any) -> Tensor:
+        value: Tensor = losses.ContrastiveLoss(distance=distances.LpDistance(power=power))(embeddings, labels)
+        return value
+
+    power = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    of(power).backward()
+    wanted = difference(lambda value: of(torch.tensor(value, dtype=torch.float64)), 2.0)
+    assert power.grad.item() == pytest.approx(wanted, rel=1e-4)  # type: ignore[union-attr]  # a backward pass made it
+
+
+class Clip(losses.NTXentLoss):
+    """Learns what its temperature is made of."""
+
+    def __post_init__(self) -> None:
+        self.log_t = nn.Parameter(torch.tensor(-2.0, dtype=torch.float64))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.temperature = self.log_t.exp()  # type: ignore[assignment]  # which is learned
+        value: Tensor = super().forward(*args, **kwargs)
+        return value
+
+
+@pytest.mark.parametrize("rows", [20, 1200])
+@pytest.mark.parametrize("inference", [False, True], ids=["", "labels of inference mode"])
+def test_what_an_argument_is_made_of_may_be_a_parameter_of_the_loss(rows: int, inference: bool) -> None:
+    embeddings, labels = batch(rows)
+
+    def at(log_t: float) -> Tensor:
+        value: Tensor = losses.NTXentLoss(temperature=math.exp(log_t))(embeddings, labels)
+        return value
+
+    wanted, loss = difference(at, -2.0), Clip()
+    with torch.inference_mode(inference):
+        known = labels.clone()
+    for _ in range(2):
+        loss.zero_grad()
+        loss(embeddings, known).backward()
+        assert loss.log_t.grad.item() == pytest.approx(wanted, rel=1e-4)  # type: ignore[union-attr]
+    assert loss.temperature.grad_fn is not None  # type: ignore[attr-defined]  # it is what it was set to
+
+
+def test_weights_may_be_made_of_a_parameter_of_the_loss() -> None:
+    class Uncertain(losses.MultipleLosses):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.s = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.weights = [(-each).exp() for each in self.s]  # type: ignore[misc]  # which are learned
+            value: Tensor = super().forward(*args, **kwargs)
+            return value + self.s.sum()
+
+    embeddings, labels = batch(20)
+    parts = [losses.NTXentLoss(), losses.TripletMarginLoss()]
+    loss = Uncertain(parts)
+    loss(embeddings, labels).backward()
+    wanted = [1 - float(part(embeddings, labels)) for part in parts]
+    assert loss.s.grad.tolist() == pytest.approx(wanted)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "argument"), [("CircleLoss", "m"), ("MarginLoss", "margin"), ("PNPLoss", "anneal")])
+def test_a_subclass_may_make_an_argument_of_a_built_in_loss_its_parameter(name: str, argument: str) -> None:
+    base: Any = getattr(losses, name)
+
+    class Mine(base):  # type: ignore[misc]
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            setattr(self, argument, nn.Parameter(torch.tensor(getattr(self, argument), dtype=torch.float64)))
+
+    embeddings, labels = batch(700)
+    loss = Mine()
+    at = float(getattr(loss, argument).detach())
+    loss(embeddings, labels).backward()
+    wanted = difference(lambda value: base(**{argument: value})(embeddings, labels), at)
+    assert getattr(loss, argument).grad.item() == pytest.approx(wanted, rel=1e-4)
+    assert loss.arguments()[argument] == at
+
+
+def test_what_surrounds_a_loss_of_ones_own_leaves_it_what_it_is_made_of() -> None:
+    head = nn.Linear(8, 1, dtype=torch.float64)
+
+    class Weighted(BaseMetricLossFunction):
+        def compute_loss(self, embeddings: Tensor, labels: Any, indices: Any, ref_emb: Any, ref_labels: Any) -> Any:
+            cost = head(embeddings).squeeze(1).square()
+            return {"loss": {"losses": cost, "indices": torch.arange(len(cost)), "reduction_type": "element"}}
+
+    embeddings, labels = batch(20)
+    (wanted,) = torch.autograd.grad(head(embeddings).square().mean(), head.weight)
+    for whole in (losses.MultipleLosses([Weighted()]), losses.CrossBatchMemory(Weighted(), 8, 64)):
+        head.zero_grad()
+        whole(embeddings, labels).backward()
+        torch.testing.assert_close(head.weight.grad, wanted)
+    regularized = losses.CrossBatchMemory(
+        losses.NTXentLoss(), 8, 64, embedding_regularizer=regularizers.LpRegularizer()
+    )
+    weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    regularized.embedding_reg_weight = weight  # type: ignore[assignment]  # which is learned
+    regularized(embeddings, labels).backward()
+    assert weight.grad.item() == pytest.approx(float(embeddings.norm(dim=1).mean()))  # type: ignore[union-attr]
 
 
 @component

@@ -44,6 +44,24 @@ def test_looking_at_an_empty_queue_gives_it_no_dtype() -> None:
     assert memory.embedding_memory.dtype == torch.float64
 
 
+def test_a_queue_may_be_looked_at_in_any_mode() -> None:
+    memory = queue()
+    with torch.inference_mode():
+        assert not bool(memory.embedding_memory.any())
+    for _ in range(2):
+        memory(torch.randn(4, 8), torch.arange(4))
+    assert len(memory) == 8
+
+
+def test_a_refused_batch_leaves_what_was_handed_out_in_place() -> None:
+    memory = queue()
+    held = memory.embedding_memory
+    with pytest.raises(ValueError, match="anchor"):
+        memory(torch.randn(4, 8, dtype=torch.float64), torch.arange(4), (torch.tensor([9]),) * 3)
+    held[0] = 5
+    assert bool((memory.embedding_memory[0] == 5).all())
+
+
 def test_a_queue_that_is_reset_has_the_size_that_it_is_to_have() -> None:
     memory = queue()
     memory(torch.randn(4, 8), torch.arange(4))

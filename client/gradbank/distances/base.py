@@ -83,7 +83,7 @@ class Distance(Recorder):
         self.check_shapes(query_emb, ref_emb)
         if query_emb.dtype in (torch.float16, torch.bfloat16):  # in which squares overflow
             wide = self.forward(query_emb.float(), None if ref_emb is None else ref_emb.float())
-            return wide.to(query_emb.dtype)
+            return wide if torch.is_autocast_enabled(query_emb.device.type) else wide.to(query_emb.dtype)
         queries = self.prepare(query_emb)
         mat = self.matrix(queries, queries if ref_emb is None else self.prepare(ref_emb))
         self.record(query_emb, (query_emb if ref_emb is None else ref_emb,))
@@ -136,6 +136,8 @@ class Distance(Recorder):
 
     def raised(self, mat: Tensor) -> Tensor:
         """`mat` to the power that the distance has."""
+        if isinstance(self.power, Tensor):  # which may be learned
+            return mat.pow(self.power)
         if self.power in (1, 2):
             return mat if self.power == 1 else mat.square()
         if not 0 < self.power < 1:

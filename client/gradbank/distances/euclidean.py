@@ -50,7 +50,8 @@ class LpDistance(Distance):
         return torch.cdist(query_emb, ref_emb, p=self.p)
 
     def matrix(self, queries: Tensor, references: Tensor) -> Tensor:
-        if (self.p, self.power) == (2, 2) and max(len(queries), len(references)) > _DIRECT_AT_MOST:
+        plain = not isinstance(self.power, Tensor) and (self.p, self.power) == (2, 2)
+        if plain and max(len(queries), len(references)) > _DIRECT_AT_MOST:
             return _SquaredEuclidean.apply(queries, references)  # type: ignore[no-untyped-call, no-any-return]  # torch's
         return super().matrix(queries, references)
 

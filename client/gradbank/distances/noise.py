@@ -11,8 +11,9 @@ from gradbank.component import component
 from gradbank.distances.base import Distance
 from gradbank.distances.euclidean import by_row, squared_distances, toward
 
-_ROUNDINGS = 32  # of a product of rows of length 1, more than there are
-_EQUAL_AT_MOST = 2**13  # pairs that are looked at: of embeddings that have collapsed all are
+_ROUNDINGS = 128  # of a product of rows of length 1, more than there are
+_EQUAL_AT_MOST = 2**18  # pairs that are looked at: of embeddings that have collapsed all are
+_AT_ONCE = 2**13  # of which so many are held
 
 
 @component
@@ -79,13 +80,11 @@ def _inverse_signal(a: Tensor) -> Tensor:
 
 def _measure_equal_rows(s: Tensor, a: Tensor, b: Tensor) -> None:
     """Corrects what is 0 but for the rounding of the product: a reducer may count whatever is above 0."""
-    least = _ROUNDINGS * torch.finfo(s.dtype).eps
-    if not len(s) or not len(b) or not bool(s.amin() <= least):
-        return
-    row, column = (s <= least).nonzero(as_tuple=True)
+    row, column = (s <= _ROUNDINGS * torch.finfo(s.dtype).eps).nonzero(as_tuple=True)
     if len(row) <= _EQUAL_AT_MOST:
-        signal = a[row]
-        s[row, column] = (signal - b[column]).square_().sum(1) / signal.square().sum(1)
+        for some in torch.split(torch.arange(len(row), device=row.device), _AT_ONCE):
+            signal, at = a[row[some]], (row[some], column[some])
+            s[at] = (signal - b[column[some]]).square_().sum(1) / signal.square().sum(1)
 
 
 class _NoiseToSignal(torch.autograd.Function):

@@ -4,8 +4,8 @@ What the loss was computed from may change before `backward` (a bank does, with 
 send the gradients along anyway: so they are computed at once, and `backward` multiplies them by what came down.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,8 +38,13 @@ def at_once(
     inputs: tuple[Tensor, ...],
     learned: Sequence[Tensor] = (),
     owned: bool = False,
+    standing_in: Callable[[], AbstractContextManager[Mapping[int, Tensor]]] = lambda: nullcontext({}),
 ) -> Tensor:
     """The value of `whole(inputs)`, with its gradients computed now: those of the inputs, and of what is learned.
+
+    Args:
+        standing_in: has leaves stand in for some of what is learned, while that is computed with; gives them by the
+            ids of those.
 
     What comes down in the backward pass then multiplies all of each gradient at its end, as it does that of a server:
     the two are equal to the last bit.
@@ -49,10 +54,12 @@ def at_once(
     def evaluation(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
         # a tensor that is given twice, as a batch is that is compared with itself, is one leaf
         own = {id(each): each.detach().requires_grad_(need) for each, need in zip(inputs[:copied], needed)}
-        given = (*(own[id(each)] for each in inputs[:copied]), *inputs[copied:])
-        wanted = list({id(each): each for each, need in zip(given, needed) if need}.values())
-        with torch.set_grad_enabled(bool(wanted)):
-            value = whole(given[:copied])
+        with standing_in() as leaves_of:
+            learned = (leaves_of.get(id(each), each) for each in inputs[copied:])
+            given = (*(own[id(each)] for each in inputs[:copied]), *learned)
+            wanted = list({id(each): each for each, need in zip(given, needed) if need}.values())
+            with torch.set_grad_enabled(bool(wanted)):
+                value = whole(given[:copied])
         made: Sequence[Tensor | None] = [None] * len(wanted)
         if value.requires_grad:  # else nothing of the inputs reached the loss, or nothing is wanted
             with full_precision(value.device):  # autocast is meant for the forward pass

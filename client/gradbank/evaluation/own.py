@@ -79,8 +79,9 @@ def mean_reciprocal_rank(
 def maybe_get_avg_of_avgs(
     accuracy_per_sample: Tensor, sample_labels: Tensor, avg_of_avgs: bool, return_per_class: bool
 ) -> float | list[float]:
-    """The mean of `(Q,)` scores, in one of the three ways."""
-    return metrics.average(accuracy_per_sample, sample_labels[:, 0], avg_of_avgs, return_per_class)
+    """The mean of `(Q,)` scores, in one of the three ways; labels may be `(Q,)` here."""
+    labels = sample_labels if sample_labels.ndim == 1 else sample_labels[:, 0]
+    return metrics.average(accuracy_per_sample, labels, avg_of_avgs, return_per_class)
 
 
 def get_unique_labels(labels: Tensor) -> Tensor:

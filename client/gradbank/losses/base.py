@@ -14,13 +14,11 @@ from gradbank.engine import (
     Indices,
     Pairs,
     References,
-    at_once,
     every_pair,
     full_precision,
-    using,
     widened,
 )
-from gradbank.learned import learned_arguments, learned_tensors
+from gradbank.learned import learned_at_once
 from gradbank.mismatch import Mismatch
 from gradbank.recorder import Recorder
 from gradbank.reducers import LossDict, MeanReducer, Reducer
@@ -53,9 +51,6 @@ class Loss(Component):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with its hooks; in `torch.inference_mode` as under `no_grad`, whose tensors are as any others."""
         if not torch.is_inference_mode_enabled() and not any(map(_is_of_inference, (*args, *kwargs.values()))):
-            if torch.is_grad_enabled() and learned_arguments(self):
-                with using("dense"):  # tiles take arguments for numbers
-                    return super().__call__(*args, **kwargs)
             return super().__call__(*args, **kwargs)
         copies: dict[int, Any] = {}
         recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -135,6 +130,9 @@ class BaseMetricLossFunction(Loss, Recorder):
     counts_repeats: ClassVar[bool] = True
     """Whether a pair that `indices_tuple` names twice counts twice, as in PML's pair-based losses."""
 
+    is_declared: ClassVar[bool] = False
+    """Whether an engine computes it, rather than `compute_loss`."""
+
     @property
     def takes_interval(self) -> bool:
         """Whether the loss is of triplets and can be told, by an interval of distances, which of them count."""
@@ -206,22 +204,30 @@ class BaseMetricLossFunction(Loss, Recorder):
             parts = self.compute_loss(rows, here, indices_tuple, ref_rows, theirs)
             return self.regularized(self.reducer(parts, rows, here), rows)
 
-        references = References((others,))
         with full_precision(rows.device):
-            if type(self).__module__.startswith("gradbank."):
-                return self.at_once(call, rows, references)  # type: ignore[no-any-return]
-            # what a loss of one's own is made of may be anybody's, and get a gradient
-            return call(rows, references)  # type: ignore[no-any-return]
+            return self.at_once(call, rows, References((others,)))  # type: ignore[no-any-return]
 
-    def at_once(self, call: Callable[[Tensor, References], Any], embeddings: Tensor, references: References) -> Any:
-        """What `call(embeddings, references)` gives, with its gradients computed now, unless it is no number."""
-        if self.reducer.needs_list:
+    def at_once(
+        self,
+        call: Callable[[Tensor, References], Any],
+        embeddings: Tensor,
+        references: References,
+        of: nn.Module | None = None,
+    ) -> Any:
+        """What `call(embeddings, references)` gives, with its gradients computed now, unless it is no number, or that
+        of a loss of one's own: what such a one is made of may be anybody's, and get a gradient.
+
+        Args:
+            of: what has this loss within it, and may learn something itself.
+        """
+        own = not self.is_declared and not type(self).__module__.startswith("gradbank.")
+        if self.reducer.needs_list or own:
             return call(embeddings, references)
 
         def whole(inputs: tuple[Tensor, ...]) -> Any:
             return call(inputs[0], replace(references, pieces=inputs[1:]))
 
-        return at_once(whole, (embeddings, *references.pieces), learned_tensors(self))
+        return learned_at_once(self if of is None else of, whole, (embeddings, *references.pieces))
 
     def learned(self) -> list[nn.Parameter]:
         """The parameters that get a gradient of the loss."""

@@ -18,13 +18,12 @@ from gradbank.engine import (
     Part,
     References,
     Statistic,
-    at_once,
     evaluate,
     full_precision,
     named_weight,
     widened,
 )
-from gradbank.learned import learned_tensors
+from gradbank.learned import learned_at_once
 from gradbank.losses.pair import PairLoss, softplus
 from gradbank.regularizers import Regularizer
 
@@ -127,7 +126,7 @@ class ClassificationLoss(PairLoss):
             if self.reducer.needs_list:
                 value = whole((embeddings,))
             else:
-                value = at_once(whole, (embeddings,), learned_tensors(self), owned=True)
+                value = learned_at_once(self, whole, (embeddings,), owned=True)
             self.record(embeddings, labels)
         return value  # type: ignore[no-any-return]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradbank.checks import as_labels, check_batch
@@ -47,6 +47,7 @@ class PairLoss(BaseMetricLossFunction):
     positives; the engines do the rest, in bounded memory, for any number of references.
     """
 
+    is_declared: ClassVar[bool] = True
     joins_anchors: ClassVar[bool] = False
     """Whether a part is written on several anchors together, rather than on each by itself."""
 
@@ -116,8 +117,14 @@ class PairLoss(BaseMetricLossFunction):
         pairs = LabelledPairs(labels, known, own if leaves_out else None, anchor_weight=weight)
         return self.at_once(lambda rows, others: self.compare(rows, others, pairs), embeddings, references)  # type: ignore[no-any-return]
 
-    def at_once(self, call: Callable[[Tensor, References], Any], embeddings: Tensor, references: References) -> Any:
-        value = super().at_once(call, embeddings, references)
+    def at_once(
+        self,
+        call: Callable[[Tensor, References], Any],
+        embeddings: Tensor,
+        references: References,
+        of: nn.Module | None = None,
+    ) -> Any:
+        value = super().at_once(call, embeddings, references, of)
         self.record_distance(embeddings, references)
         return value
 

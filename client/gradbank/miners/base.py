@@ -93,7 +93,7 @@ class Miner(Recorder):
         Raises:
             ValueError: a shape that does not fit.
         """
-        any_shape = self.distance.takes_any_shape
+        any_shape = self.distance is not None and self.distance.takes_any_shape
         check_batch(embeddings, labels, any_shape=any_shape)
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")

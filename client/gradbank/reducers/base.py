@@ -1,8 +1,10 @@
 """What every reducer has in common, and the tallies that find its statistics: reducers themselves."""
 
+import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ class Reducer(Recorder):
 
     A reducer of your own overrides `element_reduction`, `pos_pair_reduction`, `neg_pair_reduction` and
     `triplet_reduction`, each called with `(losses, indices, embeddings, labels)`, the first in place of those that it
-    does not override; or `forward` as a whole. It then sees every loss, so every loss is held in memory.
+    does not override; or `forward` as a whole. It then sees every loss, so every loss is held in memory. Of a loss of
+    several parts each is reduced by a copy of it, as in PML.
 
     Where a loss has several parts, statistics are those of the last; a `MultipleReducers` has a reducer for each.
 
@@ -28,6 +31,12 @@ class Reducer(Recorder):
     """
 
     losses_size: int | None = field(default=None, init=False)
+
+    reduces_alike: ClassVar[bool] = True
+    """Whether an `element_reduction` of one's own is also that of pairs and triplets, as of PML's mean."""
+
+    takes_every_part: ClassVar[bool] = False
+    """Whether a `forward` of one's own is called once with all parts of a loss, and not with each."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,6 +96,23 @@ class Reducer(Recorder):
         """One number of the losses that count."""
         return Ratio(kept.sums.sum(dtype=torch.float64), kept.counts.sum(dtype=torch.float64))
 
+    def __call__(self, loss_dict: LossDict, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, with its hooks; of a class of one's own, part by part."""
+        if len(loss_dict) < 2 or self.takes_every_part or not self._is_own("forward"):
+            return super().__call__(loss_dict, *args, **kwargs)
+        made = (self._of_its_own(name)({name: part}, *args, **kwargs) for name, part in loss_dict.items())
+        return functools.reduce(torch.add, made)
+
+    def _of_its_own(self, part: str) -> "Reducer":
+        """A copy for a part of a loss, for it may remember something; one that learns is the same for all."""
+        copies: dict[str, Reducer] = self.__dict__.setdefault("_copies", {})
+        if part not in copies:
+            made = self if list(self.parameters()) else copy.deepcopy(self)
+            if made is not self:
+                made.__dict__.pop("_copies", None)
+            copies[part] = made
+        return copies[part]
+
     def forward(self, loss_dict: LossDict, embeddings: Tensor, labels: Tensor | None) -> Any:
         """Reduces listed losses to a scalar.
 
@@ -96,9 +122,10 @@ class Reducer(Recorder):
             embeddings: `(B, D)`, and labels: `(B,)` or None: what the indices point at.
         """
         parts = [self.of(name)._reduced(part, embeddings, labels) for name, part in loss_dict.items()]
+        made = functools.reduce(torch.add, parts)  # numbers, or what a reducer of one's own keeps of the losses
         if self.collects:
             self._record(loss_dict, embeddings, labels)
-        return torch.stack(parts).sum()
+        return made
 
     @torch.no_grad()
     def _record(self, loss_dict: LossDict, embeddings: Tensor, labels: Tensor | None) -> None:
@@ -116,7 +143,7 @@ class Reducer(Recorder):
         divides = "divisor" in part and kind != "already_reduced" and not self.needs_list
         extra = {"divisor": part["divisor"]} if divides else {}
         name = f"{kind}_reduction"
-        if kind in _LISTED and not self._is_own(name) and self._is_own("element_reduction"):
+        if kind in _LISTED and self.reduces_alike and not self._is_own(name) and self._is_own("element_reduction"):
             name = "element_reduction"
         made: Tensor = getattr(self, name)(losses, part["indices"], embeddings, labels, **extra)
         return made

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import field
+from typing import ClassVar
 
 import torch
 
@@ -32,6 +33,7 @@ class BoundedReducer(Reducer):
         num_above_low, num_below_high: how many are above the lower one, and below the upper one; 0 where there is none.
     """
 
+    reduces_alike: ClassVar[bool] = False
     num_past_filter: int | None = field(default=None, init=False)
     num_above_low: int | None = field(default=None, init=False)
     num_below_high: int | None = field(default=None, init=False)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class PerAnchorReducer(Reducer):
         aggregation_func: in place of the mean: called with `(B, K)` losses by anchor, K at least B, zeros where an
             anchor has fewer, and the number of losses of each; gives `(B,)`. A function cannot be sent to a server.
     """
+
+    reduces_alike: ClassVar[bool] = False
 
     reducer: Reducer = field(default_factory=MeanReducer)
     aggregation_func: Any = None
@@ -78,6 +80,8 @@ class MultipleReducers(Reducer):
         default_reducer: of the parts that `reducers` does not name; None is `MeanReducer()`.
     """
 
+    takes_every_part: ClassVar[bool] = True
+
     reducers: dict[str, Reducer]
     default_reducer: Reducer = field(default_factory=MeanReducer)
 
@@ -97,6 +101,8 @@ class MultipleReducers(Reducer):
 @component
 class DoNothingReducer(Reducer):
     """Reduces nothing: the loss returns its parts, each with its losses and their indices."""
+
+    takes_every_part: ClassVar[bool] = True
 
     def forward(self, loss_dict: LossDict, embeddings: Tensor, labels: Tensor | None) -> LossDict:
         return loss_dict

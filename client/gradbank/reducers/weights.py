@@ -1,6 +1,7 @@
 """Reducers that go by what comes with the losses: the classes of their anchors, or a divisor."""
 
 from dataclasses import field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class ClassWeightedReducer(Reducer):
     Raises:
         ValueError: no labels, or labels outside that range, when it is called.
     """
+
+    reduces_alike: ClassVar[bool] = False
 
     weights: Tensor
 
@@ -50,6 +53,8 @@ class DivisorReducer(Reducer):
     Raises:
         ValueError: a loss that gives none, when it is called.
     """
+
+    reduces_alike: ClassVar[bool] = False
 
     divisor: float | None = field(default=None, init=False)
 

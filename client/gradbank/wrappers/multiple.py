@@ -1,5 +1,6 @@
 """Several losses of one batch."""
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any, cast
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.component import Component, component
-from gradbank.engine import Indices, at_once, full_precision, widened
-from gradbank.learned import learned_tensors
+from gradbank.engine import Indices, full_precision, widened
+from gradbank.learned import learned_at_once
 from gradbank.losses.base import Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.mismatch import Mismatch
@@ -85,24 +86,30 @@ class MultipleLosses(Loss):
         if self.miners and indices_tuple is not None:
             raise Mismatch("MultipleLosses was built with miners, which choose the pairs: leave indices_tuple out")
         losses, weights = cast("dict[Any, Loss]", self.losses), cast("dict[Any, float]", self.weights)
-        commits = []
+        commits: list[Callable[[], None]] = []
 
         def whole(inputs: tuple[Tensor, ...]) -> Tensor:
             rows, total = inputs[0], torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
+            factors = {id(each): leaf for each, leaf in zip(learned, inputs[1:])}
             for key in self._keys():
                 miner = self._miner(key)
                 chosen = indices_tuple if miner is None else miner(rows, labels)
                 staged = _staged(losses[key], rows, labels, chosen)
-                total = total + staged.loss * weights[key]
+                total = total + staged.loss * factors.get(id(weights[key]), weights[key])
                 commits.append(staged.commit)
             with full_precision(rows.device):
                 value: Tensor = self.regularized(total, rows)
             return value
 
-        learned = learned_tensors(self) + _learned_of(self.weights)
+        learned = _learned_of(self.weights)
         # the gradients of half precision are added up, and multiplied by what backward brings, before they are rounded
         rows = widened(embeddings) if embeddings.is_floating_point() else embeddings
-        loss = at_once(whole, (rows,), learned)
+        if all(
+            type(each).__module__.startswith(("gradbank.", "torch.nn.modules.container")) for each in self.modules()
+        ):
+            loss = learned_at_once(self, whole, (rows, *learned))
+        else:  # what those of one's own are made of may be anybody's, and get a gradient
+            loss = whole((rows, *learned))
 
         def commit() -> None:
             for each in commits:

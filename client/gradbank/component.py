@@ -149,6 +149,23 @@ def _field(cls: type[Component], name: str) -> "dataclasses.Field[Any] | None":
     return next((fields[name] for fields in every if name in fields), None)
 
 
+def default_method(cls: type[Component], name: str) -> Callable[..., Any] | None:
+    """The method that gives an argument its default, unless that is what its field says anyhow."""
+    method: Callable[..., Any] | None = getattr(cls, f"get_default_{name}", None)
+    return None if getattr(method, "of_field", False) else method
+
+
+def default_getter(name: str) -> Any:
+    """A method that gives an argument the default that its field has, for `super()` of one that gives another."""
+
+    def get_default(self: Component) -> Any:
+        return made_by_default(type(self), name)
+
+    get_default.__doc__ = f"The {name} where none is given."
+    get_default.of_field = True  # type: ignore[attr-defined]  # see `default_method`
+    return get_default
+
+
 def made_by_default(cls: type[Component], name: str) -> Any:
     """What the `default_factory` of an argument makes; None if it has none."""
     each = _field(cls, name)  # type: ignore[arg-type]  # mypy asks a class for its instances' hash

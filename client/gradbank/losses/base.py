@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.checks import as_labels, check_batch
-from gradbank.component import Component, foundation, made_by_default
+from gradbank.component import Component, default_getter, foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import (
     Indices,
@@ -157,13 +157,8 @@ class BaseMetricLossFunction(Loss, Recorder):
         """The part of a loss of which nothing is to be compared."""
         return {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
 
-    def get_default_distance(self) -> Distance | None:
-        """What embeddings are compared by where nothing else is given."""
-        return made_by_default(type(self), "distance")  # type: ignore[no-any-return]
-
-    def get_default_reducer(self) -> Reducer:
-        """What the losses become one number by where nothing else is given."""
-        return made_by_default(type(self), "reducer")  # type: ignore[no-any-return]
+    get_default_distance = default_getter("distance")
+    get_default_reducer = default_getter("reducer")
 
     def set_reducer(self, reducer: Reducer | None) -> None:
         """Has another reducer make one number of the losses; None is the default one."""

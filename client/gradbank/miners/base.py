@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbank.checks import check_batch
-from gradbank.component import foundation, made_by_default
+from gradbank.component import default_getter, foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision
 from gradbank.overrides import is_ours, refuse_uncalled
@@ -43,9 +43,7 @@ class Miner(Recorder):
     def __post_init__(self) -> None:
         self.reset_stats()
 
-    def get_default_distance(self) -> Distance:
-        """What embeddings are compared by where nothing else is given."""
-        return made_by_default(type(self), "distance")  # type: ignore[no-any-return]
+    get_default_distance = default_getter("distance")
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         """The chosen `(a, p, n)` or `(a1, p, a2, n)`, int64: anchors are rows of `embeddings`, others of `ref_emb`.

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 
-from gradbank.component import Component, argument_fields, components, default_of, is_sent
+from gradbank.component import Component, argument_fields, components, default_method, default_of, is_sent
 from gradbank.distances import Distance
 from gradbank.losses.base import Loss
 from gradbank.miners.base import Miner
@@ -55,7 +55,7 @@ def _argument(cls: type[Component], each: "dataclasses.Field[object]") -> catalo
     named = each.type if isinstance(each.type, str) else inspect.formatannotation(each.type)
     info = catalog_pb2.ArgumentInfo(name=each.name, type=_MODULE.sub("", named))
     default = default_of(each)
-    if hasattr(cls, f"get_default_{each.name}"):
+    if default_method(cls, each.name) is not None:
         info.default = f"get_default_{each.name}()"  # a method of the component, which there is none of here
     elif default is not dataclasses.MISSING:
         info.default = _written(default)

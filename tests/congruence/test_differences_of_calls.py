@@ -11,6 +11,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
 
 from gradbank import losses, miners, reducers
+from gradbank.errors import NonFiniteError
 from gradbank.evaluation import AccuracyCalculator
 
 
@@ -104,6 +105,10 @@ def test_a_calculator_refuses_what_it_would_not_use() -> None:
     assert theirs.get_accuracy(embeddings, labels, include=("nope",)) == {}
     with pytest.raises(ValueError, match="belong together"):
         ours.get_accuracy(embeddings, labels, None, labels)
+    embeddings[3, 1] = torch.nan
+    theirs.get_accuracy(embeddings, labels, torch.randn(9, 8), torch.arange(9))
+    with pytest.raises(NonFiniteError, match="row 3"):
+        ours.get_accuracy(embeddings, labels, torch.randn(9, 8), torch.arange(9))
     with pytest.raises(ValueError, match="no metric is called 'nope'"):
         ours.get_accuracy(embeddings, labels, include=("nope",))
 

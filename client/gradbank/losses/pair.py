@@ -62,6 +62,17 @@ class PairLoss(BaseMetricLossFunction):
                 "it is declared by (negatives and terms, or forward as a whole)",
             )
 
+    def compute_loss(self, *given: Any, **named: Any) -> Any:
+        """Nothing here: an engine computes what is declared.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} is computed by an engine from what it declares, and has no losses by part: call it "
+            "as a whole, or with reducer=DoNothingReducer() for its parts"
+        )
+
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         """The statistics of each anchor's negatives that `terms` uses, by name."""
         return {}

@@ -137,7 +137,7 @@ def foundation(cls: type[C]) -> type[C]:
             each.default, each.default_factory = None, dataclasses.MISSING
     made = dataclasses.dataclass(eq=False, repr=False)(cls)
     for each in dataclasses.fields(made):  # type: ignore[arg-type]  # the decorator made it one
-        if each.init and each.name in made.__dict__:
+        if each.init and each.name in made.__dict__ and not inspect.isfunction(made.__dict__[each.name]):
             delattr(made, each.name)  # a default left on the class would hide a module assigned to the field
     return made
 

@@ -1,5 +1,6 @@
 """The contract of pytorch-metric-learning for a user's own losses of pairs."""
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -56,13 +57,28 @@ class GenericPairLoss(BaseMetricLossFunction):
 
     A subclass defines `_compute_loss`, which returns the losses by part, as `compute_loss` does. It is called with
     `(mat, pos_mask, neg_mask)`, all `(B, M)`, or with `(pos_pair, neg_pair, indices_tuple)`: the distances of the
-    positive and of the negative pairs, and the four lists that name those.
+    positive and of the negative pairs, and the four lists that name those. Or it overrides the one of `mat_based_loss`
+    and `pair_based_loss` that is called, with `(mat, indices_tuple)`, which makes that of it.
 
     Args:
         mat_based_loss: which of the two.
     """
 
-    mat_based_loss: bool = False
+    mat_based_loss: Any = False  # as an argument; the attribute of this name is a method, as in PML
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mat_based_loss" and not callable(value):
+            name = "_by_matrix"
+        super().__setattr__(name, value)
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "mat_based_loss": self._by_matrix}
+
+    @property
+    def loss_method(self) -> Callable[[Tensor, Indices], LossDict]:
+        """The one of the two methods that is called."""
+        made: Callable[[Tensor, Indices], LossDict] = self.mat_based_loss if self._by_matrix else self.pair_based_loss
+        return made
 
     def compute_loss(
         self,
@@ -72,19 +88,30 @@ class GenericPairLoss(BaseMetricLossFunction):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        a1, p, a2, n = pairs_named(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        if not len(a1) and not len(a2):
+        named = pairs_named(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if not len(named[0]) and not len(named[2]):
             return self.zero_losses()
-        mat: Tensor = self.distance(embeddings, None if ref_emb is embeddings else ref_emb)
-        if not self.mat_based_loss:
-            return self._compute_loss(mat[a1, p], mat[a2, n], (a1, p, a2, n))
-        pos_mask, neg_mask = torch.zeros_like(mat), torch.zeros_like(mat)
-        pos_mask[a1, p] = 1
-        neg_mask[a2, n] = 1
-        return self._compute_loss(mat, pos_mask, neg_mask)
+        return self.loss_method(self.distance(embeddings, None if ref_emb is embeddings else ref_emb), named)
+
+    def pair_based_loss(self, mat: Tensor, indices_tuple: Indices) -> LossDict:
+        """`_compute_loss` of the distances of the pairs."""
+        a1, p, a2, n = indices_tuple
+        return self._compute_loss(mat[a1, p], mat[a2, n], indices_tuple)
 
     def _compute_loss(self, *given: Any) -> LossDict:
         raise NotImplementedError(f"{type(self).__name__} must define _compute_loss")
+
+
+def _mat_based_loss(self: GenericPairLoss, mat: Tensor, indices_tuple: Indices) -> LossDict:
+    """`_compute_loss` of the matrix, and of which of its entries are positive and negative pairs."""
+    a1, p, a2, n = indices_tuple
+    pos_mask, neg_mask = torch.zeros_like(mat), torch.zeros_like(mat)
+    pos_mask[a1, p] = 1
+    neg_mask[a2, n] = 1
+    return self._compute_loss(mat, pos_mask, neg_mask)
+
+
+GenericPairLoss.mat_based_loss = _mat_based_loss  # which is the name of an argument, too
 
 
 def pairs_named(

@@ -235,7 +235,7 @@ def test_another_users_process_is_not_let_in_and_finds_no_memory(nearby: Server,
     )
     words = [str(PYTHON), "-I", "-c", script, place, str(os.getpid())]
     made = subprocess.run(words, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, timeout=60)
-    assert (made.stdout, made.stderr) == ("kept out\n", "")
+    assert made.stdout == "kept out\n", made.stderr  # where gRPC may complain of the fork
 
 
 @as_root

@@ -61,6 +61,14 @@ def test_a_miner_takes_what_that_of_pml_takes(name: str) -> None:
         assert set(zip(*(i.tolist() for i in found[part]))) == set(zip(*(i.tolist() for i in wanted[part])))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_two_views_may_be_of_another_shape(symmetric: bool) -> None:
+    embeddings, view = batch()[0], torch.randn(16, 3, 8)
+    found = losses.SelfSupervisedLoss(losses.NTXentLoss(distance=max_sim(distances)), symmetric)(embeddings, view)
+    theirs = pml_losses.SelfSupervisedLoss(pml_losses.NTXentLoss(distance=max_sim(pml_distances)), symmetric)
+    torch.testing.assert_close(found, theirs(embeddings, view))
+
+
 def test_the_distance_says_what_it_takes() -> None:
     embeddings, labels = batch()
     for each in (losses.NTXentLoss, miners.BatchHardMiner):

@@ -43,7 +43,8 @@ class SelfSupervisedLoss(BaseLossWrapper):
         return staged.loss
 
     def stage(self, embeddings: Tensor, ref_emb: Tensor | None = None, labels: Tensor | None = None) -> Staged:
-        check_batch(embeddings, None)
+        distance = getattr(self.loss, "distance", None)
+        check_batch(embeddings, None, any_shape=distance is not None and distance.takes_any_shape)
         if ref_emb is None or labels is not None:
             raise ValueError(
                 f"{type(self).__name__} takes two views, embeddings and ref_emb, and makes the labels itself"

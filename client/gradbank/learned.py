@@ -24,9 +24,12 @@ def learned_at_once(
         with using("dense"):
             return call(inputs)
 
-    learns = torch.is_grad_enabled() and bool(learned_arguments(whole))
-    weights = [each for each in (*whole.parameters(), *whole.buffers()) if each.requires_grad]
-    return at_once(untiled if learns else call, inputs, weights, owned, partial(_standing_in, whole))
+    chosen = untiled if torch.is_grad_enabled() and learned_arguments(whole) else call
+    weights = [each for each in whole.parameters() if each.requires_grad]
+    others = [each for each in whole.buffers() if each.requires_grad]
+    if not others:
+        return at_once(chosen, inputs, weights, owned)
+    return at_once(chosen, inputs, [*weights, *others], owned, partial(_standing_in, whole))
 
 
 def learned_arguments(whole: nn.Module) -> list[Tensor]:

@@ -13,11 +13,16 @@ def refuse_uncalled(cls: type, names: Iterable[str], instead: str, base: str | N
     Raises:
         TypeError: it does.
     """
-    lost = [name for name in names if callable(getattr(cls, name, None)) and not is_ours(cls, name)]
+    lost = uncalled(cls, names)
     if lost:
         ours = next(each for each in cls.__mro__[1:] if each.__module__.startswith("gradbank."))
         verb = "does not call" if base is None else "do not call"
         raise TypeError(f"{cls.__name__} overrides {', '.join(lost)}, which {base or ours.__name__} {verb}: {instead}")
+
+
+def uncalled(cls: type, names: Iterable[str]) -> list[str]:
+    """Those of some methods that a class has of its own, or of a mixin."""
+    return [name for name in names if callable(getattr(cls, name, None)) and not is_ours(cls, name)]
 
 
 def is_ours(cls: type, name: str) -> bool:

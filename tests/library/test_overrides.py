@@ -1,6 +1,7 @@
 """What a subclass of PML's classes may override is called here too, or refused where the subclass is defined."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -71,6 +72,25 @@ def test_a_mixin_is_seen() -> None:
 
     with pytest.raises(TypeError, match="Mine overrides pos_calc, which ContrastiveLoss does not call"):
         type("Mine", (Halving, losses.ContrastiveLoss), {})
+
+
+def test_a_forward_that_ends_in_ours_leaves_hooks_out_and_a_warning_says_so() -> None:
+    class Squared(losses.ContrastiveLoss):
+        def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]  # as users have it
+            made: Tensor = super().forward(embeddings * 2, labels)
+            return made
+
+        def pos_calc(self, *given: Any) -> None:
+            """What PML would call."""
+
+    embeddings, labels = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
+    with pytest.warns(
+        UserWarning, match=r"Squared.forward has what it overrides \(pos_calc\) called by nobody"
+    ) as warned:
+        Squared()(embeddings, labels)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings(action="error"):
+        Squared()(embeddings, labels)  # said once
 
 
 def test_a_queue_that_is_written_to_by_a_method_of_ones_own_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Losses that say what pairs cost, and leave it to the engines to go through them."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from gradbank.engine import (
     widened,
 )
 from gradbank.losses.base import BaseMetricLossFunction
-from gradbank.overrides import is_ours, refuse_uncalled
+from gradbank.overrides import is_ours, refuse_uncalled, uncalled
 
 _CALLED = ("forward", "compare", "negatives", "terms", "logits", "with_margin", "classify")  # and may call others
 _NOT_CALLED = (
@@ -48,13 +49,15 @@ class PairLoss(BaseMetricLossFunction):
     """
 
     is_declared: ClassVar[bool] = True
+    _uncalled: ClassVar[list[str]] = []
     joins_anchors: ClassVar[bool] = False
     """Whether a part is written on several anchors together, rather than on each by itself."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        declared = [name for name in _CALLED if hasattr(cls, name)]
-        if not cls.__module__.startswith("gradbank.") and all(is_ours(cls, name) for name in declared):
+        own = [name for name in _CALLED if hasattr(cls, name) and not is_ours(cls, name)]
+        cls._uncalled = uncalled(cls, _NOT_CALLED) if own == ["forward"] else []
+        if not own and not cls.__module__.startswith("gradbank."):
             refuse_uncalled(
                 cls,
                 _NOT_CALLED,
@@ -103,6 +106,10 @@ class PairLoss(BaseMetricLossFunction):
             ValueError: a shape that does not fit, an argument that the loss does not take, or neither labels nor
                 indices.
         """
+        if self._uncalled:  # this is the `super` of a forward of one's own
+            kind = type(self)
+            lost, kind._uncalled = ", ".join(kind._uncalled), []
+            warnings.warn(f"{kind.__name__}.forward has what it overrides ({lost}) called by nobody", stacklevel=2)
         self._check_arguments(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         is_self = ref_labels is None or ref_labels is labels
         among_themselves = ref_emb is None or ref_emb is embeddings

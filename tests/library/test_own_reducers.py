@@ -43,7 +43,16 @@ def written(library: Any) -> dict[str, Any]:
         def element_reduction(self, losses: Tensor, *rest: Any) -> Tensor:
             return losses.sum()
 
-    return {each.__name__: each for each in (Unpack, Costly, Running, Summed)}
+    class Averaged(library.MultipleReducers):  # type: ignore[misc]
+        """The mean of the parts, in place of their sum."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__({"pos_loss": library.MeanReducer()}, **kwargs)
+
+        def sub_loss_reduction(self, sub_losses: Tensor, embeddings: Any = None, labels: Any = None) -> Tensor:
+            return sub_losses.mean()
+
+    return {each.__name__: each for each in (Unpack, Costly, Running, Summed, Averaged)}
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -60,6 +69,7 @@ CASES = [
     ("Summed", "TripletMarginLoss"),
     ("Summed", "ContrastiveLoss"),
     ("Summed", "SupConLoss"),
+    ("Averaged", "ContrastiveLoss"),
 ]
 
 
@@ -101,3 +111,17 @@ def test_a_declared_loss_says_that_it_has_no_compute_loss() -> None:
     embeddings, labels = batch()
     with pytest.raises(NotImplementedError, match=r"NTXentLoss is computed by an engine .*DoNothingReducer"):
         losses.NTXentLoss().compute_loss(embeddings, labels, None, embeddings, labels)
+
+
+def test_several_losses_may_be_given_what_ones_own_method_chooses() -> None:
+    embeddings, labels = batch()
+    one = tuple(torch.tensor([i, j]) for i, j in ((0, 1), (6, 7), (0, 1), (1, 2)))
+
+    def mine(library: Any) -> Any:
+        class Named(library.MultipleLosses):  # type: ignore[misc]
+            def get_indices_tuple(self, i: Any, *given: Any) -> Any:
+                return one
+
+        return Named([library.ContrastiveLoss(), library.NTXentLoss()])
+
+    torch.testing.assert_close(mine(losses)(embeddings, labels), mine(pml_losses)(embeddings, labels))

@@ -122,10 +122,14 @@ class Reducer(Recorder):
             embeddings: `(B, D)`, and labels: `(B,)` or None: what the indices point at.
         """
         parts = [self.of(name)._reduced(part, embeddings, labels) for name, part in loss_dict.items()]
-        made = functools.reduce(torch.add, parts)  # numbers, or what a reducer of one's own keeps of the losses
+        made = self._together(parts, embeddings, labels)
         if self.collects:
             self._record(loss_dict, embeddings, labels)
         return made
+
+    def _together(self, parts: list[Tensor], embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        """The sum of the parts: of numbers, or of what a reducer of one's own keeps of the losses."""
+        return functools.reduce(torch.add, parts)
 
     @torch.no_grad()
     def _record(self, loss_dict: LossDict, embeddings: Tensor, labels: Tensor | None) -> None:
@@ -197,7 +201,7 @@ _LISTED = ("pos_pair", "neg_pair", "triplet")
 _REDUCTIONS = tuple(f"{kind}_reduction" for kind in ("already_reduced", "element", *_LISTED))
 _NOT_CALLED = (
     *("reduce_the_loss", "unpack_loss_info", "get_reduction_func", "input_is_zero_loss", "set_losses_size_stat"),
-    *("element_reduction_helper", "tuple_reduction_helper", "sub_loss_reduction", "sum_and_divide", "set_stats"),
+    *("element_reduction_helper", "tuple_reduction_helper", "sum_and_divide", "set_stats"),
     *("assert_sizes", *(f"assert_sizes_{kind}" for kind in ("already_reduced", "element", "pair", *_LISTED))),
 )
 _PACKAGE = __name__.removesuffix("base")  # with the dot at its end

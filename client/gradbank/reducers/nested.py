@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbank.component import component
+from gradbank.overrides import is_ours
 from gradbank.reducers.base import Reducer, Tally, is_nothing
 from gradbank.reducers.kept import Bounds, Kept, LossDict, Ratio, add_up
 from gradbank.reducers.means import MeanReducer
@@ -87,7 +88,17 @@ class MultipleReducers(Reducer):
 
     @property
     def needs_list(self) -> bool:
-        return any(each.needs_list for each in (*dict(self.reducers).values(), self.default_reducer))
+        own = super().needs_list or not is_ours(type(self), "sub_loss_reduction")
+        return own or any(each.needs_list for each in (*dict(self.reducers).values(), self.default_reducer))
+
+    def sub_loss_reduction(self, sub_losses: Tensor, embeddings: Any = None, labels: Any = None) -> Tensor:
+        """The parts' `(P,)` results together: their sum, unless a subclass does something else."""
+        return sub_losses.sum()
+
+    def _together(self, parts: list[Tensor], embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        if is_ours(type(self), "sub_loss_reduction"):
+            return super()._together(parts, embeddings, labels)
+        return self.sub_loss_reduction(torch.stack(parts), embeddings, labels)
 
     @property
     def collects(self) -> bool:

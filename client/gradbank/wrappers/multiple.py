@@ -42,7 +42,7 @@ class MultipleLosses(Loss):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if is_ours(cls, "forward") and is_ours(cls, "stage"):
-            refuse_uncalled(cls, ("get_indices_tuple", "assertions_if_not_none"), "give it miners of your own")
+            refuse_uncalled(cls, ("assertions_if_not_none",), "give it miners of your own")
 
     def __post_init__(self) -> None:
         if isinstance(self.losses, Loss):
@@ -92,8 +92,7 @@ class MultipleLosses(Loss):
             rows, total = inputs[0], torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
             factors = {id(each): leaf for each, leaf in zip(learned, inputs[1:])}
             for key in self._keys():
-                miner = self._miner(key)
-                chosen = indices_tuple if miner is None else miner(rows, labels)
+                chosen = self.get_indices_tuple(key, rows, labels, indices_tuple)
                 staged = _staged(losses[key], rows, labels, chosen)
                 total = total + staged.loss * factors.get(id(weights[key]), weights[key])
                 commits.append(staged.commit)
@@ -116,6 +115,11 @@ class MultipleLosses(Loss):
                 each()
 
         return Staged(loss, commit)
+
+    def get_indices_tuple(self, i: Any, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any = None) -> Any:
+        """What the loss in place, or of name, `i` is given: the choice of its miner, if it has one."""
+        miner = self._miner(i)
+        return indices_tuple if miner is None else miner(embeddings, labels)
 
     def _keys(self) -> list[Any]:
         """What the losses are looked up by: names, or positions."""

@@ -66,6 +66,8 @@ def test_a_hook_of_ones_own_is_called_as_in_pml(name: str) -> None:
 
 @component
 class Halved(losses.GenericPairLoss):
+    """Costs half of an anchor's distances to its positives."""
+
     def _compute_loss(self, mat: Tensor, pos_mask: Tensor, neg_mask: Tensor) -> Any:
         cost = (mat * pos_mask).sum(1)
         return {"loss": {"losses": cost, "indices": torch.arange(len(mat)), "reduction_type": "element"}}

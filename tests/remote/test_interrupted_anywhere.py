@@ -37,9 +37,10 @@ class Interrupt:
     def __init__(self, at: int, *files: str) -> None:
         self._at, self._files, self.places = at, files, 0
         self._last: dict[FrameType, str] = {}
+        self._call, self._trace = self._called, self._traced  # held, for Python itself does not, as it calls them
 
     def __enter__(self) -> "Interrupt":
-        sys.settrace(self._called)
+        sys.settrace(self._call)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,7 +51,7 @@ class Interrupt:
         if not frame.f_code.co_filename.startswith(self._files):
             return None
         frame.f_trace_opcodes = True
-        return self._traced
+        return self._trace
 
     def _traced(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "opcode":
@@ -61,7 +62,7 @@ class Interrupt:
                 if self.places == self._at:
                     sys.settrace(None)
                     raise Interrupted
-        return self._traced
+        return self._trace
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
@@ -82,6 +83,10 @@ def interrupted(call: Callable[[], object], at: int, *files: str) -> bool:
         return True
     except RuntimeError as error:  # of a lock that the interrupt left in a state that its owner does not know
         if not isinstance(error.__context__, Interrupted):
+            raise
+        return True
+    except TypeError as error:  # Python's own, of a trace function that it let go of: an interrupt as any other
+        if "'traceback' object is not callable" not in str(error):
             raise
         return True
     return False

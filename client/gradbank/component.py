@@ -71,7 +71,9 @@ class Component(nn.Module):
             super().__setattr__(name, value)
 
     def _note_given(self, name: str, value: Any) -> None:
-        """Keeps what an argument was, should it become a parameter now."""
+        """Keeps what an argument was, should a class of one's own make it a parameter now."""
+        if _is_ours(type(self)):
+            return
         before = self.__dict__.get(name, self._buffers.get(name))
         given = {key: each for key, each in self.__dict__.get("_as_given", {}).items() if key != name}
         if isinstance(value, nn.Parameter) and before is not None:
@@ -82,7 +84,7 @@ class Component(nn.Module):
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments that build an equal component; what a class of one's own makes a parameter of is as
         it was given, for the parameter is among the weights."""
-        given = {} if _is_ours(type(self)) else self.__dict__.get("_as_given", {})
+        given = self.__dict__.get("_as_given", {})
         return {name: given.get(name, _given(getattr(self, name))) for name in argument_names(type(self))}
 
     def rebuilt(self: C) -> C:

@@ -33,9 +33,10 @@ _NOT_SMOOTH = {"HistogramLoss", "FastAPLoss", "DynamicSoftMarginLoss", "Manifold
 _NEEDED = {"RankedListLoss": {"margin": 0.4, "Tn": 3.0}}
 _WITHOUT = {
     ("MarginLoss", "beta"),
+    ("MarginLoss", "nu"),
     ("SphereFaceLoss", "margin"),
     ("LargeMarginSoftmaxLoss", "margin"),
-}  # weights, counts
+}  # weights, of weights that are not learned here, counts
 
 
 def _cases() -> list[tuple[str, str, float]]:

@@ -26,7 +26,7 @@ def precision_at_k(
         TypeError: a comparison in the place of `return_per_class`, as older versions of PML had it.
     """
     if callable(return_per_class):
-        raise TypeError("precision_at_k takes return_per_class before label_comparison_fn, as PML does since 2.0")
+        raise TypeError("precision_at_k takes return_per_class before label_comparison_fn, as PML 2.9 does")
     matches = matching(label_comparison_fn, gt_labels, knn_labels[:, :k])
     return maybe_get_avg_of_avgs(matches.sum(1).double() / k, gt_labels, avg_of_avgs, return_per_class)
 

@@ -37,7 +37,7 @@ class Selection:
         return list(self.curr_function_dict)
 
     def check_primary_metrics(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
-        """Refuses, by TypeError or ValueError, anything but a tuple or list of metrics that exist."""
+        """Refuses, by TypeError or ValueError, anything but a tuple, list or set of metrics that exist."""
         for names in (include, exclude):
             if not isinstance(names, tuple | list | set | frozenset):
                 raise TypeError(f"include and exclude must be tuples or lists of metrics, got {type(names).__name__}")

@@ -21,8 +21,8 @@ class Reducer(Recorder):
 
     A reducer of your own overrides `element_reduction`, `pos_pair_reduction`, `neg_pair_reduction` and
     `triplet_reduction`, each called with `(losses, indices, embeddings, labels)`, the first in place of those that it
-    does not override; or `forward` as a whole. It then sees every loss, so every loss is held in memory. Of a loss of
-    several parts each is reduced by a copy of it, as in PML.
+    does not override; or `forward` as a whole, which is called for each part of a loss by itself, of a copy that is the
+    part's. It then sees every loss, so every loss is held in memory.
 
     Where a loss has several parts, statistics are those of the last; a `MultipleReducers` has a reducer for each.
 

@@ -30,6 +30,15 @@ def test_class_weights_keep_their_dtype() -> None:
     assert ours.W.dtype == torch.float64
 
 
+def test_a_queue_keeps_its_dtype() -> None:
+    embeddings, labels = batch()
+    ours, theirs = (each.CrossBatchMemory(each.ContrastiveLoss(), 8, 64) for each in (losses, pml))
+    for queue, dtype in ((ours, torch.float32), (theirs, torch.float64)):
+        queue(embeddings, labels)
+        queue(embeddings.double(), labels)
+        assert queue.embedding_memory.dtype == dtype
+
+
 def test_half_precision_comes_back_in_float32() -> None:
     embeddings, labels = batch()
     assert losses.TripletMarginLoss()(embeddings.half(), labels).dtype == torch.float32

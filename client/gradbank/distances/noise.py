@@ -80,11 +80,13 @@ def _inverse_signal(a: Tensor) -> Tensor:
 
 def _measure_equal_rows(s: Tensor, a: Tensor, b: Tensor) -> None:
     """Corrects what is 0 but for the rounding of the product: a reducer may count whatever is above 0."""
-    row, column = (s <= _ROUNDINGS * torch.finfo(s.dtype).eps).nonzero(as_tuple=True)
-    if len(row) <= _EQUAL_AT_MOST:
-        for some in torch.split(torch.arange(len(row), device=row.device), _AT_ONCE):
-            signal, at = a[row[some]], (row[some], column[some])
-            s[at] = (signal - b[column[some]]).square_().sum(1) / signal.square().sum(1)
+    near = s <= _ROUNDINGS * torch.finfo(s.dtype).eps
+    if int(near.count_nonzero()) > _EQUAL_AT_MOST:
+        return
+    for some in torch.split(near.nonzero(), _AT_ONCE):
+        row, column = some.unbind(1)
+        signal = a[row]
+        s[row, column] = (signal - b[column]).square_().sum(1) / signal.square().sum(1)
 
 
 class _NoiseToSignal(torch.autograd.Function):

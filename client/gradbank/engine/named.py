@@ -25,8 +25,9 @@ def listed_distances(
 ) -> Tensor:
     """The distance of each `(anchors[i], others[i])`: `(P,)`, differentiable, in memory of `O(P)`.
 
-    Many are looked up in the matrix, which is made some anchors at a time; so are those of a distance of one's own,
-    which is its matrix. Of few the vectors are gathered, a chunk at a time. Both are made again in the backward pass.
+    Many are looked up in the matrix, a few million entries of which are made at a time; so are those of a distance of
+    one's own, which is its matrix. Of few the vectors are gathered, a chunk at a time. What is not held is made again
+    in the backward pass.
     """
     queries = distance.prepare(embeddings)
     rows = distance.prepare(references.whole().to(embeddings.dtype))

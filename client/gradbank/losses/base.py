@@ -73,15 +73,8 @@ class Loss(Component):
         """`loss` with the cost of the `(B, D)` embeddings added, if the loss has a regularizer."""
         return self.with_cost(loss, "embedding", self.embedding_regularizer, embeddings, self.embedding_reg_weight)
 
-    def embedding_regularization_loss(self, embeddings: Tensor) -> Tensor | int:
-        """The weighted cost of the embeddings; 0 without a regularizer."""
-        if self.embedding_regularizer is None:
-            return 0
-        cost: Tensor = self.embedding_regularizer(embeddings) * self.embedding_reg_weight
-        return cost
-
     def add_embedding_regularization_to_loss_dict(self, loss_dict: dict[str, Any], embeddings: Tensor) -> None:
-        """Adds that cost to the parts that `compute_loss` gives, for a `forward` of your own."""
+        """Adds the cost of the embeddings to the parts that `compute_loss` gives, for a `forward` of your own."""
         loss_dict.update(self.regularized({}, embeddings))
 
     def with_cost(self, loss: Any, name: str, regularizer: Regularizer | None, rows: Tensor, weight: float) -> Any:

@@ -130,10 +130,6 @@ class ClassificationLoss(PairLoss):
             self.record(embeddings, labels)
         return value  # type: ignore[no-any-return]
 
-    def add_weight_regularization_to_loss_dict(self, loss_dict: dict[str, Any], weights: Tensor) -> None:
-        """Adds the cost of the `(C, D)` weights to the parts of a loss, for a `forward` of your own."""
-        loss_dict.update(self.with_cost({}, "weight", self.weight_regularizer, weights, self.weight_reg_weight))
-
     def record(self, embeddings: Tensor, labels: Tensor) -> None:
         """Writes the statistics of a call, if any are collected."""
         if self.distance.collect_stats:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradbank.overrides import is_ours
 from gradbank.parts import check_part
 
 C = TypeVar("C", bound="Component")
@@ -72,7 +73,7 @@ class Component(nn.Module):
 
     def _note_given(self, name: str, value: Any) -> None:
         """Keeps what an argument was, should a class of one's own make it a parameter now."""
-        if _is_ours(type(self)):
+        if is_ours(type(self)):
             return
         before = self.__dict__.get(name, self._buffers.get(name))
         given = {key: each for key, each in self.__dict__.get("_as_given", {}).items() if key != name}
@@ -185,10 +186,6 @@ def _check_constructor(cls: type[Component]) -> None:
             f"{cls.__name__}.__init__ takes {', '.join(unknown)}, of which a server cannot be told: declare what it "
             f"takes as fields of the class (`{unknown[0]}: float = 1.0`), and do the rest in __post_init__"
         )
-
-
-def _is_ours(cls: type) -> bool:
-    return cls.__module__.startswith("gradbank.")
 
 
 def _check_not_learned(cls: type[Component], arguments: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ def refuse_uncalled(cls: type, names: Iterable[str], instead: str, base: str | N
     """
     lost = uncalled(cls, names)
     if lost:
-        ours = next(each for each in cls.__mro__[1:] if each.__module__.startswith("gradbank."))
+        ours = next(each for each in cls.__mro__[1:] if is_ours(each))
         verb = "does not call" if base is None else "do not call"
         raise TypeError(f"{cls.__name__} overrides {', '.join(lost)}, which {base or ours.__name__} {verb}: {instead}")
 
@@ -25,6 +25,6 @@ def uncalled(cls: type, names: Iterable[str]) -> list[str]:
     return [name for name in names if callable(getattr(cls, name, None)) and not is_ours(cls, name)]
 
 
-def is_ours(cls: type, name: str) -> bool:
-    """Whether a class has a method as this package defines it."""
-    return str(getattr(cls, name).__module__).startswith("gradbank.")
+def is_ours(cls: type, name: str | None = None) -> bool:
+    """Whether a class is of this package, or has the method of that name as this package defines it."""
+    return str((cls if name is None else getattr(cls, name)).__module__).startswith("gradbank.")

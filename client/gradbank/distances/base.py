@@ -49,7 +49,7 @@ class Distance(Recorder):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
-        if not cls.__module__.startswith("gradbank."):
+        if not is_ours(cls):
             refuse_uncalled(
                 cls,
                 _NOT_CALLED,

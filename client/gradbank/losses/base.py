@@ -20,6 +20,7 @@ from gradbank.engine import (
 )
 from gradbank.learned import learned_at_once
 from gradbank.mismatch import Mismatch
+from gradbank.overrides import is_ours
 from gradbank.recorder import Recorder
 from gradbank.reducers import LossDict, MeanReducer, Reducer
 from gradbank.regularizers import Regularizer
@@ -219,14 +220,18 @@ class BaseMetricLossFunction(Loss, Recorder):
         Args:
             of: what has this loss within it, and may learn something itself.
         """
-        own = not self.is_declared and not type(self).__module__.startswith("gradbank.")
-        if self.reducer.needs_list or own:
-            return call(embeddings, references)
 
         def whole(inputs: tuple[Tensor, ...]) -> Any:
             return call(inputs[0], replace(references, pieces=inputs[1:]))
 
-        return learned_at_once(self if of is None else of, whole, (embeddings, *references.pieces))
+        given = (embeddings, *references.pieces)
+        at_once = not self.reducer.needs_list and (self.is_declared or is_ours(type(self)))
+        value = learned_at_once(self if of is None else of, whole, given) if at_once else whole(given)
+        self.record_distance(embeddings, references)
+        return value
+
+    def record_distance(self, embeddings: Tensor, references: References) -> None:
+        """Has the distance write its statistics of a call; a `compute_loss` calls it, which does that."""
 
     def learned(self) -> list[nn.Parameter]:
         """The parameters that get a gradient of the loss."""

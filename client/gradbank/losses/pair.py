@@ -1,11 +1,11 @@
 """Losses that say what pairs cost, and leave it to the engines to go through them."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gradbank.checks import as_labels, check_batch
@@ -57,7 +57,7 @@ class PairLoss(BaseMetricLossFunction):
         super().__init_subclass__(**kwargs)
         own = [name for name in _CALLED if hasattr(cls, name) and not is_ours(cls, name)]
         cls._uncalled = uncalled(cls, _NOT_CALLED) if own == ["forward"] else []
-        if not own and not cls.__module__.startswith("gradbank."):
+        if not own and not is_ours(cls):
             refuse_uncalled(
                 cls,
                 _NOT_CALLED,
@@ -134,17 +134,6 @@ class PairLoss(BaseMetricLossFunction):
         leaves_out = among_themselves if self.sees_own else is_self
         pairs = LabelledPairs(labels, known, own if leaves_out else None, anchor_weight=weight)
         return self.at_once(lambda rows, others: self.compare(rows, others, pairs), embeddings, references)  # type: ignore[no-any-return]
-
-    def at_once(
-        self,
-        call: Callable[[Tensor, References], Any],
-        embeddings: Tensor,
-        references: References,
-        of: nn.Module | None = None,
-    ) -> Any:
-        value = super().at_once(call, embeddings, references, of)
-        self.record_distance(embeddings, references)
-        return value
 
     def record_distance(self, embeddings: Tensor, references: References) -> None:
         """Has the distance write its statistics of a call; where the distance of others is taken, there are none."""

@@ -103,9 +103,7 @@ class MultipleLosses(Loss):
         learned = _learned_of(self.weights)
         # the gradients of half precision are added up, and multiplied by what backward brings, before they are rounded
         rows = widened(embeddings) if embeddings.is_floating_point() else embeddings
-        if all(
-            type(each).__module__.startswith(("gradbank.", "torch.nn.modules.container")) for each in self.modules()
-        ):
+        if all(is_ours(type(each)) or isinstance(each, nn.ModuleList | nn.ModuleDict) for each in self.modules()):
             loss = learned_at_once(self, whole, (rows, *learned))
         else:  # what those of one's own are made of may be anybody's, and get a gradient
             loss = whole((rows, *learned))

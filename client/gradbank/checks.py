@@ -48,9 +48,10 @@ def check_batch(
         if each is None and called == name:
             raise TypeError(f"{called} must be a tensor, got None")
         if each is not None and not isinstance(each, Tensor):
-            raise TypeError(
-                f"{called} must be a tensor, got {type(each).__name__}: torch.as_tensor({called}) makes it one"
-            )
+            way = f"torch.as_tensor({called}) makes it one"
+            if isinstance(each, list | tuple) and any(isinstance(one, str) for one in each):
+                way = f"number the classes, as in torch.as_tensor(numpy.unique({called}, return_inverse=True)[1])"
+            raise TypeError(f"{called} must be a tensor, got {type(each).__name__}: {way}")
     if not any_shape and (embeddings.ndim != 2 or not embeddings.shape[1]):
         raise ValueError(f"{name} must be (batch, dimension), got shape {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():

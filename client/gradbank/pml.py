@@ -15,10 +15,11 @@ from gradbank.losses import CrossBatchMemory
 
 PACKAGE = "pytorch_metric_learning"
 _ABSENT = object()
+_GATHER = "gather the batches of all ranks first, as docs/losses.md has it"
 _INSTEAD = {
-    "DistributedLossWrapper": "which gradbank does not need: convert the loss within it (its .loss), and let the ranks "
-    "open one session, whose bank they share",
-    "DistributedMinerWrapper": "which gradbank does not need: convert the miner within it (its .miner)",
+    "DistributedLossWrapper": "which gradbank has none of: convert the loss within it (its .loss). Ranks that open one "
+    f"session share the queue of its CrossBatchMemory; for any other loss {_GATHER}",
+    "DistributedMinerWrapper": f"which gradbank has none of: convert the miner within it (its .miner), and {_GATHER}",
     "GenericPairLoss": "which computes nothing by itself: derive your loss from gradbank.losses.GenericPairLoss",
 }
 

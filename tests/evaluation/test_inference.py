@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from gradbank.distances import LpDistance
-from gradbank.evaluation import ExactKNN, InferenceModel, MatchFinder
+from gradbank.distances import CosineSimilarity, LpDistance
+from gradbank.evaluation import CustomKNN, ExactKNN, InferenceModel, MatchFinder
 
 
 def model(trunk: nn.Module, **arguments: Any) -> InferenceModel:
@@ -80,16 +81,17 @@ def test_what_is_not_a_tensor_goes_to_the_model_as_it_is() -> None:
     assert far.tolist() == [[0], [1]]
 
 
-def test_the_nearest_stored_item_is_found_after_loading_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("knn", [ExactKNN, lambda: CustomKNN(CosineSimilarity())])
+def test_the_nearest_stored_item_is_found_after_loading_too(tmp_path: Path, knn: Callable[[], Any]) -> None:
     trunk, _ = parts()
     x = torch.randn(20, 6)
-    inference = model(trunk)
+    inference = model(trunk, knn_func=knn())
     with pytest.raises(ValueError, match="no references"):
         inference.get_nearest_neighbors(x, 2)
     inference.train_knn(x[:12], batch_size=5)
     inference.add_to_knn(x[12:])
     inference.save_knn_func(tmp_path / "stored")
-    loaded = model(trunk)
+    loaded = model(trunk, knn_func=knn())
     loaded.load_knn_func(tmp_path / "stored")
     for each in (inference, loaded):
         far, rows = each.get_nearest_neighbors(x, k=3)

@@ -135,9 +135,13 @@ def test_more_neighbours_than_there_are_is_refused(k: int, own: bool, message: s
             knn(points, k, points, own)
 
 
-def test_a_distance_has_nothing_stored() -> None:
-    with pytest.raises(ValueError, match="stores no references"):
-        CustomKNN(distances.LpDistance())(torch.randn(4, 2), 1)
+def test_references_are_given_or_stored() -> None:
+    points = torch.randn(4, 2)
+    for knn in (ExactKNN(), CustomKNN(distances.LpDistance())):
+        with pytest.raises(ValueError, match="there are no references: pass reference="):
+            knn(points, 1)
+        knn.train(points)
+        assert knn(points, 1)[1].squeeze(1).tolist() == [0, 1, 2, 3]
 
 
 def test_a_search_of_ones_own_writes_chunks() -> None:

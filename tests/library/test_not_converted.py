@@ -51,7 +51,7 @@ def inverted() -> distances.LpDistance:
         ("NTXentLoss", r"^str is a builtins.str, no class of pytorch_metric_learning"),
         (
             distributed.DistributedLossWrapper(losses.NTXentLoss()),
-            r"^DistributedLossWrapper is PML's .*, which gradbank does not need: convert the loss within it",
+            r"^DistributedLossWrapper is PML's .*, which gradbank has none of: convert the loss within it",
         ),
         (losses.GenericPairLoss(mat_based_loss=True), r"GenericPairLoss, .* derive your loss from gradbank\.losses\.G"),
         (losses.BaseMetricLossFunction(), "PML's BaseMetricLossFunction, which gradbank does not have"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradbank.engine.precision import full_precision
+from gradbank.engine.surroundings import own_graph
 
 Evaluation = Callable[[tuple[Tensor, ...], tuple[bool, ...]], tuple[Tensor, list[Tensor | None]]]
 
@@ -59,7 +60,9 @@ def at_once(
             given = (*(own[id(each)] for each in inputs[:copied]), *learned)
             wanted = list({id(each): each for each, need in zip(given, needed) if need}.values())
             with torch.set_grad_enabled(bool(wanted)):
-                value = whole(given[:copied])
+                # views, for trackers of modules hook what these are called with, which a leaf that is asked for is not
+                seen = {key: leaf.view_as(leaf) for key, leaf in own.items()}
+                value = whole(tuple(seen[id(each)] for each in inputs[:copied]))
         made: Sequence[Tensor | None] = [None] * len(wanted)
         if value.requires_grad:  # else nothing of the inputs reached the loss, or nothing is wanted
             with full_precision(value.device):  # autocast is meant for the forward pass
@@ -113,7 +116,7 @@ def _unhooked(tensors: Iterable[Tensor]) -> Iterator[None]:
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, evaluation: Evaluation, owned: bool, *inputs: Tensor) -> Tensor:
-        with _unhooked(inputs):
+        with _unhooked(inputs), own_graph():
             value, gradients = evaluation(inputs, ctx.needs_input_grad[2:])
         ctx.owned = owned
         ctx.save_for_backward(*gradients)

@@ -20,7 +20,7 @@ def as_pairs(indices: Indices, device: torch.device) -> Indices:
             raise TypeError(
                 f"indices_tuple must hold tensors, got {type(index).__name__}: torch.as_tensor makes it one"
             )
-        if index.is_floating_point() or index.dtype == torch.bool:
+        if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):  # torch.tensor([]) is of floats
             raise ValueError(f"indices_tuple must hold integers, got {index.dtype}")
         if index.ndim != 1:
             raise ValueError(f"indices_tuple must hold tensors of one dimension, got shape {tuple(index.shape)}")

@@ -39,23 +39,22 @@ class KNN:
         raise NotImplementedError(f"{type(self).__name__} must define chunks")
 
 
-class ExactKNN(KNN):
-    """The exact neighbours by squared Euclidean distance, found with torch on the queries' device.
-
-        d[q, r] = sum_k (q_k - r_k)^2, the lower row first where distances are equal
-
-    Distances are computed in float64 and rounded to float32, so that copies of a row tie whatever their place.
-    Like `FaissKNN` it can hold references of its own, for `InferenceModel`; references that are given are not kept.
-    """
+class StoringKNN(KNN):
+    """Like `FaissKNN` it can hold references of its own, for `InferenceModel`; references that are given are not kept."""
 
     def __init__(self) -> None:
         self.reference: Tensor | None = None
 
-    def chunks(self, query: Tensor, k: int, reference: Tensor | None, ref_includes_query: bool) -> Iterator[Found]:
+    def given_or_stored(self, reference: Tensor | None) -> Tensor:
+        """The references to look among.
+
+        Raises:
+            ValueError: none were given, and none are stored.
+        """
         reference = self.reference if reference is None else reference
         if reference is None:
             raise ValueError("there are no references: pass reference=, or store some with train(embeddings)")
-        return search(squared_euclidean, query, k, reference, ref_includes_query)
+        return reference
 
     def train(self, embeddings: Tensor) -> None:
         """Stores `(M, D)` references in place of what was stored."""
@@ -86,7 +85,19 @@ class ExactKNN(KNN):
         self.reference = None
 
 
-class CustomKNN(KNN):
+class ExactKNN(StoringKNN):
+    """The exact neighbours by squared Euclidean distance, found with torch on the queries' device.
+
+        d[q, r] = sum_k (q_k - r_k)^2, the lower row first where distances are equal
+
+    Distances are computed in float64 and rounded to float32, so that copies of a row tie whatever their place.
+    """
+
+    def chunks(self, query: Tensor, k: int, reference: Tensor | None, ref_includes_query: bool) -> Iterator[Found]:
+        return search(squared_euclidean, query, k, self.given_or_stored(reference), ref_includes_query)
+
+
+class CustomKNN(StoringKNN):
     """The exact neighbours by any distance or similarity, the lower row first where they are equal.
 
     Unlike PML's it never holds the whole matrix, with or without `batch_size`.
@@ -97,6 +108,7 @@ class CustomKNN(KNN):
     """
 
     def __init__(self, distance: Distance, batch_size: int | None = None) -> None:
+        super().__init__()
         if isinstance(distance, BatchedDistance):
             batch_size = batch_size or distance.batch_size
             distance = distance.distance
@@ -104,9 +116,8 @@ class CustomKNN(KNN):
         self.batch_size = batch_size
 
     def chunks(self, query: Tensor, k: int, reference: Tensor | None, ref_includes_query: bool) -> Iterator[Found]:
-        if reference is None:
-            raise ValueError("CustomKNN stores no references: pass reference=")
         sign = -1 if self.distance.is_inverted else 1
+        reference = self.given_or_stored(reference)
         found = search(
             lambda q, r: sign * self.distance(q, r), query, k, reference, ref_includes_query, self.batch_size
         )

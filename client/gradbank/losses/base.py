@@ -18,6 +18,7 @@ from gradbank.engine import (
     full_precision,
     widened,
 )
+from gradbank.engine.surroundings import uncompiled
 from gradbank.learned import learned_at_once
 from gradbank.mismatch import Mismatch
 from gradbank.overrides import is_ours
@@ -49,6 +50,7 @@ class Loss(Component):
     embedding_regularizer: Regularizer | None = field(default=None, kw_only=True)
     embedding_reg_weight: float = field(default=1.0, kw_only=True)
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with its hooks; in `torch.inference_mode` as under `no_grad`, whose tensors are as any others."""
         if not torch.is_inference_mode_enabled() and not any(map(_is_of_inference, (*args, *kwargs.values()))):

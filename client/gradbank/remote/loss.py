@@ -1,16 +1,15 @@
 """A loss that a server computes: one round trip brings its value and every gradient."""
 
 import inspect
-import sys
 import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gradbank.engine.surroundings import uncompiled
 from gradbank.errors import InvalidRequest, SessionConflict
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
@@ -23,8 +22,6 @@ from gradbank.remote.request import Inputs, request_of
 from gradbank.remote.ticket import NO_NEWS, News, Ticket
 from gradbank.v1 import step_pb2
 from gradbank.wire import seconds_of, seconds_of_both, torch_dtype
-
-_uncompiled: list[Callable[..., Tensor]] = []  # how a loss is asked for, once there is a compiler to keep out
 
 
 class RemoteLoss(nn.Module):
@@ -54,6 +51,7 @@ class RemoteLoss(nn.Module):
         self._trains = any(weight.requires_grad for weight in loss.parameters())
         self._warned: set[str] = set()
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch, with the arguments that the hosted loss takes.
 
@@ -61,13 +59,6 @@ class RemoteLoss(nn.Module):
             GradbankError: the step was refused or not answered in time; the session is then as it was, and calling
                 again is safe.
         """
-        if "torch._dynamo" in sys.modules:  # which may be compiling what calls this, and should leave the wire alone
-            if not _uncompiled:
-                _uncompiled.append(torch.compiler.disable(RemoteLoss._asked))  # type: ignore[no-untyped-call]  # torch's
-            return _uncompiled[0](self, *args, **kwargs)
-        return self._asked(*args, **kwargs)
-
-    def _asked(self, *args: Any, **kwargs: Any) -> Tensor:
         call, ticket, deadline = self._call(args, kwargs), None, self.producer.deadline()
         try:
             ticket = self.producer.submit(call.step, call.payload, self._news, deadline)

@@ -9,16 +9,19 @@ from torch import Tensor
 from gradbank.errors import NonFiniteError
 
 
-def check_counts(component: object, *names: str) -> None:
-    """Refuses arguments of a component that are no whole numbers, or less than 1.
+MOST_BINS = 10_000  # of a histogram, of which each anchor has one
+
+
+def check_counts(component: object, *names: str, most: int = 2**31 - 1) -> None:
+    """Refuses arguments of a component that are no whole numbers, or not from 1 to `most`.
 
     Raises:
         ValueError: the message names the first.
     """
     for name in names:
         value = getattr(component, name)
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        if not isinstance(value, Integral) or not 1 <= value <= most:
+            raise ValueError(f"{name} must be a whole number from 1 to {most:,}, got {value!r}")
 
 
 def require_positive(**values: float) -> None:

@@ -168,9 +168,9 @@ def test_half_precision_is_computed_in_float32() -> None:
     ("options", "kind", "message"),
     [
         ({"n_bins": 10, "delta": 0.4}, AssertionError, "2 / n_bins, got n_bins=10 and delta=0.4"),
-        ({"n_bins": 0}, ValueError, "n_bins must be at least 1"),
-        ({"delta": 0}, ValueError, "delta must be above 0 and at most 2, got 0"),
-        ({"delta": 3}, ValueError, "delta must be above 0 and at most 2, got 3"),
+        ({"n_bins": 0}, ValueError, "n_bins must be a whole number from 1 to 10,000"),
+        ({"delta": 0}, ValueError, "delta must be from 0.0002 to 2, got 0"),
+        ({"delta": 3}, ValueError, "delta must be from 0.0002 to 2, got 3"),
     ],
 )
 def test_bins_that_do_not_fit_are_refused(options: Any, kind: type[Exception], message: str) -> None:

@@ -261,7 +261,7 @@ def test_alpha_is_beyond_the_margin_by_default() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ranking.FastAPLoss(0), "num_bins must be at least 1, got 0"),
+        (lambda: ranking.FastAPLoss(0), "num_bins must be a whole number from 1 to 10,000, got 0"),
         (lambda: ranking.FastAPLoss(distance=distances.LpDistance(p=1)), r"needs distance=LpDistance\(normalize"),
         (lambda: ranking.FastAPLoss(distance=distances.CosineSimilarity()), "needs distance=LpDistance"),
         (lambda: ranking.SmoothAPLoss(distance=distances.LpDistance()), "needs distance=CosineSimilarity"),

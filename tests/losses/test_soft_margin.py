@@ -253,8 +253,9 @@ def test_it_cannot_be_the_loss_of_a_queue() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_bins": 0}, "num_bins must be at least 1"),
-        ({"min_val": 0}, "min_val not 0"),
+        ({"num_bins": 0}, "num_bins must be a whole number from 1 to"),
+        ({"min_val": 0}, "min_val must be 1e-06 to 1,000,000 away from 0, got 0"),
+        ({"min_val": float("nan")}, "min_val must be .* got nan"),
         ({"distance": distances.LpDistance(p=1)}, "needs distance=LpDistance"),
     ],
 )

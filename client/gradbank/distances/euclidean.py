@@ -14,9 +14,17 @@ from gradbank.distances.base import Distance
 
 @component
 class LpDistance(Distance):
-    """The Lp distance: `d[a, b] = (sum_k |a_k - b_k|^p)^(power / p)`."""
+    """The Lp distance: `d[a, b] = (sum_k |a_k - b_k|^p)^(power / p)`.
+
+    Raises:
+        ValueError: a p below 0.
+    """
 
     is_inverted: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.p >= 0:
+            raise ValueError(f"p must be at least 0, got {self.p}")
 
     @property
     def knows_pull(self) -> bool:

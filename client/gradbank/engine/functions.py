@@ -1,5 +1,6 @@
 """Functions of a tile, of whose derivatives enough is known to spare a graph."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,7 +45,10 @@ class Ramp:
         if row:
             return row[0] * self.row_slope + self.intercept
         given = self.intercept
-        return given.to(like) if isinstance(given, Tensor) else like.new_full((), given)
+        if isinstance(given, Tensor):
+            return given.to(like)
+        most = torch.finfo(like.dtype).max  # beyond which torch takes infinity alone
+        return like.new_full((), given if not abs(given) > most else math.copysign(math.inf, given))
 
 
 class Sloped:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradbank.checks import MOST_BINS, check_counts
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance
 from gradbank.engine import (
@@ -44,7 +45,7 @@ class HistogramLoss(PairLoss):
         delta: how wide a bin is, in place of `n_bins`.
 
     Raises:
-        ValueError: a delta that is not `2 / n_bins`, or one that is not positive.
+        ValueError: a delta that is not `2 / n_bins`, or what does not make 1 to 10,000 bins.
 
     Ustinova and Lempitsky, "Learning Deep Embeddings with Histogram Loss", NIPS 2016.
     """
@@ -56,14 +57,16 @@ class HistogramLoss(PairLoss):
     takes_references: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.n_bins is not None and (self.n_bins < 1 or self.delta not in (None, 2 / self.n_bins)):
-            raise Mismatch(
-                f"n_bins must be at least 1 and delta, if it is given too, 2 / n_bins, got n_bins={self.n_bins} and "
-                f"delta={self.delta}: pass one of them"
-            )
+        if self.n_bins is not None:
+            check_counts(self, "n_bins", most=MOST_BINS)
+            if self.delta not in (None, 2 / self.n_bins):
+                raise Mismatch(
+                    f"delta must be 2 / n_bins if both are given, got n_bins={self.n_bins} and delta={self.delta}: "
+                    "pass one of them"
+                )
         self.delta = 2 / (self.n_bins or 100) if self.delta is None else self.delta
-        if not 0 < self.delta <= 2:
-            raise ValueError(f"delta must be above 0 and at most 2, got {self.delta}")
+        if not 2 / MOST_BINS <= self.delta <= 2:
+            raise ValueError(f"delta must be from {2 / MOST_BINS} to 2, got {self.delta}")
 
     def grid(self) -> Grid:
         """Where the nodes of both histograms lie."""

@@ -13,6 +13,8 @@ from gradbank.engine import Anchors
 from gradbank.losses.angles import AngleLoss
 from gradbank.losses.logits import Logits
 
+_MOST = 100  # times an angle: its cosine is made by as many multiplications, each of which takes a rounding
+
 
 @component
 class SphereFaceLoss(AngleLoss):
@@ -24,14 +26,14 @@ class SphereFaceLoss(AngleLoss):
     where `t_c` is the angle between embedding and class weight; psi falls all the way from 1 to `1 - 2 margin`.
 
     Args:
-        margin: a whole number; a fraction is cut off.
+        margin: a whole number up to 100; a fraction is cut off.
         scale: the inverse temperature.
 
     Attributes:
         W: the `(D, C)` class weights.
 
     Raises:
-        ValueError: a margin below 1, a scale that is not above 0, or a distance other than `CosineSimilarity`.
+        ValueError: a margin that is not from 1 to 100, a scale that is not above 0, or a distance other than `CosineSimilarity`.
 
     Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017.
     """
@@ -43,8 +45,8 @@ class SphereFaceLoss(AngleLoss):
     def __post_init__(self) -> None:
         self.require_distance(CosineSimilarity, p=2)
         require_positive(scale=self.scale)
-        if self.margin < 1:
-            raise ValueError(f"margin must be at least 1, got {self.margin}")
+        if not 1 <= self.margin <= _MOST:
+            raise ValueError(f"margin must be from 1 to {_MOST}, got {self.margin}")
         super().__post_init__()
 
     def queries(self, embeddings: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class LargeMarginSoftmaxLoss(SphereFaceLoss):
         W: the `(D, C)` class weights.
 
     Raises:
-        ValueError: a margin below 1, a scale that is not above 0, or a distance other than `CosineSimilarity`.
+        ValueError: a margin that is not from 1 to 100, a scale that is not above 0, or a distance other than `CosineSimilarity`.
 
     Liu et al., "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016.
     """

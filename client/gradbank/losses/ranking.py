@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradbank.checks import MOST_BINS, check_counts
 from gradbank.component import component, foundation
 from gradbank.distances import CosineSimilarity, Distance, LpDistance
 from gradbank.engine import Anchors, LabelledPairs, Pairs, Part, References, Statistic, evaluate, full_precision
@@ -34,7 +35,7 @@ class FastAPLoss(PairLoss):
         num_bins: into how many bins the distances are sorted.
 
     Raises:
-        ValueError: a distance other than `LpDistance(p=2)` of normalised embeddings, or less than one bin.
+        ValueError: a distance other than `LpDistance(p=2)` of normalised embeddings, or what are not 1 to 10,000 bins.
 
     Cakir et al., "Deep Metric Learning to Rank", CVPR 2019.
     """
@@ -49,8 +50,7 @@ class FastAPLoss(PairLoss):
     def __post_init__(self) -> None:
         self.require_distance(LpDistance, normalize_embeddings=True, p=2)
         self.num_bins = int(self.num_bins)
-        if self.num_bins < 1:
-            raise ValueError(f"num_bins must be at least 1, got {self.num_bins}")
+        check_counts(self, "num_bins", most=MOST_BINS)
 
     def _grid(self) -> Grid:
         return Grid(0.0, 2**self.distance.power / self.num_bins, self.num_bins)

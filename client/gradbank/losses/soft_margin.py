@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbank.checks import check_batch, check_finite
+from gradbank.checks import MOST_BINS, check_batch, check_counts, check_finite
 from gradbank.component import component
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import (
@@ -30,6 +30,7 @@ from gradbank.losses.pair import PairLoss
 from gradbank.reducers import MeanReducer, Reducer
 
 _AT_ONCE = 2**20  # distances held at a time
+_LEAST = 1e-6  # and the inverse the most that the histogram may begin away from 0
 
 
 @component
@@ -57,7 +58,8 @@ class DynamicSoftMarginLoss(PairLoss):
         hist_: `(num_bins,)`, the histogram, of sum 1; zeros at first.
 
     Raises:
-        ValueError: a distance other than `LpDistance(p=2)` of normalised embeddings, no bins, or a `min_val` of 0.
+        ValueError: a distance other than `LpDistance(p=2)` of normalised embeddings, what are not 1 to 10,000 bins, or a
+            `min_val` that is nearly 0, or far beyond all differences.
 
     Zhang and Rusinkiewicz, "Learning Local Descriptors With a CDF-Based Dynamic Soft Margin", ICCV 2019.
     """
@@ -70,10 +72,9 @@ class DynamicSoftMarginLoss(PairLoss):
     def __post_init__(self) -> None:
         self.require_distance(LpDistance, normalize_embeddings=True, p=2)
         self.num_bins = int(self.num_bins)
-        if self.num_bins < 1 or self.min_val == 0:
-            raise ValueError(
-                f"num_bins must be at least 1 and min_val not 0, got num_bins={self.num_bins}, min_val={self.min_val}"
-            )
+        check_counts(self, "num_bins", most=MOST_BINS)
+        if not _LEAST <= abs(self.min_val) <= 1 / _LEAST:
+            raise ValueError(f"min_val must be {_LEAST} to {1 / _LEAST:,.0f} away from 0, got {self.min_val}")
         self.register_buffer("hist_", torch.zeros(self.num_bins, dtype=torch.float64))
         self._made: list[Tensor] | None = None  # during a call, the histogram that it leads to
 

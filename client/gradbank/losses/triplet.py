@@ -31,6 +31,8 @@ from gradbank.losses.by_pair import swapped, swapped_triplets
 from gradbank.losses.pair import PairLoss, softplus
 from gradbank.reducers import AvgNonZeroReducer, DivisorReducer, Reducer
 
+_MOST_DRAWN = 10**6  # triplets of an anchor
+
 
 @foundation
 class TripletLoss(PairLoss):
@@ -63,9 +65,9 @@ class TripletLoss(PairLoss):
         return self.compare_listed(embeddings, references, drawn, pairs.anchor_labels)
 
     def check_triplets_per_anchor(self, number: int | str) -> None:
-        """Refuses, by ValueError, what is neither "all" nor a number above 0."""
-        if number != "all" and (isinstance(number, str) or number < 1):
-            raise ValueError(f'triplets_per_anchor must be "all" or a number above 0, got {number!r}')
+        """Refuses, by ValueError, what is neither "all" nor a number from 1 to a million."""
+        if number != "all" and (isinstance(number, str) or not 1 <= number <= _MOST_DRAWN):
+            raise ValueError(f'triplets_per_anchor must be "all" or a number from 1 to {_MOST_DRAWN:,}, got {number!r}')
 
 
 @component

@@ -10,6 +10,8 @@ from gradbank.miners.base import Miner, check_unit_euclidean
 from gradbank.miners.listing import TripletList, measured_pairs, unflattened
 from gradbank.miners.rows import matrix
 
+_MOST_PAIRS = 2**24  # of a kind, drawn at once
+
 
 @component
 class DistanceWeightedMiner(Miner):
@@ -23,7 +25,7 @@ class DistanceWeightedMiner(Miner):
     them by the largest of all, and so loses anchors whose weights then underflow.
 
     Raises:
-        ValueError: a distance other than the default.
+        ValueError: a distance other than the default, or a cutoff above 2.
 
     Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017.
     """
@@ -34,6 +36,8 @@ class DistanceWeightedMiner(Miner):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_unit_euclidean(self)
+        if not self.cutoff <= 2:
+            raise ValueError(f"cutoff must be at most 2, as distances on the unit sphere are, got {self.cutoff}")
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         found, dimension = TripletList(embeddings.device), embeddings.shape[1]
@@ -56,7 +60,7 @@ class DistanceWeightedMiner(Miner):
 
     def _log_weights(self, d: Tensor, negatives: Tensor, dimension: int) -> Tensor:
         """-inf where nothing is to be drawn."""
-        d = d.clamp(min=self.cutoff)
+        d = d.clamp(min=max(self.cutoff, 0.0))
         logs = (2.0 - dimension) * d.log() - ((dimension - 3) / 2) * (1.0 - 0.25 * d.square()).log()
         drawn = negatives & (d < self.nonzero_loss_cutoff) & logs.isfinite()
         return logs.masked_fill_(~drawn, -torch.inf)
@@ -68,7 +72,7 @@ class UniformHistogramMiner(Miner):
     from each bin that is not empty `pos_per_bin` or `neg_per_bin` pairs are drawn evenly, with repeats.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or more than 16 million pairs of either kind.
     """
 
     num_bins: int = 100
@@ -77,7 +81,8 @@ class UniformHistogramMiner(Miner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "num_bins", "pos_per_bin", "neg_per_bin")
+        check_counts(self, "num_bins", most=_MOST_PAIRS)
+        check_counts(self, "pos_per_bin", "neg_per_bin", most=_MOST_PAIRS // self.num_bins)
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         pairs = measured_pairs(self.distance, embeddings, labels, ref_emb, ref_labels)

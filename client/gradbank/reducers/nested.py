@@ -22,12 +22,19 @@ class PerAnchorReducer(Reducer):
         reducer: how the anchors' means become one number; None is `MeanReducer()`.
         aggregation_func: in place of the mean: called with `(B, K)` losses by anchor, K at least B, zeros where an
             anchor has fewer, and the number of losses of each; gives `(B,)`. A function cannot be sent to a server.
+
+    Raises:
+        TypeError: an aggregation_func that cannot be called.
     """
 
     reduces_alike: ClassVar[bool] = False
 
     reducer: Reducer = field(default_factory=MeanReducer)
     aggregation_func: Any = None
+
+    def __post_init__(self) -> None:
+        if self.aggregation_func is not None and not callable(self.aggregation_func):
+            raise TypeError(f"aggregation_func must be a function, got {self.aggregation_func!r}")
 
     @property
     def needs_list(self) -> bool:

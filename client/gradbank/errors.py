@@ -31,6 +31,10 @@ class GradbankError(Exception):
     def __str__(self) -> str:  # KeyError's own would quote the message
         return str(self.args[0]) if self.args else ""
 
+    def anew(self) -> "GradbankError":
+        """The same, to be raised where it is kept: one that was raised holds what its frames do, batches among it."""
+        return type(self)(*self.args)
+
 
 class InvalidRequest(GradbankError, ValueError):
     """The request cannot be carried out; sending it again will not help. Nothing was changed."""

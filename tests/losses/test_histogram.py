@@ -167,7 +167,7 @@ def test_half_precision_is_computed_in_float32() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"n_bins": 10, "delta": 0.4}, AssertionError, "2 / n_bins, got n_bins=10 and delta=0.4"),
+        ({"n_bins": 10, "delta": 0.4}, AssertionError, "2 / n_bins if both are given, got n_bins=10 and delta=0.4"),
         ({"n_bins": 0}, ValueError, "n_bins must be a whole number from 1 to 10,000"),
         ({"delta": 0}, ValueError, "delta must be from 0.0002 to 2, got 0"),
         ({"delta": 3}, ValueError, "delta must be from 0.0002 to 2, got 3"),

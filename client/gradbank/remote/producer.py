@@ -141,7 +141,7 @@ class Producer:
                 if not ticket.settled and not self._flight:  # interrupted twice, as the first one was seen to
                     ticket.error = ServerUnavailable(_INTERRUPTED)
         if ticket.error is not None:
-            raise ticket.error
+            raise ticket.error.anew()
         assert ticket.outcome is not None  # it is settled
         return ticket.outcome
 
@@ -269,7 +269,7 @@ class Producer:
     def _give_up(self, error: BaseException) -> None:
         """Lets go of what is in flight, which is in doubt from now on: to be sent again as it was, but for what may
         have been sent under two numbers."""
-        told = error if isinstance(error, GradbankError) else ServerUnavailable(_INTERRUPTED)
+        told = error.anew() if isinstance(error, GradbankError) else ServerUnavailable(_INTERRUPTED)
         self._flight.drop()
         tickets = list(self._flight)
         for ticket in tickets:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gradbank.errors import GradbankError
 from gradbank.v1 import step_pb2
 
 
@@ -39,7 +40,7 @@ class Ticket:
         self.step, self.parts = step, parts
         self._news, self.told = news, news.told + len(step.weight_events)
         self.outcome: tuple[step_pb2.StepOutput, Tensor] | None = None
-        self.error: Exception | None = None
+        self.error: GradbankError | None = None
 
     @property
     def settled(self) -> bool:

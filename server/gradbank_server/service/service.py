@@ -155,8 +155,9 @@ class Service:
         except GradbankError as error:
             self.metrics.stepped(self._title(step.session), "rejected")
             self._note_limit(error, session=step.session, rank=step.rank)
-            told = refusal(error, self.settings.components)
-            return step_pb2.StepOutput(seq=step.seq, error=error_message(told)), []
+            # no name for what is told: a frame that its own exception leads to is freed when Python gets to it
+            told = error_message(refusal(error, self.settings.components))
+            return step_pb2.StepOutput(seq=step.seq, error=told), []
 
     def answered(self, arrived: Arrived) -> tuple[step_pb2.StepOutput, Payload]:
         """The same, for a trainer elsewhere: of a fault of ours he is told an id, and the log has the rest."""

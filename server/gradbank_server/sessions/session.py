@@ -144,9 +144,12 @@ class Session:
                 if refusal is None:
                     raise
                 self.tally.rejected += 1
-                if refusal is error:
-                    raise
-                raise refusal from error
+                try:
+                    if refusal is error:
+                        raise
+                    raise refusal from error
+                finally:
+                    del refusal  # which leads to this frame, and this frame to the batch
             self.tally.optimizer_steps += optimizer_steps
             loss = answer.value if batch.compares else None
             self.tally.stepped(loss, answer.statistics, self._clock())

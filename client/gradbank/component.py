@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import numpy as np
 import torch
@@ -45,7 +45,12 @@ class Component(nn.Module):
     An argument that is None takes its default: what the method `get_default_<argument>` of its class returns, or else
     the field's `default_factory`. Lists and dictionaries of modules are submodules, and a tensor moves along with the
     component's weights. What is annotated as a component must be one of that kind; see `parts`.
+
+    Attributes:
+        parameters_made: the names of its own parameters, also of those that something else was put in place of.
     """
+
+    parameters_made: ClassVar[tuple[str, ...]] = ()  # of the class; each object has its own
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Component":
         self = super().__new__(cls)
@@ -70,6 +75,11 @@ class Component(nn.Module):
             if name in self._buffers and not isinstance(value, Tensor):
                 delattr(self, name)  # torch would have a tensor there for good
             super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name not in self.parameters_made:
+            self.__dict__["parameters_made"] = (*self.parameters_made, name)
 
     def _note_given(self, name: str, value: Any) -> None:
         """Keeps what an argument was, should a class of one's own make it a parameter now."""

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.component import Component, argument_fields
+from gradbank.distances import Distance
 from gradbank.engine import at_once, using
 from gradbank.overrides import is_ours
+
+Place = tuple[dict[str, Any], str, Tensor]  # whose entry of that name a tensor is
 
 _FORMULAS = ("negatives", "terms", "compute_mat")  # which take arguments for numbers in tiles, if they are ours
 
@@ -24,12 +27,13 @@ def learned_at_once(
         with using("dense"):
             return call(inputs)
 
-    chosen = untiled if torch.is_grad_enabled() and learned_arguments(whole) else call
+    chosen = untiled if torch.is_grad_enabled() and _learns_in_tiles(whole) else call
     weights = [each for each in whole.parameters() if each.requires_grad]
-    others = [each for each in whole.buffers() if each.requires_grad]
-    if not others:
+    places = list(_others(whole))
+    if not places:
         return at_once(chosen, inputs, weights, owned)
-    return at_once(chosen, inputs, [*weights, *others], owned, partial(_standing_in, whole))
+    others = {id(each): each for _, _, each in places}.values()
+    return at_once(chosen, inputs, [*weights, *others], owned, partial(_standing_in, places))
 
 
 def learned_arguments(whole: nn.Module) -> list[Tensor]:
@@ -51,20 +55,35 @@ def learned_arguments(whole: nn.Module) -> list[Tensor]:
     return found
 
 
+def _learns_in_tiles(whole: nn.Module) -> bool:
+    """Whether something is learned that a tile, which is differentiated by its embeddings, would keep to itself."""
+    learned = (each for part in whole.modules() if isinstance(part, Distance) for each in part.parameters())
+    return any(each.requires_grad for each in learned) or bool(learned_arguments(whole))
+
+
+def _others(whole: nn.Module) -> Iterator[Place]:
+    """Where the tensors are that are learned and no parameters: arguments, and what was put in place of a parameter, as
+    tied weights are, and those that FSDP gathers."""
+    for part in whole.modules():
+        for name, each in part._buffers.items():
+            if each is not None and each.requires_grad:
+                yield part._buffers, name, each
+        if isinstance(part, Component):
+            for name in part.parameters_made:
+                held = part.__dict__.get(name)
+                if isinstance(held, Tensor) and held.requires_grad:
+                    yield part.__dict__, name, held
+
+
 @contextmanager
-def _standing_in(whole: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Leaves in place of the tensors that are learned and no parameters, by their id: what one is made of may be
-    learned too, and gets its gradient once."""
+def _standing_in(places: list[Place]) -> Iterator[dict[int, Tensor]]:
+    """Leaves in place of tensors, by the ids of these: what one is made of may be learned too, and gets its gradient
+    once."""
     made: dict[int, Tensor] = {}
-    held: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
     try:
-        for part in whole.modules():
-            for name, each in part._buffers.items():
-                if each is not None and each.requires_grad:
-                    held.append((part._buffers, name, each))
-        for buffers, name, each in held:
-            buffers[name] = made.setdefault(id(each), each.detach().requires_grad_())
+        for store, name, each in places:
+            store[name] = made.setdefault(id(each), each.detach().requires_grad_())
         yield made
     finally:
-        for buffers, name, each in held:
-            buffers[name] = each
+        for store, name, each in places:
+            store[name] = each

@@ -47,15 +47,13 @@ class Bank(nn.Module):
     def __init__(self, capacity: int, dimension: int) -> None:
         super().__init__()
         self.capacity, self.dimension = capacity, dimension
-        self.slots: Tensor
-        self.slot_labels: Tensor
         self.reset()
 
     def reset(self) -> None:
         """Empties the bank, which is allocated anew by the first row that settles: one that a server will hold takes
         no memory here."""
-        self.register_buffer("slots", torch.zeros(0, self.dimension), persistent=False)
-        self.register_buffer("slot_labels", torch.zeros(0, dtype=torch.int64), persistent=False)
+        # no buffers: who takes averages of these, or broadcasts them as DDP does, wants their shapes to stay
+        self.slots, self.slot_labels = torch.zeros(0, self.dimension), torch.zeros(0, dtype=torch.int64)
         self.waiting: Entering | None = None
         self._last = (0, 0)  # the slot that the last rows entered first, and how many these were
         self._squares: _Squares | None = None
@@ -199,6 +197,7 @@ class Bank(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bank":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        self.slots, self.slot_labels = fn(self.slots), fn(self.slot_labels)
         if self.waiting is not None:  # these go where the others do, and become of their dtype
             self.waiting = self.waiting._replace(rows=fn(self.waiting.rows), labels=fn(self.waiting.labels))
         return self

@@ -1,6 +1,5 @@
-"""Ranks that gather their batches, as docs/losses.md has it, get what PML's wrapper of losses gives."""
+"""Ranks: those that gather their batches get what PML's wrapper of losses gives, and wrappers of modules train as PML."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import distributed
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from gradbank import losses
 
@@ -21,29 +22,88 @@ def gathered(own: Tensor) -> list[Tensor]:
     return parts
 
 
-def step(rank: int, folder: Path) -> None:
-    """Of one rank: writes its loss and its gradient, by PML's wrapper and by ours."""
+class Model(nn.Module):
+    """A network and its loss in one, as a wrapper takes them."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.net, self.loss = nn.Linear(16, 16, bias=False), loss
+
+    def forward(self, batch: Tensor, labels: Tensor) -> Any:
+        return self.loss(self.net(batch), labels)
+
+
+def run(rank: int, work: Any, folder: Path) -> None:
+    """One rank's process, which writes what `work` gives."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
-    torch.manual_seed(rank)
-    batch, labels = torch.randn(8, 16), torch.arange(8) // 2
-    made: list[Any] = []
-    wrapped = distributed.DistributedLossWrapper(pml_losses.NTXentLoss())
-    embeddings = batch.clone().requires_grad_()
-    loss = wrapped(embeddings, labels)
-    made += [loss.detach(), *torch.autograd.grad(loss, embeddings)]
-    embeddings = batch.clone().requires_grad_()
-    parts = gathered(embeddings)
-    parts[rank] = embeddings
-    loss = losses.NTXentLoss()(torch.cat(parts), torch.cat(gathered(labels))) * len(parts)
-    made += [loss.detach(), *torch.autograd.grad(loss, embeddings)]
-    torch.save(made, folder / f"{rank}.pt")
+    torch.save(work(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
+def ranks(work: Any, folder: Path) -> list[Any]:
+    """What `work(rank)` gives in two processes."""
+    mp.spawn(run, (work, folder), nprocs=2)  # type: ignore[no-untyped-call]  # torch's
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def gathering(rank: int) -> Any:
+    """The loss and its gradient, by PML's wrapper and by ours."""
+    torch.manual_seed(rank)
+    batch, labels = torch.randn(8, 16), torch.arange(8) // 2
+    wrapped = distributed.DistributedLossWrapper(pml_losses.NTXentLoss())
+    embeddings = batch.clone().requires_grad_()
+    theirs = wrapped(embeddings, labels)
+    (of_theirs,) = torch.autograd.grad(theirs, embeddings)
+    embeddings = batch.clone().requires_grad_()
+    parts = gathered(embeddings)
+    parts[rank] = embeddings
+    ours = losses.NTXentLoss()(torch.cat(parts), torch.cat(gathered(labels))) * len(parts)
+    (of_ours,) = torch.autograd.grad(ours, embeddings)
+    return (ours.detach(), of_ours), (theirs.detach(), of_theirs)
+
+
 def test_gathered_batches_make_the_loss_of_all_ranks(tmp_path: Path) -> None:
-    mp.spawn(step, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]  # torch's
-    for rank in range(2):
-        theirs, of_theirs, ours, of_ours = torch.load(tmp_path / f"{rank}.pt")
+    for ours, theirs in ranks(gathering, tmp_path):
         torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(of_ours, of_theirs)
+
+
+def batches(rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(8, 16, generator=generator) for _ in range(4)]
+
+
+def queueing(rank: int) -> Any:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Model(losses.CrossBatchMemory(losses.NTXentLoss(), 16, 20)))
+    made = []
+    for batch in batches(rank):
+        made.append(model(batch, torch.arange(8) // 4))
+        made[-1].backward()
+        if rank == 0:
+            model.state_dict()  # as it is saved, which has the queue written
+    return torch.stack(made).detach()
+
+
+def test_each_rank_has_a_queue_of_its_own(tmp_path: Path) -> None:
+    for rank, found in enumerate(ranks(queueing, tmp_path)):
+        torch.manual_seed(0)
+        alone = Model(losses.CrossBatchMemory(losses.NTXentLoss(), 16, 20))
+        wanted = torch.stack([alone(batch, torch.arange(8) // 4) for batch in batches(rank)])
+        torch.testing.assert_close(found, wanted.detach())
+
+
+def sharding(rank: int) -> Any:
+    made = []
+    for library in (losses, pml_losses):
+        torch.manual_seed(0)
+        model = FullyShardedDataParallel(Model(library.ArcFaceLoss(4, 16)), device_id=torch.device("cpu"))
+        model(batches(rank)[0], torch.arange(8) // 2).backward()
+        made.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
+    return made
+
+
+def test_class_weights_are_trained_in_shards(tmp_path: Path) -> None:
+    for ours, theirs in ranks(sharding, tmp_path):
+        torch.testing.assert_close(ours, theirs)
+        assert bool(ours.any())

@@ -183,10 +183,8 @@ def check_whole(loss: Loss, limit: int) -> None:
     Raises:
         LimitExceeded: the message names the size and the limit.
     """
-    held = banks_of(loss)
-    banks = sum(bank.capacity * (bank.dimension * 4 + _LABEL_BYTES) for bank in held)
+    banks = sum(bank.capacity * (bank.dimension * 4 + _LABEL_BYTES) for bank in banks_of(loss))
     weights = sum(tensor.nbytes for tensor in itertools.chain(loss.parameters(), loss.buffers()))
-    weights -= sum(tensor.nbytes for bank in held for tensor in bank.buffers())  # which are counted
     if weights + banks > limit:
         raise LimitExceeded(
             f"{type(loss).__name__} takes {weights:,} bytes of weights and {banks:,} of banks with their labels, and a "

@@ -222,3 +222,27 @@ def test_proxy_anchor_weighs_by_the_class() -> None:
     wanted = sum(float((cost * weights).mean()) for cost in costs)
     assert float(here(rows, labels).detach()) == pytest.approx(wanted, rel=1e-4)
     assert float(there(rows, labels).detach()) != pytest.approx(wanted, rel=1e-2)
+
+
+def test_nca_of_one_anchor_is_the_formula() -> None:
+    anchor, references = unit(0), unit(40, 90, 100)
+    d = [2 - 2 * math.cos(math.radians(angle)) for angle in (40, 90, 100)]
+    wanted = -math.log(math.exp(-d[0]) / sum(math.exp(-each) for each in d))
+    given = (anchor, torch.tensor([0]), None, references, torch.tensor([0, 1, 2]))
+    assert losses.NCALoss(softmax_scale=1)(*given).item() == pytest.approx(wanted, rel=1e-5)
+    assert pml.NCALoss(softmax_scale=1)(*given).item() == 0
+
+
+def test_a_consistent_margin_is_of_the_distance_that_the_loss_has() -> None:
+    batch = (unit(0, 20, 50, 100), torch.tensor([0, 0, 1, 1]))
+    by_power = [
+        [m.ThresholdConsistentMarginLoss(distance=d.CosineSimilarity(power=power))(*batch).item() for power in (1, 2)]
+        for m, d in ((losses, distances), (pml, pml_distances))
+    ]
+    assert by_power[0][0] == pytest.approx(by_power[1][0])
+    assert by_power[1][0] == by_power[1][1], "PML compares cosines"
+    squared = torch.tensor([math.cos(math.radians(a - b)) ** 2 for a in (0, 20) for b in (50, 100)] * 2)
+    near = torch.tensor([math.cos(math.radians(angle)) ** 2 for angle in (20, 20, 50, 50)])
+    short, far = near[near < 0.9], squared[squared > 0.5]
+    wanted = (0.9 - short).sum() / len(short) + (far - 0.5).sum() / len(far)
+    assert by_power[0][1] == pytest.approx(float(wanted), rel=1e-5)

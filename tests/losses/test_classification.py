@@ -306,7 +306,7 @@ def test_bad_input_is_refused(name: str, call: Any, message: str) -> None:
         ("CosFaceLoss", {"distance": distances.DotProductSimilarity()}, "needs distance=CosineSimilarity"),
         ("CosFaceLoss", {"scale": 0}, "scale must be above 0"),
         ("NormalizedSoftmaxLoss", {"temperature": 0}, "temperature must be above 0"),
-        ("SphereFaceLoss", {"distance": distances.CosineSimilarity(p=1)}, r"CosineSimilarity\(p=2\)"),
+        ("SphereFaceLoss", {"distance": distances.CosineSimilarity(p=1)}, r"CosineSimilarity\(p=2, power=1\)"),
         ("LargeMarginSoftmaxLoss", {"margin": 0.5}, "margin must be from 1 to 100"),
         ("SubCenterArcFaceLoss", {"sub_centers": 0}, "sub_centers must be above 0"),
         ("SoftTripleLoss", {"centers_per_class": 0}, "centers_per_class must be above 0"),

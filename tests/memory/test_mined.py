@@ -10,7 +10,7 @@ from pytorch_metric_learning import miners as pml_miners
 from torch import Tensor
 
 import gradbank
-from gradbank import distances, engine, losses, miners
+from gradbank import distances, engine, losses, miners, reducers
 from gradbank.recorder import Statistics
 
 D, SLOTS = 6, 30
@@ -85,6 +85,28 @@ def test_of_an_empty_queue_there_is_nothing_to_take(forced: str, miner: str) -> 
         loss.backward()
         queue(embeddings[:0], labels[:0])
     assert (loss.item(), queue.miner.num_triplets, queue.miner.num_pos_pairs) == (0, 0, 0)
+
+
+class Seen(reducers.BaseReducer):
+    """The mean, by a method that wants to see every loss."""
+
+    def triplet_reduction(self, losses: Tensor, indices: Any, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return losses.mean()
+
+
+@pytest.mark.parametrize("kind", ["all", "hard", "semihard", "easy"])
+def test_a_miner_is_heeded_by_a_reducer_that_sees_every_loss(kind: str) -> None:
+    made = []
+    for reducer in (reducers.MeanReducer(), Seen()):
+        taken = miners.TripletMarginMiner(0.2, kind)
+        memory = losses.CrossBatchMemory(losses.TripletMarginLoss(reducer=reducer), D, SLOTS, taken)
+        leaf = batch(4)[0].requires_grad_()
+        for seed in (1, 2, 3):
+            memory(*batch(seed))
+        loss = memory(leaf, batch(4)[1])
+        made.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    torch.testing.assert_close(*made)
+    assert bool(made[0][0]) == (kind != "easy")
 
 
 def test_nothing_is_counted_that_was_not_asked_for() -> None:

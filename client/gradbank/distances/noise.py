@@ -50,7 +50,11 @@ class SNRDistance(Distance):
         self, queries: Tensor, anchor: Tensor, s: Tensor, weight: Tensor, sums: Callable[[Tensor], Tensor]
     ) -> Tensor:
         inverse = queries.square().sum(1, keepdim=True).mul_(0.5).reciprocal_()
-        own = by_row(weight * (1 - s), anchor, queries)
+        own = by_row(torch.where(weight == 0, 0, weight * (1 - s)), anchor, queries)
+        if bool(inverse.isinf().any()):
+            used = torch.zeros_like(inverse, dtype=torch.bool)
+            used[anchor[weight != 0]] = True
+            inverse = inverse.masked_fill(~used, 0)
         pulled: Tensor = (queries * own - _centered(sums(weight))) * inverse
         return pulled
 
@@ -111,6 +115,9 @@ def _toward_signal(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of `(weight * s).sum()`: at each a, of the numerator and of the denominator, and at each b."""
     at_a, at_b = None, None
+    if bool(inverse.isinf().any()):  # a row without a signal, of which nothing may be asked
+        unused = ~weight.any(1, keepdim=True)
+        inverse, s = inverse.masked_fill(unused, 0), s.masked_fill(unused, 0)
     if of_a:
         at_a, _ = toward(a, b, weight, 2, True, False)
         assert at_a is not None

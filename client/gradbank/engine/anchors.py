@@ -149,6 +149,8 @@ class Anchors:
             losses, indices = part.listed
         elif part.kind == "pos_pair":
             indices = (self.positives.anchor, self.positives.other)
+        elif part.kind == "already_reduced" and part.counts is not None:
+            losses = losses * (part.counts > 0)  # with no say, there is none
         elif part.kind == "element":
             indices = torch.arange(len(losses), device=losses.device)
             if part.times is not None:

@@ -27,7 +27,7 @@ class Gaps(Statistic):
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         number = negatives.to(s.dtype)
-        gap, weight = self.weighed(s)
+        gap, weight = self.weighed(torch.where(number > 0, s, self.edge))
         sums = torch.stack([(x * number).sum(1, dtype=torch.float64) for x in (weight, weight * gap)], 1)
         return Gathered(sums, number.sum(1, dtype=torch.float64))
 
@@ -35,12 +35,17 @@ class Gaps(Statistic):
         """How far each value is short of the edge."""
         return (self.edge - s).clamp_(min=0)
 
-    def weighed(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The gap of each value, and its weight: 0 where it does not count."""
+    def weighed(self, s: Tensor, negatives: Negatives | None = None) -> tuple[Tensor, Tensor]:
+        """The gap of each value, and its weight: both 0 where it does not count, since the exponential of what does
+        not may be infinite."""
         gap = self.gap(s)
+        gap = gap if negatives is None else negatives.zeroed(gap)
         counts = (gap * s).detach().clamp_(min=0).sign_()  # by signs, for masks are slow
-        weight = (gap * self.temperature).exp_()
-        return gap, weight * counts if weight.requires_grad else weight.mul_(counts)
+        if gap.requires_grad:
+            gap = gap * counts
+            return gap, (gap * self.temperature).exp() * counts
+        weight = (gap.mul_(counts) * self.temperature).exp_().mul_(counts)
+        return gap, weight if negatives is None else negatives.weighed(weight)
 
 
 class _RunningGaps(Running):
@@ -54,8 +59,7 @@ class _RunningGaps(Running):
         self.weights: deque[Tensor] = deque()  # of the tiles that are kept for a second sweep, in their order
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        gap, weight = self.gaps.weighed(tile.s.detach())
-        weight = negatives.weighed(weight)
+        gap, weight = self.gaps.weighed(tile.s.detach(), negatives)
         if tile.kept:
             self.weights.append(weight)
         self.sums += torch.stack([weight.sum(1), gap.mul_(weight).sum(1)], 1)
@@ -70,8 +74,7 @@ class _RunningGaps(Running):
         if self.weights:
             gap, weight = self.gaps.gap(s.detach()), self.weights.popleft()
         else:
-            gap, weight = self.gaps.weighed(s.detach())
-            weight = negatives.weighed(weight)
+            gap, weight = self.gaps.weighed(s.detach(), negatives)
         of_weight, of_cost = gradient.to(s.dtype)[:, :1], gradient.to(s.dtype)[:, 1:]
         slope = gap.mul_(-self.gaps.temperature * of_cost).sub_(self.gaps.temperature * of_weight + of_cost)
         return [(s, slope.mul_(weight))]

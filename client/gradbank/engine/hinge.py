@@ -123,7 +123,7 @@ class _RunningHinge(Running):
         self.counts += self.buckets.count(bucket, times)
         total = torch.linalg.vecdot(share, v)
         if tile.s.device.type != "cpu" or not math.isfinite(total.sum()):  # slower, and seldom needed
-            total = torch.where((share > 0) | v.isnan(), share * v, 0).sum(1)
+            total = negatives.zeroed(torch.where((share > 0) | v.isnan(), share * v, 0)).sum(1)
         self.total += total
         if tile.gathers:
             self.keep([tile.pull(share if self.hinge.sign == 1 else share.neg_(), few=True)])

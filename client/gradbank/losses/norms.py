@@ -43,7 +43,7 @@ class SphereFaceLoss(AngleLoss):
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
 
     def __post_init__(self) -> None:
-        self.require_distance(CosineSimilarity, p=2)
+        self.require_distance(CosineSimilarity, p=2, power=1)
         require_positive(scale=self.scale)
         if not 1 <= self.margin <= _MOST:
             raise ValueError(f"margin must be from 1 to {_MOST}, got {self.margin}")

@@ -110,7 +110,9 @@ class LiftedStructureLoss(PairLoss):
         joint = anchors.each(near)
         if anchors.among_themselves:
             _, anchor, _, other = anchors.positives
-            joint = torch.logaddexp(joint, torch.where(other == anchor, -torch.inf, near[other]))
+            others = torch.where(other == anchor, -torch.inf, near[other])
+            none = joint.isneginf() & others.isneginf()  # of which the sum has no gradient
+            joint = torch.logaddexp(torch.where(none, 0, joint), others).masked_fill(none, -torch.inf)
         far = self.distance.margin(anchors.s, self.pos_margin)
         some = near.isfinite().any()  # without any negatives there is no loss at all
         return {"loss": anchors.per_positive(relu(or_zero(joint) + far) ** 2 / 2 * some)}

@@ -109,7 +109,8 @@ class TripletMarginLoss(TripletLoss):
 
     @property
     def takes_interval(self) -> bool:
-        return not self.swap and not self.smooth_loss and self.triplets_per_anchor == "all"
+        whole = self.triplets_per_anchor == "all" and not self.reducer.needs_list  # which lists what there is
+        return whole and not self.swap and not self.smooth_loss
 
     def of_triplets(
         self, embeddings: Tensor, references: References, triplets: tuple[Tensor, Tensor, Tensor], labels: Tensor | None

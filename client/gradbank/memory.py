@@ -279,9 +279,9 @@ class CrossBatchMemory(Loss, Recorder):
         mask = torch.as_tensor(mask)
         if indices is not None:
             raise Mismatch("indices_tuple and enqueue_mask are mutually exclusive")
-        if mask.shape != embeddings.shape[:1] or mask.is_floating_point():
+        if mask.shape != embeddings.shape[:1] or mask.dtype != torch.bool:
             raise Mismatch(f"enqueue_mask must be ({len(embeddings)},) booleans, got {tuple(mask.shape)} {mask.dtype}")
-        return mask.to(embeddings.device, torch.bool)
+        return mask.to(embeddings.device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

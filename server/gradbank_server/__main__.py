@@ -1,5 +1,6 @@
 """`python -m gradbank_server`, the same as `gradbank`."""
 
+import os
 import sys
 
 
@@ -11,7 +12,20 @@ def main() -> None:
         sys.exit(
             f"gradbank: the command line needs {error.name}, which is not installed: pip install 'gradbank[server]'"
         )
-    sys.exit(app())
+    try:
+        code = app()
+    finally:
+        _flush()
+    sys.exit(code)
+
+
+def _flush() -> None:
+    """What could not be written is not to be written again as Python ends, whose exit code would then be another."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import gradbank.losses
 import gradbank.miners  # noqa: F401  (with the losses, these register every component)
 from gradbank.component import Component, Spec, argument_fields, component_named, components, did_you_mean
-from gradbank.errors import InvalidComponent, InvalidRequest
+from gradbank.errors import InvalidComponent, InvalidRequest, LimitExceeded
 from gradbank.losses.base import Loss
+from gradbank_server.sessions import is_out_of_memory
 
 _CONTAINERS = (list, dict, collections.abc.Sequence, collections.abc.Mapping)
 
@@ -37,7 +38,7 @@ def import_components(packages: Iterable[str]) -> None:
             raise InvalidRequest(
                 f"{asked}, {missing} where the server runs: install it there, or put its folder on PYTHONPATH"
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InvalidRequest(f"{asked}, and importing it failed: {type(error).__name__}: {error}") from error
         held = {id(value) for value in vars(module).values()}
         if not any(f"{each.__module__}.".startswith(f"{name}.") or id(each) in held for each in components().values()):
@@ -87,6 +88,8 @@ def build(spec: Spec, where: str = "") -> Component:
     except (TypeError, ValueError) as error:
         raise InvalidComponent(f"{where} cannot be built: {error}") from None
     except (Exception, SystemExit) as error:  # arguments that fit their types may still be too much for a constructor
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise LimitExceeded(f"{where} cannot be built: the server has no memory for it") from None
         raise InvalidComponent(f"{where} cannot be built: {type(error).__name__}: {error}") from error
 
 

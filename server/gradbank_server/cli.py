@@ -9,13 +9,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import structlog
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -28,11 +28,13 @@ app = App(
     help="Metric-learning losses and memory banks, served over gRPC: a batch goes up, loss and gradients come back.",
     version=lambda: version("gradbank"),
     default_parameter=Parameter(negative_iterable=()),
+    error_formatter=lambda error: f"gradbank: {_told(error)}",
 )
 # off a terminal, a table is as wide as it needs to be: somebody's grep is reading
-console = Console() if sys.stdout.isatty() else Console(width=200)
+console = Console() if sys.stdout and sys.stdout.isatty() else Console(width=200)
 
 _LONGEST_S = 10 * 365 * 24 * 3600.0  # as in `gradbank.wire`, which imports torch
+_HERE = ("127.0.0.1", "localhost", "[::1]")  # as in `gradbank.remote.channel`, which does too
 _LOST_DEVICE = 70  # what a supervisor starts again
 
 Address = Annotated[str, Parameter(help="host:port of the server, or unix:///path.")]
@@ -41,7 +43,7 @@ Timeout = Annotated[float, Parameter(help="Seconds to wait for an answer.")]
 
 @app.command
 def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = None) -> int:
-    """Start a server, and serve until SIGTERM or Ctrl-C; ends with 70 if a GPU is lost to it.
+    """Start a server, and serve until SIGTERM, SIGHUP or Ctrl-C; ends with 70 if a GPU is lost to it.
 
     Every flag can be given as an environment variable: --max-sessions as GRADBANK_MAX_SESSIONS.
     """
@@ -68,15 +70,17 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
         lost.set()
         ended.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, lambda *_: ended.set())
     try:
         server = Server(settings, give_up)
         server.start()
     except (GradbankError, OSError) as error:
         return _failed(error)
-    console.print(started(server), highlight=False, markup=False, soft_wrap=True)
-    sys.stdout.flush()
+    with suppress(OSError):  # a server serves, whether or not there is room to say so
+        console.print(started(server), highlight=False, markup=False, soft_wrap=True)
+        console.file.flush()
     ended.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
@@ -169,7 +173,9 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
 
     if not timeout > 0:
         return _failed(f"--timeout must be above 0 seconds, got {timeout}")
-    with grpc.insecure_channel(address) as channel:
+    # no proxy leads to this machine, where a container asks itself
+    here = address.rpartition(":")[0] in _HERE or address.startswith("unix:")
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", int(not here))]) as channel:
         try:
             request = health_pb2.HealthCheckRequest()
             call = health_pb2_grpc.HealthStub(channel).Check
@@ -178,10 +184,12 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
             why = error.code().name
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 why = f"no server answered within {timeout:g} s"
-            console.print(f"{address}: {why}", style="red", highlight=False)
+            with suppress(OSError):
+                console.print(f"{address}: {why}", style="red", highlight=False)
             return 1
     name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
-    console.print(f"{address}: {name}")
+    with suppress(OSError):  # the exit code is the answer
+        console.print(f"{address}: {name}")
     return 0 if status == health_pb2.HealthCheckResponse.SERVING else 1
 
 
@@ -189,13 +197,16 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
 def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -> int:
     """List the sessions of a server."""
     import gradbank
-    from gradbank.errors import GradbankError
+    from gradbank.errors import GradbankError, SessionNotFound
 
     table = Table("session", "loss", "ranks", "steps", "loss now", "bank rows", "ms per step", "idle", box=None)
     try:
         with gradbank.connect(address, timeout) as client:
             for session in client.sessions():
-                stats = client.stats(session.name)
+                try:
+                    stats = client.stats(session.name)
+                except SessionNotFound:  # it ended just now
+                    continue
                 table.add_row(
                     session.name,
                     session.loss.title(),
@@ -290,8 +301,17 @@ def _find_beside(settings: ServerSettings) -> None:
 
 
 def _refused(error: ValidationError) -> str:
-    where = {each["loc"][0]: each["msg"] for each in error.errors()}
-    return "; ".join(f"GRADBANK_{str(name).upper()}: {said}" for name, said in where.items())
+    where = {str(each["loc"][0]): (each["msg"], each["input"]) for each in error.errors()}
+    return "; ".join(
+        f"--{name.replace('_', '-')} (GRADBANK_{name.upper()}): {said}, got {given!r}"
+        for name, (said, given) in where.items()
+    )
+
+
+def _told(error: CycloptsError) -> str:
+    """What is wrong with a command's words, or with the settings that they and the environment make."""
+    cause = error.__cause__
+    return _refused(cause) if isinstance(cause, ValidationError) else str(error)
 
 
 def _failed(error: object) -> int:

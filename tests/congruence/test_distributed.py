@@ -1,4 +1,4 @@
-"""Ranks: those that gather their batches get what PML's wrapper of losses gives, and wrappers of modules train as PML."""
+"""Ranks: those that gather their batches get what PML's wrapper gives, and torch's wrappers train what is within."""
 
 from pathlib import Path
 from typing import Any

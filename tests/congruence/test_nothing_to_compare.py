@@ -91,7 +91,7 @@ def test_a_weight_that_does_not_count_may_be_infinite(way: Any, bounds: Any, arg
     unit[3] = unit[0]  # a negative at no distance does not count either
     with pytest.warns(UserWarning, match="may overflow"):
         loss_fn = losses.RankedListLoss(**arguments)
-        wanted = of(loss_fn, unit.double(), labels)
+    wanted = of(loss_fn, unit.double(), labels)
     with engine.using(way, bounds):
         value, gradient = of(loss_fn, unit, labels)
     torch.testing.assert_close(value.double(), wanted[0], rtol=2e-4, atol=1e-6)

@@ -121,7 +121,7 @@ def test_an_empty_batch_costs_nothing() -> None:
         ({"lambdaC": -1}, "must not be negative, got -1"),
         ({"alpha": 1.0}, r"between 0 and 1, got 1\.0"),
         ({"alpha": 0}, "between 0 and 1, got 0"),
-        ({"K": 0}, "K must be a whole number from 1 to"),
+        ({"K": 0}, "K must be a whole number, at least 1"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(arguments: Any, message: str) -> None:

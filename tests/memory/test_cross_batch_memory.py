@@ -198,7 +198,7 @@ def test_a_queue_becomes_of_another_dtype_with_the_rows_that_wait(queue_of: Any,
 
 @pytest.mark.parametrize("size", [0, -1, 20.0, "20"])
 def test_sizes_are_whole_numbers(size: Any) -> None:
-    with pytest.raises(ValueError, match=f"memory_size must be a whole number from 1 to .*, got {size!r}"):
+    with pytest.raises(ValueError, match=f"memory_size must be a whole number, at least 1, got {size!r}"):
         losses.CrossBatchMemory(losses.NTXentLoss(), 8, size)
 
 

@@ -71,7 +71,7 @@ def test_a_number_cannot_be_used_for_another_batch(hosted: Hosted, batch: Make) 
 def test_a_gap_is_refused(hosted: Hosted, batch: Make, seq: int) -> None:
     trainer = hosted(memory())
     trainer.step(batch(1))
-    with pytest.raises(StepConflict, match=rf"step {seq} .*(the next step of rank 0 is 2|the last step is 1)"):
+    with pytest.raises(StepConflict, match=r"the next step of rank 0 is 2"):
         trainer.send(seq, batch(seq))
     assert trainer.session.tally.steps == 1
 

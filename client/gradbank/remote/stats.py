@@ -6,7 +6,7 @@ from typing import Any
 from gradbank.component import Spec
 from gradbank.remote.transport import Watched
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
-from gradbank.wire import seconds_of_both, spec_of
+from gradbank.wire import seconds_of_both, shape_of, spec_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ class ServerInfo:
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """A session: its name, what it computes, the ranks that are attached and the steps carried out."""
+    """A session: its name, what it computes, the ranks that are attached and the steps carried out.
+
+    Tensors among the arguments of its loss are of the device "meta": what they are, without their entries.
+    """
 
     name: str
     loss: Spec
@@ -110,7 +113,9 @@ class SessionInfo:
     @staticmethod
     def of(message: session_pb2.Session) -> "SessionInfo":
         optimizer = message.optimizer.name if message.HasField("optimizer") else None
-        return SessionInfo(message.name, spec_of(message.loss), optimizer, tuple(message.ranks), message.steps)
+        return SessionInfo(
+            message.name, spec_of(message.loss, tensors=shape_of), optimizer, tuple(message.ranks), message.steps
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ class Error(_message.Message):
     """Why something was refused.
 
     A step that fails carries it in its answer, so that the stream goes on. A call that fails ends with the gRPC
-    status of `code`, and carries it in the trailing metadata "gradbank-error-bin".
+    status of `code`, and carries it in the trailing metadata "gradbank-error-bin". What gRPC itself refuses has none: a
+    message that is too large (RESOURCE_EXHAUSTED) or cannot be read (INTERNAL).
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -111,7 +111,7 @@ class Session(_message.Message):
     name: _builtins.str
     """Its name."""
     steps: _builtins.int
-    """Steps carried out since it was created."""
+    """Steps with embeddings that were carried out since it was created."""
     @_builtins.property
     def loss(self) -> _component_pb2.Component:
         """What it computes."""
@@ -161,8 +161,8 @@ class CreateSessionRequest(_message.Message):
 
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedTensor]:
-        """In the first message: what the loss starts from (weights; a bank that is not empty). What is left out starts as
-        the component makes it.
+        """In the first message: what the loss starts from (weights; a bank that is not empty, of which all four tensors). What
+        is left out starts as the component makes it.
         """
 
     def __init__(

@@ -100,9 +100,11 @@ class SessionServiceServicer(object):
         """Becomes the producer of a rank: a trainer must, before it steps.
 
         Asking again with the same nonce gives the same answer. A greater incarnation takes the rank over: its epoch is
-        one higher, and steps of the epoch before are refused from then on. A smaller incarnation is refused.
+        one higher, and steps of the epoch before are refused from then on. One that is not greater is refused. It waits
+        for the step of the session that is under way.
 
-        NOT_FOUND: no such session.  ABORTED: a newer trainer holds the rank.
+        NOT_FOUND: no such session.  ABORTED: a newer trainer holds the rank.  RESOURCE_EXHAUSTED: 256 ranks are attached,
+        or too many calls wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,7 +138,7 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """All sessions, by name.
+        """All sessions, by name. Tensors among the arguments of their losses are told without `data`: GetSession has that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,9 +51,11 @@ class SessionServiceStub:
     """Becomes the producer of a rank: a trainer must, before it steps.
 
     Asking again with the same nonce gives the same answer. A greater incarnation takes the rank over: its epoch is
-    one higher, and steps of the epoch before are refused from then on. A smaller incarnation is refused.
+    one higher, and steps of the epoch before are refused from then on. One that is not greater is refused. It waits
+    for the step of the session that is under way.
 
-    NOT_FOUND: no such session.  ABORTED: a newer trainer holds the rank.
+    NOT_FOUND: no such session.  ABORTED: a newer trainer holds the rank.  RESOURCE_EXHAUSTED: 256 ranks are attached,
+    or too many calls wait.
     """
     ConfigureOptimizer: _grpc.UnaryUnaryMultiCallable[_session_pb2.ConfigureOptimizerRequest, _session_pb2.ConfigureOptimizerResponse]
     """Gives the session's learnable weights an optimizer, which steps ask for by a `WeightEvent`.
@@ -70,7 +72,7 @@ class SessionServiceStub:
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]
     """What a session is.  NOT_FOUND: no such session."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]
-    """All sessions, by name."""
+    """All sessions, by name. Tensors among the arguments of their losses are told without `data`: GetSession has that."""
     CloseSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CloseSessionRequest, _session_pb2.CloseSessionResponse]
     """Ends a session and frees all it holds. Closing a session that does not exist is not an error."""
 
@@ -97,9 +99,11 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Becomes the producer of a rank: a trainer must, before it steps.
 
     Asking again with the same nonce gives the same answer. A greater incarnation takes the rank over: its epoch is
-    one higher, and steps of the epoch before are refused from then on. A smaller incarnation is refused.
+    one higher, and steps of the epoch before are refused from then on. One that is not greater is refused. It waits
+    for the step of the session that is under way.
 
-    NOT_FOUND: no such session.  ABORTED: a newer trainer holds the rank.
+    NOT_FOUND: no such session.  ABORTED: a newer trainer holds the rank.  RESOURCE_EXHAUSTED: 256 ranks are attached,
+    or too many calls wait.
     """
     ConfigureOptimizer: _aio.UnaryUnaryMultiCallable[_session_pb2.ConfigureOptimizerRequest, _session_pb2.ConfigureOptimizerResponse]  # type: ignore[assignment]
     """Gives the session's learnable weights an optimizer, which steps ask for by a `WeightEvent`.
@@ -116,7 +120,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     GetSession: _aio.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]  # type: ignore[assignment]
     """What a session is.  NOT_FOUND: no such session."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]  # type: ignore[assignment]
-    """All sessions, by name."""
+    """All sessions, by name. Tensors among the arguments of their losses are told without `data`: GetSession has that."""
     CloseSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CloseSessionRequest, _session_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Ends a session and frees all it holds. Closing a session that does not exist is not an error."""
 
@@ -152,9 +156,11 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Becomes the producer of a rank: a trainer must, before it steps.
 
         Asking again with the same nonce gives the same answer. A greater incarnation takes the rank over: its epoch is
-        one higher, and steps of the epoch before are refused from then on. A smaller incarnation is refused.
+        one higher, and steps of the epoch before are refused from then on. One that is not greater is refused. It waits
+        for the step of the session that is under way.
 
-        NOT_FOUND: no such session.  ABORTED: a newer trainer holds the rank.
+        NOT_FOUND: no such session.  ABORTED: a newer trainer holds the rank.  RESOURCE_EXHAUSTED: 256 ranks are attached,
+        or too many calls wait.
         """
 
     @_abc_1.abstractmethod
@@ -195,7 +201,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.ListSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.ListSessionsResponse, _abc.Awaitable[_session_pb2.ListSessionsResponse]]:
-        """All sessions, by name."""
+        """All sessions, by name. Tensors among the arguments of their losses are told without `data`: GetSession has that."""
 
     @_abc_1.abstractmethod
     def CloseSession(

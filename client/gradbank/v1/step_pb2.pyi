@@ -189,11 +189,15 @@ class StepInput(_message.Message):
     """Empties the bank; of a step without `embeddings`, and after its `weight_events`."""
     @_builtins.property
     def embeddings(self) -> _tensor_pb2.Tensor:
-        """(B, D) floats. Left out, the step is only its `weight_events`, and perhaps `resets_queue`."""
+        """(B, D) floats. Left out, as are all other tensors then, the step is only its `weight_events`, and perhaps
+        `resets_queue`.
+        """
 
     @_builtins.property
     def labels(self) -> _tensor_pb2.Tensor:
-        """(B,) integers, of which only equality counts; may be left out where `indices` are given and the loss allows it."""
+        """(B,) numbers, of which only equality counts, or classes from 0 on, as the loss says; integers where rows enter a
+        bank. May be left out where `indices` are given and the loss allows it.
+        """
 
     @_builtins.property
     def ref_emb(self) -> _tensor_pb2.Tensor:
@@ -201,7 +205,7 @@ class StepInput(_message.Message):
 
     @_builtins.property
     def ref_labels(self) -> _tensor_pb2.Tensor:
-        """(M,) integers. Left out, they are `labels`, and reference i is anchor i: no anchor is its own positive."""
+        """(M,) numbers. Left out, they are `labels`, and reference i is anchor i: no anchor is its own positive."""
 
     @_builtins.property
     def indices(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:

@@ -30,7 +30,8 @@ class StepServiceStub(object):
 
     A step is atomic: it happened as a whole, or the session is as it was. It happens once: it is named by session,
     rank, epoch and seq, and when the same step is sent again (because its answer was lost) the stored answer comes
-    back. Neither gRPC's retries nor hedging are needed, or safe.
+    back. The same is the same in all but `answered_seq` and `trainer_timings`; in another epoch no answer is kept of it.
+    Neither gRPC's retries nor hedging are needed, or safe.
     """
 
     def __init__(self, channel):
@@ -56,7 +57,8 @@ class StepServiceServicer(object):
 
     A step is atomic: it happened as a whole, or the session is as it was. It happens once: it is named by session,
     rank, epoch and seq, and when the same step is sent again (because its answer was lost) the stored answer comes
-    back. Neither gRPC's retries nor hedging are needed, or safe.
+    back. The same is the same in all but `answered_seq` and `trainer_timings`; in another epoch no answer is kept of it.
+    Neither gRPC's retries nor hedging are needed, or safe.
     """
 
     def Steps(self, request_iterator, context):
@@ -64,14 +66,16 @@ class StepServiceServicer(object):
 
         A step begins with a message that has `step`; its payload may go on in further messages that do not, each of at
         most 1 MiB, until `step.payload_bytes` have come. Answers are cut up in the same way. A step that fails is
-        answered with `error`, and the stream goes on; a stream that breaks the framing ends with INVALID_ARGUMENT.
+        answered with `error`, and the stream goes on, once all of its payload came; a stream that breaks the framing, or
+        ends within a step, ends with INVALID_ARGUMENT. RESOURCE_EXHAUSTED: too many streams.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Step(self, request, context):
-        """One step that fits a message (4 MiB), with its whole payload. For tools and other languages.
+        """One step that fits a message (4 MiB), as do the gradients that it asks for, with its whole payload. For tools and
+        other languages.
 
         A failure ends the call with the status of the error; see the errors of `StepOutput`.
         """
@@ -105,7 +109,8 @@ class StepService(object):
 
     A step is atomic: it happened as a whole, or the session is as it was. It happens once: it is named by session,
     rank, epoch and seq, and when the same step is sent again (because its answer was lost) the stored answer comes
-    back. Neither gRPC's retries nor hedging are needed, or safe.
+    back. The same is the same in all but `answered_seq` and `trainer_timings`; in another epoch no answer is kept of it.
+    Neither gRPC's retries nor hedging are needed, or safe.
     """
 
     @staticmethod

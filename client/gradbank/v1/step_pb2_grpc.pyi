@@ -31,7 +31,8 @@ class StepServiceStub:
 
     A step is atomic: it happened as a whole, or the session is as it was. It happens once: it is named by session,
     rank, epoch and seq, and when the same step is sent again (because its answer was lost) the stored answer comes
-    back. Neither gRPC's retries nor hedging are needed, or safe.
+    back. The same is the same in all but `answered_seq` and `trainer_timings`; in another epoch no answer is kept of it.
+    Neither gRPC's retries nor hedging are needed, or safe.
     """
 
     @_typing.overload
@@ -43,10 +44,12 @@ class StepServiceStub:
 
     A step begins with a message that has `step`; its payload may go on in further messages that do not, each of at
     most 1 MiB, until `step.payload_bytes` have come. Answers are cut up in the same way. A step that fails is
-    answered with `error`, and the stream goes on; a stream that breaks the framing ends with INVALID_ARGUMENT.
+    answered with `error`, and the stream goes on, once all of its payload came; a stream that breaks the framing, or
+    ends within a step, ends with INVALID_ARGUMENT. RESOURCE_EXHAUSTED: too many streams.
     """
     Step: _grpc.UnaryUnaryMultiCallable[_step_pb2.StepRequest, _step_pb2.StepResponse]
-    """One step that fits a message (4 MiB), with its whole payload. For tools and other languages.
+    """One step that fits a message (4 MiB), as do the gradients that it asks for, with its whole payload. For tools and
+    other languages.
 
     A failure ends the call with the status of the error; see the errors of `StepOutput`.
     """
@@ -57,7 +60,8 @@ class StepServiceAsyncStub(StepServiceStub):
 
     A step is atomic: it happened as a whole, or the session is as it was. It happens once: it is named by session,
     rank, epoch and seq, and when the same step is sent again (because its answer was lost) the stored answer comes
-    back. Neither gRPC's retries nor hedging are needed, or safe.
+    back. The same is the same in all but `answered_seq` and `trainer_timings`; in another epoch no answer is kept of it.
+    Neither gRPC's retries nor hedging are needed, or safe.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -66,10 +70,12 @@ class StepServiceAsyncStub(StepServiceStub):
 
     A step begins with a message that has `step`; its payload may go on in further messages that do not, each of at
     most 1 MiB, until `step.payload_bytes` have come. Answers are cut up in the same way. A step that fails is
-    answered with `error`, and the stream goes on; a stream that breaks the framing ends with INVALID_ARGUMENT.
+    answered with `error`, and the stream goes on, once all of its payload came; a stream that breaks the framing, or
+    ends within a step, ends with INVALID_ARGUMENT. RESOURCE_EXHAUSTED: too many streams.
     """
     Step: _aio.UnaryUnaryMultiCallable[_step_pb2.StepRequest, _step_pb2.StepResponse]  # type: ignore[assignment]
-    """One step that fits a message (4 MiB), with its whole payload. For tools and other languages.
+    """One step that fits a message (4 MiB), as do the gradients that it asks for, with its whole payload. For tools and
+    other languages.
 
     A failure ends the call with the status of the error; see the errors of `StepOutput`.
     """
@@ -79,7 +85,8 @@ class StepServiceServicer(metaclass=_abc_1.ABCMeta):
 
     A step is atomic: it happened as a whole, or the session is as it was. It happens once: it is named by session,
     rank, epoch and seq, and when the same step is sent again (because its answer was lost) the stored answer comes
-    back. Neither gRPC's retries nor hedging are needed, or safe.
+    back. The same is the same in all but `answered_seq` and `trainer_timings`; in another epoch no answer is kept of it.
+    Neither gRPC's retries nor hedging are needed, or safe.
     """
 
     @_abc_1.abstractmethod
@@ -92,7 +99,8 @@ class StepServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A step begins with a message that has `step`; its payload may go on in further messages that do not, each of at
         most 1 MiB, until `step.payload_bytes` have come. Answers are cut up in the same way. A step that fails is
-        answered with `error`, and the stream goes on; a stream that breaks the framing ends with INVALID_ARGUMENT.
+        answered with `error`, and the stream goes on, once all of its payload came; a stream that breaks the framing, or
+        ends within a step, ends with INVALID_ARGUMENT. RESOURCE_EXHAUSTED: too many streams.
         """
 
     @_abc_1.abstractmethod
@@ -101,7 +109,8 @@ class StepServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _step_pb2.StepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_step_pb2.StepResponse, _abc.Awaitable[_step_pb2.StepResponse]]:
-        """One step that fits a message (4 MiB), with its whole payload. For tools and other languages.
+        """One step that fits a message (4 MiB), as do the gradients that it asks for, with its whole payload. For tools and
+        other languages.
 
         A failure ends the call with the status of the error; see the errors of `StepOutput`.
         """

@@ -1,6 +1,6 @@
 """Tensors, components and errors as messages, and back: used by both sides of the wire."""
 
-from gradbank.wire.components import argument_messages, argument_values, component_message, spec_of
+from gradbank.wire.components import argument_messages, argument_values, component_message, leave_out_entries, spec_of
 from gradbank.wire.errors import ERROR_TRAILER, error_message, error_of, status_of
 from gradbank.wire.frames import Frame, frame_of, gradient_bytes, request_frame, response_frame
 from gradbank.wire.payload import (
@@ -13,7 +13,16 @@ from gradbank.wire.payload import (
     assembled,
     chunks,
 )
-from gradbank.wire.tensors import TensorReader, describe, inline, nbytes, read_inline, torch_dtype, wire_dtype
+from gradbank.wire.tensors import (
+    TensorReader,
+    describe,
+    inline,
+    nbytes,
+    read_inline,
+    shape_of,
+    torch_dtype,
+    wire_dtype,
+)
 from gradbank.wire.timings import seconds_of, seconds_of_both
 
 __all__ = [
@@ -37,12 +46,14 @@ __all__ = [
     "frame_of",
     "gradient_bytes",
     "inline",
+    "leave_out_entries",
     "nbytes",
     "read_inline",
     "request_frame",
     "response_frame",
     "seconds_of",
     "seconds_of_both",
+    "shape_of",
     "spec_of",
     "status_of",
     "torch_dtype",

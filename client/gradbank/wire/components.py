@@ -1,6 +1,6 @@
 """Specs of components to and from messages."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from gradbank.component import Spec
 from gradbank.errors import InvalidComponent
 from gradbank.v1 import component_pb2 as v1
+from gradbank.v1 import tensor_pb2
 from gradbank.wire.tensors import inline, read_inline
 
 _MAX_DEPTH = 8
@@ -26,19 +27,45 @@ def argument_messages(arguments: Mapping[str, Any], where: str) -> dict[str, v1.
     return {name: _argument(value, f"{where}.{name}") for name, value in arguments.items()}
 
 
-def spec_of(message: v1.Component, depth: int = 0) -> Spec:
+def leave_out_entries(message: v1.Component) -> None:
+    """Takes the entries of its tensors out of a message, and leaves what they are."""
+    waiting = list(message.arguments.values())
+    while waiting:
+        argument = waiting.pop()
+        match argument.WhichOneof("value"):
+            case "tensor":
+                argument.tensor.ClearField("data")
+            case "component":
+                waiting.extend(argument.component.arguments.values())
+            case "list":
+                waiting.extend(argument.list.items)
+            case "map":
+                waiting.extend(argument.map.items.values())
+
+
+def spec_of(
+    message: v1.Component, depth: int = 0, tensors: Callable[[tensor_pb2.Tensor], Tensor] = read_inline
+) -> Spec:
     """The spec in a message.
+
+    Args:
+        tensors: what reads its tensors.
 
     Raises:
         InvalidComponent: an argument without a value, or components nested too deeply.
     """
     if depth > _MAX_DEPTH:
         raise InvalidComponent(f"components may be nested {_MAX_DEPTH} deep, and these are deeper")
-    return Spec(message.name, argument_values(message.arguments, message.name, depth))
+    return Spec(message.name, argument_values(message.arguments, message.name, depth, tensors))
 
 
-def argument_values(arguments: Mapping[str, v1.Argument], where: str, depth: int = 0) -> dict[str, Any]:
-    return {name: _value(arguments[name], f"{where}.{name}", depth) for name in sorted(arguments)}
+def argument_values(
+    arguments: Mapping[str, v1.Argument],
+    where: str,
+    depth: int = 0,
+    tensors: Callable[[tensor_pb2.Tensor], Tensor] = read_inline,
+) -> dict[str, Any]:
+    return {name: _value(arguments[name], f"{where}.{name}", depth, tensors) for name in sorted(arguments)}
 
 
 def _argument(value: Any, where: str) -> v1.Argument:
@@ -69,20 +96,20 @@ def _argument(value: Any, where: str) -> v1.Argument:
     raise InvalidComponent(f"{where} is a {type(value).__name__}, which cannot be sent to a server")
 
 
-def _value(message: v1.Argument, where: str, depth: int) -> Any:
+def _value(message: v1.Argument, where: str, depth: int, tensors: Callable[[tensor_pb2.Tensor], Tensor]) -> Any:
     if depth > _MAX_DEPTH:
         raise InvalidComponent(f"{where} is nested more than {_MAX_DEPTH} deep")
     match message.WhichOneof("value"):
         case "none":
             return None
         case "tensor":
-            return read_inline(message.tensor)
+            return tensors(message.tensor)
         case "component":
-            return spec_of(message.component, depth + 1)
+            return spec_of(message.component, depth + 1, tensors)
         case "list":
-            return [_value(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(message.list.items)]
+            return [_value(item, f"{where}[{i}]", depth + 1, tensors) for i, item in enumerate(message.list.items)]
         case "map":
-            values, order = argument_values(message.map.items, where, depth + 1), list(message.map.order)
+            values, order = argument_values(message.map.items, where, depth + 1, tensors), list(message.map.order)
             return {key: values[key] for key in order} if sorted(order) == list(values) else values
         case None:
             raise InvalidComponent(f"{where} has no value")

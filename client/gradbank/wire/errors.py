@@ -47,4 +47,6 @@ def error_of(failure: v1.Error | grpc.RpcError) -> GradbankError:
         return LimitExceeded(
             f"the server refused the call: too many are under way, or a message is too large ({details})"
         )
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        return InternalError(f"what answers there is no server of gradbank, or one of another version ({details})")
     return InternalError(f"the call failed with {code.name}: {details}")

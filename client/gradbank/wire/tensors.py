@@ -66,7 +66,11 @@ def nbytes(message: v1.Tensor) -> int:
     for size in shape:
         entries, number = entries * (size or 1), number * size
     if len(shape) > _MAX_DIMENSIONS or entries > _MAX_ENTRIES or (shape and min(shape) < 0):
-        raise InvalidRequest(f"a tensor cannot have shape {list(shape)[: _MAX_DIMENSIONS + 1]}")
+        few = f"{list(shape)[:_MAX_DIMENSIONS]}{'...' if len(shape) > _MAX_DIMENSIONS else ''}"
+        raise InvalidRequest(
+            f"a tensor cannot have shape {few}: it has at most {_MAX_DIMENSIONS} dimensions, of 0 or more each, and "
+            "2^48 entries"
+        )
     return number * dtype.itemsize
 
 
@@ -87,6 +91,12 @@ def read_inline(message: v1.Tensor) -> Tensor:
             f"a tensor of shape {list(message.shape)} takes {nbytes(message)} bytes, got {len(message.data)}"
         )
     return _tensor(message, assembled([memoryview(message.data)]))
+
+
+def shape_of(message: v1.Tensor) -> Tensor:
+    """A tensor of the device "meta", which has no entries, for one whose entries were left out."""
+    nbytes(message)  # which refuses what no tensor is
+    return torch.empty(tuple(message.shape), dtype=torch_dtype(message.dtype), device="meta")
 
 
 class TensorReader:

@@ -6,9 +6,17 @@ from collections.abc import Iterable
 
 import structlog
 
-from gradbank.errors import GradbankError, InternalError
+from gradbank.errors import GradbankError, InternalError, LimitExceeded
+from gradbank_server.sessions import is_out_of_memory
 
 log = structlog.get_logger()
+
+
+def told(error: Exception) -> GradbankError:
+    """What is told of a call that failed in whatever way."""
+    if is_out_of_memory(error):
+        return LimitExceeded("the server has no memory for it; nothing was changed. Ask for less, or try again")
+    return fault(error)
 
 
 def fault(error: Exception, components: Iterable[str] = ()) -> InternalError:

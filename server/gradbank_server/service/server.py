@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -11,7 +12,7 @@ import grpc
 import structlog
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import start_http_server
 
 from gradbank.errors import InvalidRequest
@@ -27,7 +28,13 @@ from gradbank.v1 import (
 from gradbank.wire import MESSAGE_BYTES
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
-from gradbank_server.service.servicers import CatalogServicer, SessionServicer, StatsServicer, StepServicer
+from gradbank_server.service.servicers import (
+    CatalogServicer,
+    ReflectionServicer,
+    SessionServicer,
+    StatsServicer,
+    StepServicer,
+)
 from gradbank_server.service.shared import SharedMemory
 from gradbank_server.service.sockets import listen_on_socket
 from gradbank_server.settings import ServerSettings
@@ -71,11 +78,12 @@ class Server:
         self._health = health.HealthServicer()
         self._metrics_server: Any = None
         self.metrics_port: int | None = None
+        self._gate = Gate(settings.max_streams)
         self._grpc = grpc.server(
-            # streams and transfers hold a thread each, for as long as their peer likes; the rest is for short calls, so
-            # that a full server still says it is healthy
-            futures.ThreadPoolExecutor(2 * settings.max_streams + SHORT_CALLS, thread_name_prefix="gradbank"),
-            maximum_concurrent_rpcs=2 * settings.max_streams + 4 * SHORT_CALLS,
+            # what has a place holds a thread, for as long as its peer or its session likes; the rest is for short
+            # calls, so that a full server still says it is healthy
+            futures.ThreadPoolExecutor(self._gate.places + SHORT_CALLS, thread_name_prefix="gradbank"),
+            maximum_concurrent_rpcs=self._gate.places + 4 * SHORT_CALLS,
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.max_send_message_length", -1),
@@ -89,7 +97,6 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        self._gate = Gate(settings.max_streams)
         self._nearer = stats_pb2.GetServerResponse(unix_socket=settings.unix_socket)
         self._add_services()
         try:
@@ -140,7 +147,7 @@ class Server:
             return
         self._gate.closing.set()
         self._health.enter_graceful_shutdown()
-        log.info("draining", seconds=self.settings.drain_seconds)
+        log.info("draining", seconds=min(self.settings.drain_seconds, threading.TIMEOUT_MAX))  # JSON has no infinity
         until = time.monotonic() + self.settings.drain_seconds
         for session in self.service.sessions.all():
             session.wait(max(until - time.monotonic(), 0.0))
@@ -172,7 +179,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.reflection:
             names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names, service, gate), server)
 
 
 def device_named(name: str) -> torch.device:

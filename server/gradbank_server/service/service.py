@@ -25,6 +25,7 @@ from gradbank.wire import (
     component_message,
     describe,
     error_message,
+    leave_out_entries,
     nbytes,
     seconds_of,
     spec_of,
@@ -118,7 +119,10 @@ class Service:
         return session_pb2.GetSessionResponse(session=_described(self.sessions[request.session]))
 
     def list_sessions(self, request: session_pb2.ListSessionsRequest) -> session_pb2.ListSessionsResponse:
-        return session_pb2.ListSessionsResponse(sessions=[_described(s) for s in self.sessions.all()])
+        response = session_pb2.ListSessionsResponse(sessions=[_described(s) for s in self.sessions.all()])
+        for session in response.sessions:
+            leave_out_entries(session.loss)  # which together are more than a message may be
+        return response
 
     def close_session(self, request: session_pb2.CloseSessionRequest) -> session_pb2.CloseSessionResponse:
         existed = self.sessions.close(request.session)

@@ -1,14 +1,15 @@
 """The service behind gRPC: framing, statuses, and nothing else."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 import structlog
+from grpc_reflection.v1alpha import reflection
 
-from gradbank.errors import GradbankError, InvalidRequest
+from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded
 from gradbank.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -20,17 +21,19 @@ from gradbank.v1 import (
 )
 from gradbank.wire import (
     ERROR_TRAILER,
+    MESSAGE_BYTES,
     Assembly,
     Frame,
     assembled,
     chunks,
     error_message,
     error_of,
+    gradient_bytes,
     request_frame,
     status_of,
 )
 from gradbank_server.service.ahead import Ahead
-from gradbank_server.service.faults import fault
+from gradbank_server.service.faults import told
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.service import Service
 from gradbank_server.service.steps import Arrived
@@ -38,6 +41,7 @@ from gradbank_server.threads import let_helpers_go
 
 log = structlog.get_logger()
 
+_BESIDE_BYTES = 2**16  # what an answer has beside its gradients, at most: statistics
 _DETAILS = 300  # characters for who does not read the trailer; both together may take 8 KiB
 _HERE = ("unix:", "ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")  # peers on the server's machine, as gRPC has them
 
@@ -66,7 +70,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def AttachSession(
         self, request: session_pb2.AttachSessionRequest, context: grpc.ServicerContext
     ) -> session_pb2.AttachSessionResponse:
-        with _status(context, self._service):
+        with _status(context, self._service), self._gate.turn():
             self._gate.check()
             response = self._service.attach_session(request)
             log.info("trainer attached", session=request.session, rank=request.rank, epoch=response.epoch)
@@ -75,7 +79,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def ConfigureOptimizer(
         self, request: session_pb2.ConfigureOptimizerRequest, context: grpc.ServicerContext
     ) -> session_pb2.ConfigureOptimizerResponse:
-        with _status(context, self._service):
+        with _status(context, self._service), self._gate.turn():
             return self._service.configure_optimizer(request)
 
     def PullState(
@@ -101,9 +105,10 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     def CloseSession(
         self, request: session_pb2.CloseSessionRequest, context: grpc.ServicerContext
     ) -> session_pb2.CloseSessionResponse:
-        with _status(context, self._service):
+        with _status(context, self._service), self._gate.turn():
             response = self._service.close_session(request)
-            log.info("session closed", session=request.session, existed=response.existed)
+            if response.existed:
+                log.info("session closed", session=request.session)
             return response
 
 
@@ -126,7 +131,11 @@ class StepServicer:
         )
 
     def Steps(self, requests: Iterator[Frame | InvalidRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _status(context, self._service), self._gate.stream(), closing(Ahead(self._arriving(requests))) as steps:
+        with (
+            _status(context, self._service),
+            self._gate.stream(),
+            closing(Ahead(self._arriving(requests, context))) as steps,
+        ):
             for arrived in steps:
                 self._gate.check()
                 if arrived.next_is_worth_reading:
@@ -139,9 +148,14 @@ class StepServicer:
                 del data, part
 
     def Step(self, request: step_pb2.StepRequest, context: grpc.ServicerContext) -> step_pb2.StepResponse:
-        with _status(context, self._service):
+        with _status(context, self._service), self._gate.turn():
             self._gate.check()
             self._service.check_step(request.step)
+            if gradient_bytes(request.step) > MESSAGE_BYTES - _BESIDE_BYTES:
+                raise LimitExceeded(
+                    f"the gradients take {gradient_bytes(request.step):,} bytes, and an answer of Step is one message "
+                    f"of at most {MESSAGE_BYTES:,}: use Steps, or have them rounded (gradient_dtype)"
+                )
             payload = assembled([memoryview(request.payload)])
             arrived = Arrived.of(request.step, payload, time.perf_counter())
             output, data = self._service.answered(arrived)
@@ -149,7 +163,7 @@ class StepServicer:
                 raise error_of(output.error)
             return step_pb2.StepResponse(step=output, payload=b"".join(data))
 
-    def _arriving(self, requests: Iterator[Frame | InvalidRequest]) -> Iterator[Arrived]:
+    def _arriving(self, requests: Iterator[Frame | InvalidRequest], context: grpc.ServicerContext) -> Iterator[Arrived]:
         """Whole steps; one that is refused by its header is read to its end, but not kept."""
         while (frame := _next(requests)) is not None:
             if frame.step is None:
@@ -171,6 +185,11 @@ class StepServicer:
                     break
                 frame = _next(requests)
                 if frame is None:
+                    if context.is_active():
+                        raise InvalidRequest(
+                            f"step {step.seq} was not complete when the stream ended: {seen:,} of its "
+                            f"{step.payload_bytes:,} bytes came"
+                        )
                     return  # the trainer went away in the middle of a step: nothing happened
                 if frame.step is not None:
                     raise InvalidRequest(f"step {step.seq} was not complete when the next one began")
@@ -229,6 +248,18 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             return self._service.list_components(request)
 
 
+class ReflectionServicer(reflection.ReflectionServicer):  # type: ignore[misc]  # gRPC's, without types
+    """gRPC's, of which each stream holds a thread."""
+
+    def __init__(self, names: Iterable[str], service: Service, gate: Gate) -> None:
+        super().__init__(names)
+        self._service, self._gate = service, gate
+
+    def ServerReflectionInfo(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        with _status(context, self._service), self._gate.look():
+            yield from super().ServerReflectionInfo(request_iterator, context)
+
+
 @contextmanager
 def _status(context: grpc.ServicerContext, service: Service) -> Iterator[None]:
     """Ends the call with the status of the error raised inside."""
@@ -240,7 +271,7 @@ def _status(context: grpc.ServicerContext, service: Service) -> Iterator[None]:
     except Exception as error:
         if not context.is_active():
             raise  # the peer went away, and gRPC ends the call
-        _abort(context, fault(error))
+        _abort(context, told(error))
     finally:
         let_helpers_go()
 

@@ -43,7 +43,11 @@ class Arrived(NamedTuple):
             batch = batch_of(step, payload)
         except GradbankError as error:
             return Arrived.refusal(step, error)
-        header = zlib.crc32(step.SerializeToString(deterministic=True))
+        asked = step_pb2.StepInput()
+        asked.CopyFrom(step)
+        for field in ("answered_seq", "trainer_timings"):  # which say what came of other steps
+            asked.ClearField(field)
+        header = zlib.crc32(asked.SerializeToString(deterministic=True))
         digest = xxhash.xxh3_64_intdigest(payload.numpy().data, seed=header)
         return Arrived(step, batch, digest, at, time.perf_counter() - begun)
 
@@ -101,10 +105,12 @@ def check_header(step: step_pb2.StepInput) -> None:
 
     Raises:
         InvalidRequest: gradients in a dtype that they are not rounded to, an answer to a step that is to come, times
-            that no clock shows, or a batch for a queue that it empties.
+            that no clock shows, a batch for a queue that it empties, or other tensors than embeddings without these.
     """
     if step.resets_queue and step.HasField("embeddings"):
         raise InvalidRequest("a step that resets the queue has no embeddings: send these in the next one")
+    if not step.HasField("embeddings") and any(True for _ in tensors_of(step)):
+        raise InvalidRequest("a step without embeddings has no other tensors either: was `embeddings` forgotten?")
     if step.answered_seq and step.answered_seq >= step.seq:
         raise InvalidRequest(f"answered_seq is {step.answered_seq}, and this is step {step.seq}: it can have none yet")
     told = step.trainer_timings

@@ -10,6 +10,7 @@ from gradbank_server.sessions.batch import (
     WeightEvent,
     ZeroGradient,
 )
+from gradbank_server.sessions.learner import is_out_of_memory
 from gradbank_server.sessions.producers import Attachment
 from gradbank_server.sessions.registry import Limits, Sessions
 from gradbank_server.sessions.session import Run, Session, here
@@ -31,4 +32,5 @@ __all__ = [
     "WeightEvent",
     "ZeroGradient",
     "here",
+    "is_out_of_memory",
 ]

@@ -40,8 +40,8 @@ class Producer:
             return held
         if incarnation <= held.incarnation and not (held.nonce and previous_nonce == held.nonce):
             raise Fenced(
-                f"rank {self.rank} is held by a trainer that started later; give each trainer a rank of its own, "
-                "or stop one of them (if the clock of its machine was ahead, close the session)"
+                f"rank {self.rank} is held by a trainer that started later, or just then; give each trainer a rank of "
+                "its own, or stop one of them (if the clock of its machine was ahead, close the session)"
             )
         return ProducerRecord(held.epoch + 1, incarnation, nonce)
 
@@ -52,6 +52,10 @@ class Producer:
             Fenced: the epoch is no longer the rank's.
             StepConflict: a gap, an answer that is no longer kept, or another batch under the same number.
         """
+        if epoch > self.record.epoch:
+            raise Fenced(
+                f"rank {self.rank} is in epoch {self.record.epoch}, and {epoch} is to come: attach to it first"
+            )
         if epoch != self.record.epoch:
             raise Fenced(
                 f"another trainer took over rank {self.rank} (epoch {self.record.epoch}, this one has {epoch}); "
@@ -64,6 +68,8 @@ class Producer:
             if known != digest:
                 raise StepConflict(f"step {seq} was carried out with another batch; its number cannot be used again")
             return answer
+        if not seq:
+            raise StepConflict(f"steps are numbered from 1: the next step of rank {self.rank} is {self.last_seq + 1}")
         if seq <= self.last_seq:
             raise StepConflict(
                 f"step {seq} was carried out, and its answer is kept no longer: {ANSWERS_KEPT} are, and none that the "

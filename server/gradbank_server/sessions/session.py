@@ -129,8 +129,8 @@ class Session:
                 producer = self._producers.get(rank)
                 if producer is None:
                     raise SessionNotFound(
-                        f"nobody is attached to rank {rank} of session {self.name!r}: the one that it was attached to "
-                        "ended, and another has its name now; open it again"
+                        f"nobody is attached to rank {rank} of session {self.name!r}: attach to it first, or, if that "
+                        "was done, the session ended and another has its name now; open it again"
                     )
                 stored = producer.recall(epoch, seq, digest)
                 if stored is not None:

@@ -42,7 +42,7 @@ class RemoteLoss:
 
     def __init__(self, remote: sync.RemoteLoss) -> None:
         self.remote = remote
-        self._sending = ThreadPoolExecutor(1, thread_name_prefix="gradbank-aio")  # one, so that order is kept
+        self._sending: ThreadPoolExecutor | None = None
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch; see `gradbank.RemoteLoss`.
@@ -50,7 +50,7 @@ class RemoteLoss:
         A call that is cancelled may be carried out nonetheless. Its tensors may then be read until the next call is
         over: do not write to them before.
         """
-        recorded, loop = torch.is_grad_enabled(), asyncio.get_running_loop()
+        recorded = torch.is_grad_enabled()
         on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
         stream = torch.cuda.current_stream() if on_gpu else None
 
@@ -61,7 +61,14 @@ class RemoteLoss:
                     return lambda: made
                 return self.remote.submit(*args, **kwargs).result
 
-        return await asyncio.to_thread(await loop.run_in_executor(self._sending, sent))
+        return await asyncio.to_thread(await self._in_order(sent))
+
+    async def _in_order(self, call: Callable[[], T]) -> T:
+        """What `call` gives, in the one thread that keeps the order in which the calls of this loss were made."""
+        self.remote.producer.transport()  # of which a forked child has none, and no thread either
+        if self._sending is None:
+            self._sending = ThreadPoolExecutor(1, thread_name_prefix="gradbank-aio")
+        return await asyncio.get_running_loop().run_in_executor(self._sending, call)
 
     @property
     def name(self) -> str:
@@ -87,19 +94,22 @@ class RemoteLoss:
         return await asyncio.to_thread(partial(self.remote.optimizer, name, **options))
 
     async def reset_queue(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.reset_queue)
+        await self._in_order(self.remote.reset_queue)
 
     async def add_to_memory(self, embeddings: Tensor, labels: Tensor) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.add_to_memory, embeddings, labels)
+        await self._in_order(partial(self.remote.add_to_memory, embeddings, labels))
 
     async def flush(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.flush)
+        await self._in_order(self.remote.flush)
 
     async def local(self) -> Loss:
-        return await asyncio.get_running_loop().run_in_executor(self._sending, self.remote.local)
+        return await self._in_order(self.remote.local)
 
     async def close(self) -> None:
+        sending, self._sending = self._sending, None
         await asyncio.to_thread(self.remote.close)
+        if sending is not None:
+            sending.shutdown(wait=False)
 
 
 class Client:

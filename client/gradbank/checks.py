@@ -8,20 +8,20 @@ from torch import Tensor
 
 from gradbank.errors import NonFiniteError
 
-
 MOST_BINS = 10_000  # of a histogram, of which each anchor has one
 
 
-def check_counts(component: object, *names: str, most: int = 2**31 - 1) -> None:
-    """Refuses arguments of a component that are no whole numbers, or not from 1 to `most`.
+def check_counts(component: object, *names: str, most: int | None = None) -> None:
+    """Refuses arguments of a component that are no whole numbers, less than 1, or more than `most`.
 
     Raises:
         ValueError: the message names the first.
     """
     for name in names:
         value = getattr(component, name)
-        if not isinstance(value, Integral) or not 1 <= value <= most:
-            raise ValueError(f"{name} must be a whole number from 1 to {most:,}, got {value!r}")
+        if not isinstance(value, Integral) or int(value) < 1 or (most is not None and int(value) > most):
+            range_of = ", at least 1" if most is None else f" from 1 to {most:,}"
+            raise ValueError(f"{name} must be a whole number{range_of}, got {value!r}")
 
 
 def require_positive(**values: float) -> None:

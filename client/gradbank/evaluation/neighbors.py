@@ -40,7 +40,7 @@ class KNN:
 
 
 class StoringKNN(KNN):
-    """Like `FaissKNN` it can hold references of its own, for `InferenceModel`; references that are given are not kept."""
+    """One that can hold references of its own, as `FaissKNN` can, for `InferenceModel`; those given are not kept."""
 
     def __init__(self) -> None:
         self.reference: Tensor | None = None

@@ -33,7 +33,8 @@ class SphereFaceLoss(AngleLoss):
         W: the `(D, C)` class weights.
 
     Raises:
-        ValueError: a margin that is not from 1 to 100, a scale that is not above 0, or a distance other than `CosineSimilarity`.
+        ValueError: a margin that is not from 1 to 100, a scale that is not above 0, or a distance other than
+            `CosineSimilarity()`.
 
     Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017.
     """
@@ -74,7 +75,8 @@ class LargeMarginSoftmaxLoss(SphereFaceLoss):
         W: the `(D, C)` class weights.
 
     Raises:
-        ValueError: a margin that is not from 1 to 100, a scale that is not above 0, or a distance other than `CosineSimilarity`.
+        ValueError: a margin that is not from 1 to 100, a scale that is not above 0, or a distance other than
+            `CosineSimilarity()`.
 
     Liu et al., "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016.
     """

@@ -58,8 +58,8 @@ class DynamicSoftMarginLoss(PairLoss):
         hist_: `(num_bins,)`, the histogram, of sum 1; zeros at first.
 
     Raises:
-        ValueError: a distance other than `LpDistance(p=2)` of normalised embeddings, what are not 1 to 10,000 bins, or a
-            `min_val` that is nearly 0, or far beyond all differences.
+        ValueError: a distance other than `LpDistance(p=2)` of normalised embeddings, what are not 1 to 10,000 bins, or
+            a `min_val` that is nearly 0, or far beyond all differences.
 
     Zhang and Rusinkiewicz, "Learning Local Descriptors With a CDF-Based Dynamic Soft Margin", ICCV 2019.
     """

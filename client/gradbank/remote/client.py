@@ -132,7 +132,7 @@ class Client:
         upload_s = sum(len(part) for part in payload) / SLOWEST_BYTES_PER_S
         created = transport.create_session(header, payload, self.timeout + upload_s)
         producer = Producer(self._checked, name, rank, secrets.token_bytes(16), time.time_ns(), self.timeout)
-        producer.attach()
+        producer.attach(None if known is None else known.producer)
         remote = RemoteLoss(producer, loss, created.created, wire)
         replaced, self._open[name, rank] = self._open.get((name, rank)), remote
         if replaced is not None:

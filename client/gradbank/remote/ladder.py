@@ -13,6 +13,7 @@ from gradbank.remote.transport import Steps, Transport, left_until
 from gradbank.v1 import stats_pb2
 
 Via = Literal["auto", "shm", "unix", "tcp"]
+_LAST_PORT = 65535
 
 
 def transport_to(address: str, timeout: float, via: Via) -> Transport:
@@ -130,6 +131,8 @@ def _at(address: str) -> Transport:
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdigit()):
         raise InvalidRequest(f"an address is host:port, unix:///path or local://, got {address!r}")
+    if not 0 < int(port) <= _LAST_PORT:  # which gRPC would take for another
+        raise InvalidRequest(f"a port is a number from 1 to {_LAST_PORT}, got {address!r}")
     return GrpcTransport(address)
 
 

@@ -74,14 +74,17 @@ class Producer:
         self._doubts = Doubts()
         self.epoch = self.last_seq = self.max_step_bytes = 0
 
-    def attach(self) -> None:
+    def attach(self, before: "Producer | None" = None) -> None:
         """Becomes the session's producer of this rank; asking again changes nothing.
+
+        Args:
+            before: that which had it until now in this process, whatever the clock says.
 
         Raises:
             Fenced: a newer trainer holds it.
             SessionNotFound: the session is gone.
         """
-        held = self._attached(self._nonce, b"", self.timeout)
+        held = self._attached(self._nonce, b"" if before is None else before._nonce, self.timeout)
         self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
 
     def _attached(self, nonce: bytes, previous_nonce: bytes, timeout: float) -> session_pb2.AttachSessionResponse:

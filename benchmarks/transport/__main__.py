@@ -139,14 +139,15 @@ def _rates(rows: int, dimension: int, address: str, seconds: float) -> list[tupl
 def _in_flight(loss_fn: gradbank.RemoteLoss, embeddings: torch.Tensor, labels: torch.Tensor, window: int) -> int:
     """How many steps, of which so many are in flight at a time, are answered in a slice."""
     waiting: deque[StepFuture] = deque()
-    number, begun = 0, time.perf_counter()
-    while waiting or not number or time.perf_counter() - begun < _SLICE_S:
-        while len(waiting) < window and (not number or time.perf_counter() - begun < _SLICE_S):
+    number, until = 0, time.perf_counter() + _SLICE_S
+    while True:
+        while len(waiting) < window and (not number or time.perf_counter() < until):
             waiting.append(loss_fn.submit(embeddings, labels))
             number += 1
+        if not waiting:
+            return number
         embeddings.grad = None
         waiting.popleft().result().backward()
-    return number
 
 
 def _bare(stream: GrpcSteps, embeddings: torch.Tensor, labels: torch.Tensor) -> Step:

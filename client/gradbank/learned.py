@@ -1,5 +1,6 @@
 """Which tensors of a component get a gradient: its weights, and arguments that are learned."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradbank.component import Component, argument_fields
+from gradbank.component import Component, argument_fields, argument_names
 from gradbank.distances import Distance
 from gradbank.engine import at_once, using
 from gradbank.overrides import is_ours
 
-Place = tuple[dict[str, Any], str, Tensor]  # whose entry of that name a tensor is
+Place = tuple[Any, Any, Tensor]  # what has it, a dictionary or a list, and under which name or number
 
+_BASES = ("gradbank.losses.pair", "gradbank.distances.base")
+_swapping = threading.RLock()
 _FORMULAS = ("negatives", "terms", "compute_mat")  # which take arguments for numbers in tiles, if they are ours
 
 
@@ -28,12 +31,13 @@ def learned_at_once(
             return call(inputs)
 
     chosen = untiled if torch.is_grad_enabled() and _learns_in_tiles(whole) else call
-    weights = [each for each in whole.parameters() if each.requires_grad]
-    places = list(_others(whole))
-    if not places:
+    weights = [each for each in whole.parameters() if each.requires_grad and each.is_leaf]
+    if not any(_others(whole)):
         return at_once(chosen, inputs, weights, owned)
-    others = {id(each): each for _, _, each in places}.values()
-    return at_once(chosen, inputs, [*weights, *others], owned, partial(_standing_in, places))
+    with _swapping:  # or another thread would take a leaf that stands in for what it stands in for
+        places = list(_others(whole))
+        others = {id(each): each for _, _, each in places}.values()
+        return at_once(chosen, inputs, [*weights, *others], owned, partial(_standing_in, places))
 
 
 def learned_arguments(whole: nn.Module) -> list[Tensor]:
@@ -46,7 +50,8 @@ def learned_arguments(whole: nn.Module) -> list[Tensor]:
         if learned and isinstance(part, Component):
             kind = type(part)
             given = {each.name for each in argument_fields(kind) if not each.metadata.get("weight")}
-            known = all(is_ours(kind, name) for name in _FORMULAS if hasattr(kind, name))
+            formulas = [name for name in _FORMULAS if hasattr(kind, name)]
+            known = all(is_ours(kind, name) for name in formulas) or any(_is_built_in(kind, name) for name in formulas)
             found += [
                 each
                 for name, each in learned.items()
@@ -57,8 +62,12 @@ def learned_arguments(whole: nn.Module) -> list[Tensor]:
 
 def _learns_in_tiles(whole: nn.Module) -> bool:
     """Whether something is learned that a tile, which is differentiated by its embeddings, would keep to itself."""
-    learned = (each for part in whole.modules() if isinstance(part, Distance) for each in part.parameters())
-    return any(each.requires_grad for each in learned) or bool(learned_arguments(whole))
+    for part in whole.modules():
+        if any(each is not None and each.requires_grad for each in part._buffers.values()):
+            return True
+        if isinstance(part, Distance) and (any(each.requires_grad for each in part.parameters()) or any(_others(part))):
+            return True
+    return bool(learned_arguments(whole))
 
 
 def _others(whole: nn.Module) -> Iterator[Place]:
@@ -68,11 +77,29 @@ def _others(whole: nn.Module) -> Iterator[Place]:
         for name, each in part._buffers.items():
             if each is not None and each.requires_grad:
                 yield part._buffers, name, each
-        if isinstance(part, Component):
+        for name, each in part._parameters.items():  # of `torch.func.functional_call`, what is made of something else
+            if each is not None and each.requires_grad and not each.is_leaf:
+                yield part._parameters, name, each
+        if isinstance(part, Component):  # which may keep a loss to look at, so not all that it has
             for name in part.parameters_made:
                 held = part.__dict__.get(name)
                 if isinstance(held, Tensor) and held.requires_grad:
                     yield part.__dict__, name, held
+            for name in argument_names(type(part)):
+                yield from _within(part.__dict__.get(name))
+
+
+def _within(held: Any) -> Iterator[Place]:
+    """Where the tensors are that are learned one by one in a list or a dictionary."""
+    for name, each in held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ():
+        if isinstance(each, Tensor) and each.requires_grad:
+            yield held, name, each
+
+
+def _is_built_in(kind: type[Component], formula: str) -> bool:
+    """Whether a formula is that of a component of ours, and not that of what these are written on, which has none."""
+    owner = next(each for each in kind.__mro__ if formula in vars(each))
+    return is_ours(kind, formula) and owner.__module__ not in _BASES
 
 
 @contextmanager

@@ -235,7 +235,10 @@ class Block:
             of_s = None
             if outputs:
                 values, weights = zip(*outputs)
-                made, *others = torch.autograd.grad(values, [leaf, *leaves], weights, allow_unused=True)
+                # kept, for what is made of parameters once, as a statistic is declared, each tile differentiates
+                made, *others = torch.autograd.grad(
+                    values, [leaf, *leaves], weights, allow_unused=True, retain_graph=bool(leaves)
+                )
                 of_s = None if made is None else made.contiguous()
                 for running, each in zip(with_row, others):
                     into.chain(running.given, each)

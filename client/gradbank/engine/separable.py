@@ -36,7 +36,8 @@ class Separable(Triplets):
 
     def reduced_by(self, reducer: Reducer) -> None:
         super().reduced_by(reducer)
-        self.needs_positives = reducer.bounds not in ((None, None), (0.0, None))
+        learned = self.of_positive.is_learned or self.of_negative.is_learned  # of which autograd must see each
+        self.needs_positives = learned or reducer.bounds not in ((None, None), (0.0, None))
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
         if self.needs_positives:

@@ -61,6 +61,9 @@ class Loss(Component):
             args, kwargs = _ordinary(args, copies), {name: _ordinary(each, copies) for name, each in kwargs.items()}
             return super().__call__(*args, **kwargs)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: a loss is called as it is, whatever compiles what is around it."""
+
     def take_state(self, state: Mapping[str, Tensor]) -> None:
         """Loads what a `state_dict` has of this loss, and weights in the dtype that they have there."""
         for name, weight in self.named_parameters():

@@ -144,7 +144,8 @@ class ClassificationLoss(PairLoss):
         return evaluate(declared, self.queries(embeddings), References((weights,), known), pairs, self.learned())
 
     def learned(self) -> list[nn.Parameter]:
-        return []  # the weights are the references, and get their gradient as such
+        # what a subclass has beside the weights: these are the references, and get their gradient as such
+        return [each for name, each in self.named_parameters() if each.requires_grad and name not in _WEIGHTS]
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
         return {"others": LogSumExp(lambda z: z)}
@@ -190,6 +191,9 @@ class ClassificationLoss(PairLoss):
                 f"{int(labels.min())}..{int(labels.max())}"
             )
         return labels
+
+
+_WEIGHTS = {"W", "proxies", "fc"}
 
 
 class Declared:

@@ -85,7 +85,7 @@ class LargeMarginSoftmaxLoss(SphereFaceLoss):
         return Logits(DotProductSimilarity(normalize_embeddings=False), self.scale)
 
     def learned(self) -> list[nn.Parameter]:
-        return [self.W]  # for the lengths below
+        return [each for each in self.parameters() if each.requires_grad]  # W as well, for the lengths below
 
     def with_margin(self, z: Tensor, anchors: Anchors) -> Tensor:
         own = self.W.T.to(anchors.embeddings.device)[anchors.labels].to(anchors.embeddings)

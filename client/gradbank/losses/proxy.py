@@ -24,6 +24,7 @@ from gradbank.engine import (
 from gradbank.losses.classes import ClassificationLoss
 from gradbank.losses.logits import Logits
 from gradbank.losses.pair import softplus
+from gradbank.overrides import is_ours, refuse_uncalled
 from gradbank.reducers import DivisorReducer, Reducer
 
 
@@ -90,6 +91,11 @@ class ProxyAnchorLoss(ProxyLoss):
     alpha: float = 32.0
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
     reducer: Reducer = field(default_factory=DivisorReducer, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not is_ours(cls):
+            refuse_uncalled(cls, ("negatives", "terms", "with_margin"), "its anchors are proxies; override classify")
 
     def get_default_weight_init_func(self) -> object:
         """What initialises the weights where nothing else is given."""

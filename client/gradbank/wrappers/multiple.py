@@ -85,28 +85,27 @@ class MultipleLosses(Loss):
     def stage(self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Indices | None = None) -> Staged:
         if self.miners and indices_tuple is not None:
             raise Mismatch("MultipleLosses was built with miners, which choose the pairs: leave indices_tuple out")
-        losses, weights = cast("dict[Any, Loss]", self.losses), cast("dict[Any, float]", self.weights)
+        losses = cast("dict[Any, Loss]", self.losses)
         commits: list[Callable[[], None]] = []
 
         def whole(inputs: tuple[Tensor, ...]) -> Tensor:
             rows, total = inputs[0], torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
-            factors = {id(each): leaf for each, leaf in zip(learned, inputs[1:])}
+            weights = cast("dict[Any, float]", self.weights)  # read here, where leaves stand in for what is learned
             for key in self._keys():
                 chosen = self.get_indices_tuple(key, rows, labels, indices_tuple)
                 staged = _staged(losses[key], rows, labels, chosen)
-                total = total + staged.loss * factors.get(id(weights[key]), weights[key])
+                total = total + staged.loss * weights[key]
                 commits.append(staged.commit)
             with full_precision(rows.device):
                 value: Tensor = self.regularized(total, rows)
             return value
 
-        learned = _learned_of(self.weights)
         # the gradients of half precision are added up, and multiplied by what backward brings, before they are rounded
         rows = widened(embeddings) if embeddings.is_floating_point() else embeddings
         if all(is_ours(type(each)) or isinstance(each, nn.ModuleList | nn.ModuleDict) for each in self.modules()):
-            loss = learned_at_once(self, whole, (rows, *learned))
+            loss = learned_at_once(self, whole, (rows,))
         else:  # what those of one's own are made of may be anybody's, and get a gradient
-            loss = whole((rows, *learned))
+            loss = whole((rows,))
 
         def commit() -> None:
             for each in commits:
@@ -151,12 +150,6 @@ def _check_kind(what: str, given: Any, kind: type[Component]) -> None:
 
 def _is_learned(weight: object) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad
-
-
-def _learned_of(weights: Any) -> list[Tensor]:
-    """The weights that are learned one by one; those in one tensor are learned as a whole."""
-    one_by_one = weights.values() if isinstance(weights, dict) else weights if isinstance(weights, list | tuple) else ()
-    return [each for each in one_by_one if _is_learned(each)]
 
 
 def _staged(loss: nn.Module, embeddings: Tensor, labels: Tensor | None, indices: Indices | None) -> Staged:

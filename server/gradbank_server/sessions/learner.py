@@ -16,10 +16,11 @@ GRADIENTS_KEPT = 4  # of each rank: how many steps may be taken before the backw
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether there was no room; on a CPU, torch says so with a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-Waiting = OrderedDict[tuple[int, int], list[Tensor]]
+Gradients = list[Tensor | None]  # of all weights; None of one that the loss does not reach
+Waiting = OrderedDict[tuple[int, int], Gradients]
 
 
 class Update:
@@ -44,8 +45,9 @@ class Update:
                 f"the weight gradient of step {seq} is not kept: call backward at most {GRADIENTS_KEPT} steps after "
                 "the loss, and once only"
             )
-        made = [gradient * scale for gradient in self.waiting.pop((self._rank, seq))]
-        self.gradient = made if self.gradient is None else [g + m for g, m in zip(self.gradient, made)]
+        made = [None if each is None else each * scale for each in self.waiting.pop((self._rank, seq))]
+        before = self.gradient or [None] * len(made)
+        self.gradient = [b if m is None else m if b is None else b + m for b, m in zip(before, made)]
 
     def step(self, scale: float, options: Mapping[str, Any]) -> None:
         """Steps copies of the weights by a copy of the optimizer."""
@@ -66,7 +68,7 @@ class Update:
         for weight, copy, gradient in zip(held["params"], copies, self.gradient):
             state = self.optimizer.state.get(weight, {})
             beside.state[copy] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-            copy.grad = gradient * scale
+            copy.grad = None if gradient is None else gradient * scale  # as of a weight that no loss reached
         try:
             beside.step()
         except Exception as error:  # torch divides by zero, overflows, asserts
@@ -82,7 +84,7 @@ class Update:
             copy.grad = None
         self.values, self.optimizer = [copy.data for copy in copies], beside
 
-    def keep(self, seq: int, gradients: list[Tensor]) -> None:
+    def keep(self, seq: int, gradients: Gradients) -> None:
         """Keeps a step's weight gradients until its backward pass is told."""
         self.waiting[self._rank, seq] = gradients
         for old in [key for key in self.waiting if key[0] == self._rank][:-GRADIENTS_KEPT]:
@@ -123,14 +125,14 @@ class Learner:
         self.optimizer: torch.optim.Optimizer | None = None
         self.spec: OptimizerSpec | None = None
         self.defaults: dict[str, Any] = {}  # all options of it, as it was made
-        self.gradients: dict[int, list[Tensor]] = {}
+        self.gradients: dict[int, Gradients] = {}
         self.waiting: Waiting = OrderedDict()
 
     @property
     def gradient_bytes(self) -> int:
         """What all gradients take."""
         held = (*self.gradients.values(), *self.waiting.values())
-        return sum(gradient.nbytes for gradients in held for gradient in gradients)
+        return sum(gradient.nbytes for gradients in held for gradient in gradients if gradient is not None)
 
     def forget(self, rank: int) -> None:
         """Drops the gradients of a rank, whose trainer is another from now on."""

@@ -1,6 +1,7 @@
 """What a step may come to: numbers that can be told, or a refusal."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,17 +29,17 @@ def check_number(loss: object, spec: Spec) -> None:
         )
 
 
-def gradients_of(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-    """Of a loss at each of some tensors; zeros where it does not depend on them."""
-    if not wanted:
-        return []
-    if not loss.requires_grad:  # nothing of the batch reached the loss
-        return [torch.zeros_like(tensor) for tensor in wanted]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found)]
+def gradients_of(
+    loss: Tensor, batch: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Of a loss at some tensors of a batch, zeros where it does not depend on them, and at weights, None there."""
+    found: list[Tensor | None] = [None] * (len(batch) + len(weights))
+    if found and loss.requires_grad:  # else nothing reached the loss
+        found = list(torch.autograd.grad(loss, [*batch, *weights], allow_unused=True))
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(batch, found)], found[len(batch) :]
 
 
-def check_result(answer: Answer, weight_gradients: list[Tensor]) -> None:
+def check_result(answer: Answer, weight_gradients: list[Tensor | None]) -> None:
     """Refuses, by NonFiniteError, a loss or a gradient that is NaN or infinite."""
     hint = "nothing was changed. The embeddings are finite: look at the loss's temperature, scale or margin"
     if not math.isfinite(answer.value):
@@ -47,7 +48,7 @@ def check_result(answer: Answer, weight_gradients: list[Tensor]) -> None:
         if gradient is not None:
             check_finite(gradient, f"the gradient of {name}")
     for gradient in weight_gradients:
-        if not bool(gradient.isfinite().all()):
+        if gradient is not None and not bool(gradient.isfinite().all()):
             raise NonFiniteError(f"the gradient of the loss's weights is not finite; {hint}")
 
 

@@ -105,7 +105,7 @@ class Session:
             if record != held:
                 self._storage.put_producer(self.name, rank, record)  # safe before the trainer is told
                 producer.record = record
-                if held.nonce != previous_nonce:  # another trainer, which has called no backward yet
+                if held.incarnation != incarnation:  # another trainer, which has called no backward yet
                     self._learner.forget(rank)
             self._producers[rank] = producer
             return Attachment(record.epoch, producer.last_seq)
@@ -270,8 +270,8 @@ class Session:
         with torch.set_grad_enabled(bool(wanted or weights)):
             staged = self.loss.stage(embeddings, **arguments)
         check_number(staged.loss, self.spec)
-        made = gradients_of(staged.loss, [*wanted, *weights])
-        gradients = iter(made[: len(wanted)])
+        made, of_weights = gradients_of(staged.loss, wanted, weights)
+        gradients = iter(made)
         answer = Answer(
             staged.loss.detach().cpu(),
             staged.loss.item(),
@@ -280,9 +280,9 @@ class Session:
             0,
             self._statistics.read(),
         )
-        check_result(answer, made[len(wanted) :])
+        check_result(answer, of_weights)
         if weights:
-            update.keep(seq, made[len(wanted) :])
+            update.keep(seq, of_weights)
         staged.commit()
         update.commit()
         return answer._replace(bank_rows=self.bank_rows)

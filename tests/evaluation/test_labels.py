@@ -1,11 +1,13 @@
 """Which references match which queries."""
 
+from typing import Any
+
 import pytest
 import torch
 from pytorch_metric_learning.utils import accuracy_calculator as pml
 from torch import Tensor
 
-from gradbank.evaluation import EQUALITY, get_label_match_counts, get_lone_query_labels, labels
+from gradbank.evaluation import EQUALITY, AccuracyCalculator, get_label_match_counts, get_lone_query_labels, labels
 
 
 def near(a: Tensor, b: Tensor) -> Tensor:
@@ -51,3 +53,30 @@ def test_a_label_of_several_parts_is_alone_as_a_whole() -> None:
     lone, has_other = get_lone_query_labels(queries, counts, True, EQUALITY)
     assert lone.tolist() == [[1, 2], [1, 3]]
     assert has_other.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_numbers_beyond_float32_are_told_apart_in_either_dtype(dtype: torch.dtype) -> None:
+    ids = torch.tensor([20_000_000, 20_000_001] * 2).to(dtype)
+    told = AccuracyCalculator(include=("r_precision",), return_per_class=True).get_accuracy(torch.eye(4), ids)
+    assert told["r_precision"] == [0.5, 0.0]
+    seconds = torch.tensor([1_700_000_000, 1_700_000_050, 1_700_000_300, 1_700_000_301]).to(dtype)
+    near = AccuracyCalculator(include=("precision_at_1",), label_comparison_fn=lambda a, b: (a - b).abs() < 10)
+    assert near.get_accuracy(torch.tensor([[0.0], [1.0], [2.1], [3.3]]), seconds)["precision_at_1"] == 0.5
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32, torch.bool])
+def test_a_comparison_may_count_what_labels_have_in_common(kind: torch.dtype) -> None:
+    tags = torch.tensor([[1.0, 1, 0]] * 3 + [[0, 0, 1]])
+    shared = AccuracyCalculator(include=("precision_at_1",), label_comparison_fn=lambda a, b: (a * b).sum(-1).to(kind))
+    points = torch.tensor([[0.0], [0.1], [0.2], [9.0]])
+    assert shared.get_accuracy(points, tags)["precision_at_1"] == 1
+
+
+def test_what_a_metric_is_called_may_be_changed() -> None:
+    class Prefixed(AccuracyCalculator):
+        def _get_accuracy(self, functions: Any, **given: Any) -> dict[str, Any]:
+            return {f"val/{name}": value for name, value in super()._get_accuracy(functions, **given).items()}
+
+    told = Prefixed(include=("precision_at_1",)).get_accuracy(torch.randn(8, 3), torch.arange(8) // 2)
+    assert list(told) == ["val/precision_at_1"]

@@ -1,6 +1,7 @@
 """Nearest neighbours: which, in which order, and in how much memory."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_metric_learning.distances as pml_distances
@@ -9,7 +10,7 @@ from pytorch_metric_learning.utils.inference import CustomKNN as PMLKNN
 from torch import Tensor
 
 from gradbank import distances
-from gradbank.evaluation import KNN, CustomKNN, ExactKNN, neighbors
+from gradbank.evaluation import KNN, CustomKNN, ExactKNN, MatchFinder, neighbors
 
 
 def by_loops(query: Tensor, k: int, reference: Tensor, ref_includes_query: bool) -> list[list[int]]:
@@ -156,3 +157,40 @@ def test_a_batched_distance_searches_by_the_one_within() -> None:
     wanted = CustomKNN(within)(reference, 5, reference, True)
     assert torch.equal(found[1], wanted[1])
     torch.testing.assert_close(found[0], wanted[0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_of_a_row_tie_whatever_their_dimension(seed: int) -> None:
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed))
+    far, rows = ExactKNN()(row, 9, row.repeat(9, 1))
+    assert rows.tolist() == [list(range(9))]
+    assert not bool(far.any())
+
+
+def test_a_search_is_in_full_precision_under_autocast() -> None:
+    torch.manual_seed(0)
+    points, distance = torch.randn(60, 8), distances.CosineSimilarity()
+    wanted, matches = CustomKNN(distance)(points, 3, points), MatchFinder(distance, 0.5).get_matching_pairs(points)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, again = CustomKNN(distance)(points, 3, points), MatchFinder(distance, 0.5).get_matching_pairs(points)
+    assert found[0].dtype == torch.float32
+    assert all(map(torch.equal, found, wanted))
+    assert (again == matches).all()
+
+
+def test_references_may_be_of_another_precision() -> None:
+    points, knn = torch.randn(6, 3), CustomKNN(distances.CosineSimilarity())
+    knn.train(points.half())
+    assert knn(points, 1)[1].squeeze(1).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((distances.LpDistance,), TypeError, "must be a distance, as in LpDistance"),
+        ((distances.LpDistance(), -1), ValueError, "batch_size must be at least 1"),
+    ],
+)
+def test_what_cannot_search_is_refused(arguments: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        CustomKNN(*arguments)

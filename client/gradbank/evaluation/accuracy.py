@@ -138,7 +138,8 @@ class AccuracyCalculator(Selection):
             given["cluster_labels"] = self.get_cluster_labels(**given)
         rest = {name: each for name, each in self.curr_function_dict.items() if name not in values}
         values |= self._get_accuracy(rest, **given)
-        return {name: values[name] for name in self.curr_function_dict}
+        ordered = {name: values[name] for name in self.curr_function_dict if name in values}
+        return ordered | values  # and what an own _get_accuracy calls otherwise
 
     def requires_clustering(self) -> list[str]:
         """The metrics that are given `cluster_labels`."""

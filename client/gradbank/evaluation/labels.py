@@ -62,7 +62,7 @@ def ids_among(unique: Tensor, labels: Tensor) -> Tensor:
 
 def matching(label_comparison_fn: Comparison, queries: Tensor, references: Tensor) -> Tensor:
     """A matrix of which labels match, from `(Q, 1)` and `(Q or 1, K)` labels; labels of several parts match in all."""
-    same = label_comparison_fn(queries, references)
+    same = label_comparison_fn(queries, references).bool()  # a number of things in common says so, too
     return same.flatten(2).all(2) if same.ndim > 2 else same
 
 

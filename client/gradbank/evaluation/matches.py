@@ -48,7 +48,7 @@ class MatchFinder:
         step = max(BUDGET // max(len(references), query_emb.shape[1]), 1)
         blocks: list[Mask] = []
         pairs: list[tuple[int, int]] = []
-        with torch.no_grad():
+        with torch.no_grad(), _in_full(query_emb):
             for start in range(0, len(query_emb), step):
                 mask = self._matches(self.distance(query_emb[start : start + step], references), limit)
                 if return_tuples:
@@ -74,7 +74,7 @@ class MatchFinder:
         self.distance.check_shapes(x, y)
         if len(x) != len(y) and 1 not in (len(x), len(y)):
             raise ValueError(f"x and y must have as many rows, or one of them one row; got {len(x)} and {len(y)}")
-        with torch.no_grad():
+        with torch.no_grad(), _in_full(x):
             x, y = self.distance.prepare(x), self.distance.prepare(y)
             rows = max(len(x), len(y)) if len(x) and len(y) else 0
             found = self.distance.pairs(x.expand(rows, -1), y.expand(rows, -1))
@@ -89,3 +89,8 @@ class MatchFinder:
         if limit is None:
             raise ValueError("there is no threshold: give one here, or to MatchFinder(distance, threshold)")
         return limit
+
+
+def _in_full(rows: Tensor) -> torch.autocast:
+    """Keeps autocast, which is meant for a network, from comparisons."""
+    return torch.autocast(rows.device.type, enabled=False)

@@ -112,6 +112,10 @@ class CustomKNN(StoringKNN):
         if isinstance(distance, BatchedDistance):
             batch_size = batch_size or distance.batch_size
             distance = distance.distance
+        if not callable(distance) or isinstance(distance, type):
+            raise TypeError(f"CustomKNN: distance must be a distance, as in LpDistance(), got {distance!r}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, or None, got {batch_size}")
         self.distance = distance
         self.batch_size = batch_size
 
@@ -200,13 +204,19 @@ def without_self(values: Tensor, columns: Tensor, first: int) -> tuple[Tensor, T
 
 
 def _matrix(compare: Callable[[Tensor, Tensor], Tensor], block: Tensor, reference: Tensor) -> Tensor:
-    """`compare` of a block with many references, of which only some are converted or normalised at a time."""
+    """`compare` of a block with many references, of which only some are converted or normalised at a time: in full
+    precision, for autocast is meant for a network."""
     step = max(BUDGET // max(reference.shape[1], 1), 1)
-    parts = [compare(block, reference[i : i + step].to(block.device)) for i in range(0, len(reference), step)]
+    wide = torch.promote_types(block.dtype, reference.dtype)
+    with torch.autocast(block.device.type, enabled=False):
+        block, starts = block.to(wide), range(0, len(reference), step)
+        parts = [compare(block, reference[start : start + step].to(block)) for start in starts]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def squared_euclidean(queries: Tensor, references: Tensor) -> Tensor:
     x, y = queries.double(), references.double()
     squares = (x * x).sum(1)[:, None] + (y * y).sum(1)
-    return squares.addmm_(x, y.mT, alpha=-2).clamp_(min=0).float()
+    rounding = squares * (x.shape[1] * torch.finfo(x.dtype).eps)  # what a row and its copy may seem to be apart
+    made = squares.addmm_(x, y.mT, alpha=-2)
+    return made.masked_fill_(made <= rounding, 0).float()

@@ -134,14 +134,15 @@ def _labels(array: Array, device: torch.device) -> Tensor:
 
 
 def _comparable(labels: Tensor, known: Tensor, numbered: bool) -> tuple[Tensor, Tensor]:
-    """Labels as comparisons want them, floats: float32, as in PML, unless that would run integers together."""
+    """Labels as comparisons want them, floats: float32, as in PML, unless that would run some together."""
     largest = max(
         (abs(int(end)) for each in (labels, known) if not _is_float(each) for end in each.aminmax()), default=0
     )
     if largest > _EXACT[torch.float64] and numbered:
         rows = torch.cat([labels, known])
         labels, known = torch.unique(rows, return_inverse=True)[1].split([len(labels), len(known)])
-    dtype = torch.float32 if largest <= _EXACT[torch.float32] else torch.float64
+    wide = any(each.dtype == torch.float64 and bool((each != each.float()).any()) for each in (labels, known))
+    dtype = torch.float32 if largest <= _EXACT[torch.float32] and not wide else torch.float64
     return labels.to(dtype), known.to(dtype)
 
 

@@ -3,6 +3,7 @@
 import math
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,8 +53,8 @@ def check_batch(
             raise TypeError(f"{called} must be a tensor, got None")
         if each is not None and not isinstance(each, Tensor):
             way = f"torch.as_tensor({called}) makes it one"
-            if isinstance(each, list | tuple) and any(isinstance(one, str) for one in each):
-                way = f"number the classes, as in torch.as_tensor(numpy.unique({called}, return_inverse=True)[1])"
+            if np.asarray(each, dtype=object).size and isinstance(next(iter(np.asarray(each, dtype=object).flat)), str):
+                way = "number the classes, once for all data: {name: i for i, name in enumerate(sorted(classes))}"
             raise TypeError(f"{called} must be a tensor, got {type(each).__name__}: {way}")
     if not any_shape and (embeddings.ndim != 2 or not embeddings.shape[1]):
         raise ValueError(f"{name} must be (batch, dimension), got shape {tuple(embeddings.shape)}")

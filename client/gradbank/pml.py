@@ -18,7 +18,7 @@ _ABSENT = object()
 _GATHER = "gather the batches of all ranks first, as docs/losses.md has it"
 _INSTEAD = {
     "DistributedLossWrapper": "which gradbank has none of: convert the loss within it (its .loss). Ranks that open one "
-    f"session share the queue of its CrossBatchMemory; for any other loss {_GATHER}",
+    f"session share the queue of its CrossBatchMemory; for any other loss of pairs {_GATHER}",
     "DistributedMinerWrapper": f"which gradbank has none of: convert the miner within it (its .miner), and {_GATHER}",
     "GenericPairLoss": "which computes nothing by itself: derive your loss from gradbank.losses.GenericPairLoss",
 }

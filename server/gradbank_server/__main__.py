@@ -14,6 +14,8 @@ def main() -> None:
         )
     try:
         code = app()
+    except OSError as error:  # its output has nowhere to go
+        code = f"gradbank: {error.strerror}"
     finally:
         _flush()
     sys.exit(code)

@@ -88,7 +88,7 @@ def build(spec: Spec, where: str = "") -> Component:
     except (TypeError, ValueError) as error:
         raise InvalidComponent(f"{where} cannot be built: {error}") from None
     except (Exception, SystemExit) as error:  # arguments that fit their types may still be too much for a constructor
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if isinstance(error, Exception) and is_out_of_memory(error):
             raise LimitExceeded(f"{where} cannot be built: the server has no memory for it") from None
         raise InvalidComponent(f"{where} cannot be built: {type(error).__name__}: {error}") from error
 

@@ -3,6 +3,7 @@
 Commands import what they need when they run: `gradbank health`, which containers ask every few seconds, needs no torch.
 """
 
+import errno
 import math
 import os
 import signal
@@ -30,8 +31,17 @@ app = App(
     default_parameter=Parameter(negative_iterable=()),
     error_formatter=lambda error: f"gradbank: {_told(error)}",
 )
+
+
+class _Console(Console):
+    """One that leaves it to the command what it means that nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 # off a terminal, a table is as wide as it needs to be: somebody's grep is reading
-console = Console() if sys.stdout and sys.stdout.isatty() else Console(width=200)
+console = _Console() if sys.stdout and sys.stdout.isatty() else _Console(width=200)
 
 _LONGEST_S = 10 * 365 * 24 * 3600.0  # as in `gradbank.wire`, which imports torch
 _HERE = ("127.0.0.1", "localhost", "[::1]")  # as in `gradbank.remote.channel`, which does too
@@ -70,9 +80,11 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
         lost.set()
         ended.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(number, lambda *_: ended.set())
+    ending = [signal.SIGTERM, signal.SIGINT]  # also where a shell that starts a job in the background ignores these
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
+        ending.append(signal.SIGHUP)
+    for number in ending:
+        signal.signal(number, lambda *_: ended.set())
     try:
         server = Server(settings, give_up)
         server.start()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,31 @@ def test_a_hangup_ends_a_server_in_order(serving: subprocess.Popen[str]) -> None
     said = serving.stderr.read()
     assert '"event": "stopped"' in said
     assert "Infinity" not in said, "which is no JSON"
+
+
+@pytest.mark.parametrize("number", ["INT", "TERM"])
+def test_a_server_that_a_shell_starts_in_the_background_can_be_ended(tmp_path: Path, number: str) -> None:
+    """A shell without a terminal has its background jobs ignore interrupts."""
+    script = f"""
+        trap '' {number}
+        {" ".join(GRADBANK)} serve --port 0 --metrics-port -1 >{tmp_path}/out 2>&1 &
+        until grep -q listening {tmp_path}/out; do sleep 0.1; done
+        kill -{number} $!
+        wait $!
+    """
+    assert subprocess.run(["/bin/sh", "-c", script], timeout=60).returncode == 0
+
+
+def test_a_server_serves_though_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    serve = f"{' '.join(GRADBANK)} serve --port 0 --metrics-port -1"
+    script = f"({serve} & echo $! >{tmp_path}/pid; wait $!) 2>{tmp_path}/err | true"
+    with subprocess.Popen(["/bin/sh", "-c", script]):
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        time.sleep(6)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)  # it is there
+    assert '"event": "stopped"' in (tmp_path / "err").read_text()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs limits of Linux")

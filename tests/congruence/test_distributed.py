@@ -1,5 +1,6 @@
 """Ranks: those that gather their batches get what PML's wrapper gives, and torch's wrappers train what is within."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Model(nn.Module):
 def run(rank: int, work: Any, folder: Path) -> None:
     """One rank's process, which writes what `work` gives."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+    begun = f"file://{folder}/ranks"
+    dist.init_process_group("gloo", init_method=begun, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.save(work(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,8 +1,10 @@
 """What a trainer surrounds a loss with: a compiler, checkpoints of activations, trackers of modules."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradbank
-from gradbank import losses, miners, regularizers
+from gradbank import distances, losses, miners, regularizers
 
 COMPILED = """
 import torch
@@ -44,6 +46,10 @@ for loss_fn in made:
     if hasattr(loss_fn, "reset_queue"):
         loss_fn.reset_queue()
     torch.testing.assert_close(torch.compile(loss_fn, backend="eager")(model(x), labels) * 2, wanted)
+    if hasattr(loss_fn, "reset_queue"):
+        loss_fn.reset_queue()
+    loss_fn.compile(backend="eager")
+    torch.testing.assert_close(loss_fn(model(x), labels) * 2, wanted)
 print("as they were")
 """
 
@@ -69,6 +75,26 @@ def test_a_checkpointed_model_runs_again_only_for_its_backward_pass(size: int) -
     assert calls == [1]
     assert torch.autograd.grad(loss, model.weight)[0].equal(wanted[0])
     assert calls == [2]
+
+
+class Watched(distances.CosineSimilarity):
+    """Looks at something that is not part of the loss."""
+
+    def compute_mat(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
+        made = query_emb @ ref_emb.T
+        self.mean = made.exp().mean().item()
+        return made
+
+
+def test_a_checkpoint_keeps_nothing_of_a_loss() -> None:
+    """Of what an operation saves of its own output, a hook that gives it back would lead to itself."""
+    loss_fn, model, labels = losses.NTXentLoss(distance=Watched()), nn.Linear(8, 8), torch.arange(500) // 4
+    held: list[int] = []
+    for _ in range(12):
+        checkpoint(lambda x: loss_fn(model(x), labels), torch.randn(500, 8), use_reentrant=False).backward()
+        gc.collect()
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    assert held[-1] - held[3] < 4 * 2**20  # a matrix has 1 MiB, and two were kept of each
 
 
 def test_a_checkpointed_loss_in_the_same_process_is_asked_again() -> None:

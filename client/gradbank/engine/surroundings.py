@@ -33,7 +33,8 @@ def own_graph() -> AbstractContextManager[Any]:
     `torch.utils.checkpoint` would run the trainer's model again for it."""
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+    # without its graph: of what an operation saves of its own output, that would lead back to itself
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _as_it_is)
 
 
 def _as_it_is(saved: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import stat
 import time
+import weakref
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
@@ -83,6 +84,7 @@ class SharedTransport(GrpcTransport):
         super().__init__(address)
         self._insists, self._otherwise = insists, self.via
         self._full = False
+        self._made: weakref.WeakSet[SharedSteps] = weakref.WeakSet()
         self.via = "shm"
 
     def steps(self, timeout: float) -> Steps:
@@ -103,7 +105,13 @@ class SharedTransport(GrpcTransport):
             self.via = self._otherwise
             return super().steps(timeout)
         self.via = "shm"
+        self._made.add(made)
         return made
+
+    def close(self) -> None:
+        for made in list(self._made):  # which no channel takes along
+            made.end()
+        super().close()
 
     def _go_otherwise(self) -> None:
         """What does not fit the memory that the server shares goes the other way, from now on."""

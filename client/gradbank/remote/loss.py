@@ -219,6 +219,9 @@ class RemoteLoss(nn.Module):
         copy.take_state(self.producer.pull())
         return copy
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the server computes."""
+
     def close(self) -> None:
         """Ends this trainer's stream of steps; the session lives on, and calling the loss opens another."""
         self.producer.close()

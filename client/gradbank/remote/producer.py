@@ -78,7 +78,7 @@ class Producer:
         """Becomes the session's producer of this rank; asking again changes nothing.
 
         Args:
-            before: that which had it until now in this process, whatever the clock says.
+            before: that which had it until now by the same client, whatever the clock says.
 
         Raises:
             Fenced: a newer trainer holds it.

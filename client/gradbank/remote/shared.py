@@ -98,9 +98,14 @@ class SharedSteps:
         self._connection.close()
         self._sending.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_sending") and os.getpid() == self._process:  # of a client that nobody closed
+    def end(self) -> None:
+        """Closes it, unless it is the parent's of this process."""
+        if os.getpid() == self._process:
             self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_sending"):  # of a client that nobody closed
+            self.end()
 
     def _send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], deadline: float) -> None:
         start = self._sent % self._slots * (len(self._room) // self._slots)

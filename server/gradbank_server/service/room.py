@@ -28,8 +28,8 @@ class Budget:
         with self._lock:
             if size > self._left:
                 raise LimitExceeded(
-                    f"a step needs {size:,} bytes of shared memory, and of the {self._size:,} that there may be "
-                    f"{self._left:,} are free; start the server with a larger --max-shared-bytes, or connect with "
+                    f"steps in flight need {size:,} bytes of shared memory, and of the {self._size:,} that there may "
+                    f"be {self._left:,} are free; start the server with a larger --max-shared-bytes, or connect with "
                     'via="unix" or via="tcp"'
                 )
             self._left -= size

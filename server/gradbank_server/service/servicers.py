@@ -271,7 +271,9 @@ def _status(context: grpc.ServicerContext, service: Service) -> Iterator[None]:
     except Exception as error:
         if not context.is_active():
             raise  # the peer went away, and gRPC ends the call
-        _abort(context, told(error))
+        said = told(error)
+        service.refused(said)
+        _abort(context, said)
     finally:
         let_helpers_go()
 

@@ -1,5 +1,6 @@
 """Which tensors of a component get a gradient: its weights, and arguments that are learned."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def _learns_in_tiles(whole: nn.Module) -> bool:
     for part in whole.modules():
         if any(each is not None and each.requires_grad for each in part._buffers.values()):
             return True
-        if isinstance(part, Distance) and (any(each.requires_grad for each in part.parameters()) or any(_others(part))):
+        learns = isinstance(part, Distance) and (part.parameters_made or part._modules)  # if it has what it could learn
+        if learns and (any(each.requires_grad for each in part.parameters()) or any(_others(part))):
             return True
     return bool(learned_arguments(whole))
 
@@ -85,15 +87,17 @@ def _others(whole: nn.Module) -> Iterator[Place]:
                 held = part.__dict__.get(name)
                 if isinstance(held, Tensor) and held.requires_grad:
                     yield part.__dict__, name, held
-            for name in argument_names(type(part)):
-                yield from _within(part.__dict__.get(name))
+            for name in _arguments(type(part)):  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
+                held = part.__dict__.get(name)
+                if isinstance(held, list | dict):  # of what is learned one by one
+                    for key, each in held.items() if isinstance(held, dict) else enumerate(held):
+                        if isinstance(each, Tensor) and each.requires_grad:
+                            yield held, key, each
 
 
-def _within(held: Any) -> Iterator[Place]:
-    """Where the tensors are that are learned one by one in a list or a dictionary."""
-    for name, each in held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ():
-        if isinstance(each, Tensor) and each.requires_grad:
-            yield held, name, each
+@functools.cache
+def _arguments(kind: type[Component]) -> list[str]:
+    return argument_names(kind)
 
 
 def _is_built_in(kind: type[Component], formula: str) -> bool:

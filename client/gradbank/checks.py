@@ -53,7 +53,10 @@ def check_batch(
             raise TypeError(f"{called} must be a tensor, got None")
         if each is not None and not isinstance(each, Tensor):
             way = f"torch.as_tensor({called}) makes it one"
-            if np.asarray(each, dtype=object).size and isinstance(next(iter(np.asarray(each, dtype=object).flat)), str):
+            first: object = each
+            while isinstance(first, list | tuple | np.ndarray) and len(first):
+                first = first[0]
+            if isinstance(first, str):
                 way = "number the classes, once for all data: {name: i for i, name in enumerate(sorted(classes))}"
             raise TypeError(f"{called} must be a tensor, got {type(each).__name__}: {way}")
     if not any_shape and (embeddings.ndim != 2 or not embeddings.shape[1]):

@@ -1,7 +1,9 @@
 """Which tensors of a component get a gradient: its weights, and arguments that are learned."""
 
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +20,8 @@ from gradbank.overrides import is_ours
 Place = tuple[Any, Any, Tensor]  # what has it, a dictionary or a list, and under which name or number
 
 _BASES = ("gradbank.losses.pair", "gradbank.distances.base")
-_swapping = threading.RLock()
+_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+os.register_at_fork(after_in_child=_locks.clear)  # a thread that is not there may have had one
 _FORMULAS = ("negatives", "terms", "compute_mat")  # which take arguments for numbers in tiles, if they are ours
 
 
@@ -34,11 +37,15 @@ def learned_at_once(
     chosen = untiled if torch.is_grad_enabled() and _learns_in_tiles(whole) else call
     weights = [each for each in whole.parameters() if each.requires_grad and each.is_leaf]
     if not any(_others(whole)):
-        return at_once(chosen, inputs, weights, owned)
-    with _swapping:  # or another thread would take a leaf that stands in for what it stands in for
+        made = at_once(chosen, inputs, weights, owned)
+        _detach_new(whole, [])
+        return made
+    with _swapping(whole):  # or another thread would take a leaf that stands in for what it stands in for
         places = list(_others(whole))
         others = {id(each): each for _, _, each in places}.values()
-        return at_once(chosen, inputs, [*weights, *others], owned, partial(_standing_in, places))
+        made = at_once(chosen, inputs, [*weights, *others], owned, partial(_standing_in, places))
+        _detach_new(whole, places)
+        return made
 
 
 def learned_arguments(whole: nn.Module) -> list[Tensor]:
@@ -59,6 +66,11 @@ def learned_arguments(whole: nn.Module) -> list[Tensor]:
                 if name in given and (known or not isinstance(each, nn.Parameter))
             ]
     return found
+
+
+def _swapping(whole: nn.Module) -> "threading.RLock":
+    """The lock of a component: to be held while leaves stand in for what it learns."""
+    return _locks.setdefault(whole, threading.RLock())
 
 
 def _learns_in_tiles(whole: nn.Module) -> bool:
@@ -95,6 +107,14 @@ def _others(whole: nn.Module) -> Iterator[Place]:
                             yield held, key, each
 
 
+def _detach_new(whole: nn.Module, before: list[Place]) -> None:
+    """Of what a call wrote to its component the graph is spent: the next one is not to take it for learned."""
+    known = {id(each) for _, _, each in before}
+    for store, name, each in list(_others(whole)):
+        if id(each) not in known:
+            store[name] = each.detach()
+
+
 @functools.cache
 def _arguments(kind: type[Component]) -> list[str]:
     return argument_names(kind)
@@ -117,4 +137,5 @@ def _standing_in(places: list[Place]) -> Iterator[dict[int, Tensor]]:
         yield made
     finally:
         for store, name, each in places:
-            store[name] = each
+            if store[name] is made[id(each)]:  # else the call wrote something else there
+                store[name] = each

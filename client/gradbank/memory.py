@@ -1,5 +1,6 @@
 """A queue of past embeddings to compare each batch with."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -74,6 +75,13 @@ class CrossBatchMemory(Loss, Recorder):
             raise ValueError(
                 "CrossBatchMemory needs a loss that compares embeddings with references, got "
                 f"{type(self.loss).__name__}"
+            )
+        if not is_ours(type(self.loss), "forward"):
+            warnings.warn(
+                f"CrossBatchMemory compares by what {type(self.loss).__name__} is declared by, and does not call its "
+                "forward: do in negatives, terms or compute_loss what that does",
+                UserWarning,
+                stacklevel=3,
             )
         check_counts(self, "embedding_size", "memory_size")
         self.bank = Bank(self.memory_size, self.embedding_size)

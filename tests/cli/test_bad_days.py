@@ -38,7 +38,11 @@ def test_the_answer_of_health_is_its_exit_code_whether_or_not_it_can_be_written(
 
 @pytest.fixture
 def serving() -> Iterator[subprocess.Popen[str]]:
-    command = [*GRADBANK, "serve", "--port", "0", "--metrics-port", "-1", "--drain-seconds", "inf"]
+    # which may be ignored here, as under `nohup`
+    begin = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from gradbank_server.__main__ import main; main()"
+    )
+    command = [sys.executable, "-c", begin, "serve", "--port", "0", "--metrics-port", "-1", "--drain-seconds", "inf"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
         yield process

@@ -1,12 +1,14 @@
 """Ranks: those that gather their batches get what PML's wrapper gives, and torch's wrappers train what is within."""
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import distributed
 from torch import Tensor, nn
@@ -45,7 +47,13 @@ def run(rank: int, work: Any, folder: Path) -> None:
 
 def ranks(work: Any, folder: Path) -> list[Any]:
     """What `work(rank)` gives in two processes."""
-    mp.spawn(run, (work, folder), nprocs=2)  # type: ignore[no-untyped-call]  # torch's
+    words = [sys.executable, "-W", "ignore", __file__, work.__name__, str(folder)]
+    running = [subprocess.Popen([*words, str(rank)]) for rank in range(2)]
+    try:
+        assert [each.wait(90) for each in running] == [0, 0]
+    finally:
+        for each in running:
+            each.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -109,3 +117,8 @@ def test_class_weights_are_trained_in_shards(tmp_path: Path) -> None:
     for ours, theirs in ranks(sharding, tmp_path):
         torch.testing.assert_close(ours, theirs)
         assert bool(ours.any())
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[3]), globals()[sys.argv[1]], Path(sys.argv[2]))
+    os._exit(0)  # threads of gloo may still be there, and end the process otherwise

@@ -194,3 +194,13 @@ def test_references_may_be_of_another_precision() -> None:
 def test_what_cannot_search_is_refused(arguments: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         CustomKNN(*arguments)
+
+
+@pytest.mark.parametrize(("offset", "spread", "dimension"), [(30, 1e-5, 512), (1000, 1e-3, 2048)])
+def test_rows_that_lie_close_together_and_far_away_are_told_apart(offset: int, spread: float, dimension: int) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(100, dimension) * spread + offset
+    near = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(
+        torch.inf
+    )
+    assert torch.equal(ExactKNN()(rows, 1, rows, True)[1].squeeze(1), near.argmin(1))

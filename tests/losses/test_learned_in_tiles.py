@@ -1,5 +1,7 @@
 """What is learned gets its gradient whatever the engine makes of a loss: in tiles the same as of the whole matrix."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 import gradbank
-from gradbank import engine, losses
+from gradbank import distances, engine, losses
 from gradbank.component import component
 
 SMALL = engine.Bounds(tile=200, rows=8)
@@ -152,7 +154,7 @@ def test_tiles_give_what_is_learned_the_gradient_of_the_matrix(name: str, referr
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("form", ["softmax", "list", "dict"])
+@pytest.mark.parametrize("form", ["softmax", "list", "tuple", "dict"])
 def test_weights_of_several_losses_are_learned_however_they_are_made(form: str, nested: bool) -> None:
     torch.manual_seed(0)
     embeddings, labels, logits = torch.randn(32, D), torch.arange(32) // 4, torch.zeros(2, requires_grad=True)
@@ -161,7 +163,8 @@ def test_weights_of_several_losses_are_learned_however_they_are_made(form: str, 
     if form == "dict":
         made = losses.MultipleLosses(parts, weights=dict(zip(parts, shares)))
     else:
-        made = losses.MultipleLosses(list(parts.values()), weights=shares if form == "softmax" else list(shares))
+        given = {"softmax": shares, "list": list(shares), "tuple": tuple(shares)}[form]
+        made = losses.MultipleLosses(list(parts.values()), weights=given)
     loss_fn = losses.MultipleLosses([made]) if nested else made
     (found,) = torch.autograd.grad(loss_fn(embeddings, labels), logits, retain_graph=True)
     (wanted,) = torch.autograd.grad((logits.softmax(0) * torch.stack(values)).sum(), logits)
@@ -219,3 +222,111 @@ def test_a_server_leaves_weights_that_no_loss_reaches(name: str) -> None:
 def test_what_an_anchor_of_proxies_does_not_call_is_refused() -> None:
     with pytest.raises(TypeError, match="overrides terms, which ProxyAnchorLoss does not call"):
         type("Own", (losses.ProxyAnchorLoss,), {"terms": lambda self, anchors: {}})
+
+
+@component
+class WritesDown(distances.LpDistance):
+    """Keeps what it made of its parameter in a buffer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.log_scale = nn.Parameter(torch.zeros(D))
+        self.register_buffer("scale", torch.ones(D), persistent=False)
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        self.scale = self.log_scale.exp()
+        return torch.cdist(query_emb * self.scale, ref_emb * self.scale)
+
+
+@pytest.mark.parametrize("way", ["dense", "tiled"])
+def test_what_a_call_writes_down_is_not_taken_for_learned_by_the_next(way: str) -> None:
+    torch.manual_seed(0)
+    loss_fn, found = losses.ContrastiveLoss(distance=WritesDown()), []
+    embeddings, labels = torch.randn(40, D), torch.arange(40) % 20
+    for _ in range(4):
+        with engine.using(way, SMALL if way == "tiled" else None):
+            loss = loss_fn(embeddings, labels)
+        found.append(torch.autograd.grad(loss, loss_fn.distance.log_scale)[0])
+    assert bool(found[0].any())
+    assert all(each.equal(found[0]) for each in found)
+
+
+FORKS = """
+import os, threading, time, torch
+from torch import nn
+from gradbank import losses
+
+
+def step():
+    loss_fn = losses.NTXentLoss()
+    loss_fn.temperature = nn.Parameter(torch.tensor(-2.0)).exp()
+    loss_fn(torch.randn(16, 8), torch.arange(16) // 4)
+
+
+def go_on():
+    while not over:
+        step()
+
+
+over = False
+torch.set_num_threads(1)
+threads = [threading.Thread(target=go_on) for _ in range(2)]
+for each in threads:
+    each.start()
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        step()
+        os._exit(0)
+    until = time.monotonic() + 20
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > until:
+            os.kill(child, 9)
+            print("hangs")
+            os._exit(1)
+        time.sleep(0.01)
+over = True
+"""
+
+
+def test_a_forked_child_computes_though_other_threads_did() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_learned_kernels_and_ramps_take_the_memory_of_a_tile() -> None:
+    """Of 20 anchors with 500 positives each against 10,000 references: ten million triplets, of 400 MB."""
+    measured = """
+import resource, torch
+from gradbank import component, engine, losses
+from torch import nn
+torch.set_num_threads(1)
+
+
+@component
+class Ramps(losses.PairLoss):
+    def __post_init__(self):
+        self.far = nn.Parameter(torch.tensor(1.2))
+
+    def negatives(self, anchors):
+        return {"loss": engine.Separable(engine.Ramp(1.0, -0.3), engine.Ramp(-1.0, self.far))}
+
+    def terms(self, anchors):
+        return {"loss": anchors.per_triplet("loss")}
+
+
+def step(references):
+    given = torch.randn(20, 8), torch.arange(20), None, torch.randn(references, 8), torch.arange(references) % 20
+    loss_fn = Ramps()
+    loss_fn(*given).backward()
+    assert loss_fn.far.grad
+
+
+step(600)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(10_000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", measured], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 250

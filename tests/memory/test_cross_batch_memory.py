@@ -218,3 +218,12 @@ def test_every_loss_that_is_said_to_be_supported_is() -> None:
         if not hasattr(losses, name):  # of another test
             continue
         assert losses.CrossBatchMemory(getattr(losses, name)(), 6)(embeddings, labels).isfinite()
+
+
+def test_a_forward_that_a_queue_does_not_call_is_warned_of() -> None:
+    class Louder(losses.NTXentLoss):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs) * 2
+
+    with pytest.warns(UserWarning, match="does not call its forward"):
+        losses.CrossBatchMemory(Louder(), 4)

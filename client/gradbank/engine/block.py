@@ -1,6 +1,6 @@
 """A block of anchors and its sweeps over the references."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -231,18 +231,10 @@ class Block:
                 s = self._matrix_again(queries, rows, index)
                 flat, negatives, _ = self._pairs(index, columns)
                 leaf = s.detach().requires_grad_()
-                outputs = [pair for r, gradient in spread.items() for pair in r.spread(leaf, negatives, gradient)]
-            of_s = None
-            if outputs:
-                values, weights = zip(*outputs)
-                # kept, for what is made of parameters once, as a statistic is declared, each tile differentiates
-                made, *others = torch.autograd.grad(
-                    values, [leaf, *leaves], weights, allow_unused=True, retain_graph=bool(leaves)
-                )
-                of_s = None if made is None else made.contiguous()
-                for running, each in zip(with_row, others):
-                    into.chain(running.given, each)
-                into.add_to_parameters(others[len(with_row) :])
+                of_s, others = self._spread(spread, leaf, leaves, negatives)
+            for running, each in zip(with_row, others):
+                into.chain(running.given, each)
+            into.add_to_parameters(others[len(with_row) :])
             of_s = torch.zeros_like(s) if of_s is None else of_s
             if of_positives is not None:
                 of_s.view(-1).index_add_(0, flat, of_positives[start : start + len(flat)])
@@ -252,12 +244,30 @@ class Block:
                 if of_rows is not None and rows is not given:
                     (of_rows,) = torch.autograd.grad(rows, given, of_rows)
             else:
-                of_queries, *others = torch.autograd.grad(s, [queries, given] if wanted else [queries], of_s)
-                of_rows = others[0] if wanted else None
+                of_queries, *more = torch.autograd.grad(s, [queries, given] if wanted else [queries], of_s)
+                of_rows = more[0] if wanted else None
             done = of_queries.contiguous() if done is None else done.add_(of_queries)
             if of_rows is not None:
                 into.add(1 + piece, part, of_rows)
         return torch.zeros_like(queries) if done is None else done
+
+    def _spread(
+        self, spread: Mapping[Running, Tensor], leaf: Tensor, leaves: list[Tensor], negatives: Negatives
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients of a tile and of some leaves, of what the statistics hand back, one piece after the other."""
+        sums: list[Tensor | None] = [None] * (1 + len(leaves))
+        for running, gradient in spread.items():
+            for value, weight in running.spread(leaf, negatives, gradient):
+                # kept, for what is made of parameters once, as a statistic is declared, each piece differentiates
+                kept = bool(leaves)
+                made: Sequence[Tensor | None] = torch.autograd.grad(
+                    value, [leaf, *leaves], weight, allow_unused=True, retain_graph=kept
+                )
+                for i, each in enumerate(made):
+                    held = sums[i]
+                    if each is not None:
+                        sums[i] = each if held is None else held + each
+        return None if sums[0] is None else sums[0].contiguous(), sums[1:]
 
     def _matrix_again(self, queries: Tensor, rows: Tensor, index: int) -> Tensor:
         """A tile of the first sweep: as it was kept, or computed again, with a graph if that is needed."""

@@ -11,6 +11,7 @@ a second sweep. Either way, memory is that of a tile.
 `dense` computes the same from the whole matrix by autograd: the reference.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class Running:
         """The statistic, as a differentiable function of the leaf and of the block's positives."""
         return Gathered(leaf)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Outputs and their weights: backpropagating these through functions of the tile `s`, and of the row if there
         is one, is backpropagating `gradient` through the leaf."""
         raise NotImplementedError

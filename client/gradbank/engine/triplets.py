@@ -1,6 +1,6 @@
 """Losses of triplets: any function of an anchor's distances to a positive and to a negative."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -90,10 +90,11 @@ class RunningTriplets(Running):
         self.count = torch.zeros_like(self.total)
 
     def learns(self, like: Tensor) -> bool:
-        with torch.enable_grad():
-            none = like.new_zeros(1, 1)
-            row = None if self.row is None else self.row.detach()[:1]
-            return self.triplets.losses(none.new_zeros(1, dtype=torch.int64), none, none, row).requires_grad
+        if not len(self.positives.s):
+            return False
+        with torch.enable_grad():  # of a triplet that may be there: a kernel of one's own may refuse others
+            near, row = self.positives.s[:1, None].detach(), None if self.row is None else self.row.detach()
+            return self.triplets.losses(self.positives.anchor[:1], near, near, row).requires_grad
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         of_s, of_row = torch.zeros_like(tile.s), None if self.row is None else torch.zeros_like(self.row)
@@ -127,13 +128,12 @@ class RunningTriplets(Running):
         change = (s - s.detach()).double() * self.of_positives
         return Gathered(leaf + torch.zeros_like(leaf).index_add(0, positives.anchor, change), self.count)
 
-    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
-        total, far = torch.zeros_like(s[:, 0]), negatives.beyond(s)
+    def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        far = negatives.beyond(s)
         for part in torch.split(self.order, max(1, room(_AT_ONCE, s.device) // max(s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             losses = self.triplets.losses(anchor, self.positives.s[part, None], far.index_select(0, anchor), self.row)
             weight = negatives.weighed(torch.ones_like(s))[anchor] * times[:, None]
             weight = self.triplets.within(self.positives.s[part, None], far.detach()[anchor], weight)
             weight = self.triplets.reducer.weigh(losses.detach(), weight)
-            total = total.index_add(0, anchor, counted(losses, weight).sum(1))
-        return [(total, gradient.to(s.dtype))]
+            yield counted(losses, weight).sum(1), gradient.to(s.dtype)[anchor]

@@ -1,5 +1,6 @@
 """The nearest neighbours of embeddings, found exactly and in bounded memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from os import PathLike
 
@@ -216,7 +217,10 @@ def _matrix(compare: Callable[[Tensor, Tensor], Tensor], block: Tensor, referenc
 
 def squared_euclidean(queries: Tensor, references: Tensor) -> Tensor:
     x, y = queries.double(), references.double()
+    if len(x):  # from the first one on, for rows may lie close together and far away
+        x, y = x - x[:1], y - x[:1]
     squares = (x * x).sum(1)[:, None] + (y * y).sum(1)
-    rounding = squares * (x.shape[1] * torch.finfo(x.dtype).eps)  # what a row and its copy may seem to be apart
+    # what a row and its copy may seem to be apart: of D roundings the most cancel each other
+    rounding = squares * (8 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps)
     made = squares.addmm_(x, y.mT, alpha=-2)
     return made.masked_fill_(made <= rounding, 0).float()

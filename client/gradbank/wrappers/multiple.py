@@ -57,6 +57,8 @@ class MultipleLosses(Loss):
             _check_kind("miners", self.miners, Miner)
         if self.weights is None:
             self.weights = dict.fromkeys(self._keys(), 1.0) if self.is_dict else [1.0] * len(self.losses)
+        elif isinstance(self.weights, tuple):  # in which nothing can stand in for what is learned
+            self.weights = list(self.weights)
         elif isinstance(self.weights, np.ndarray) or (
             isinstance(self.weights, Tensor) and not _is_learned(self.weights)
         ):

@@ -21,7 +21,8 @@ Place = tuple[Any, Any, Tensor]  # what has it, a dictionary or a list, and unde
 
 _BASES = ("gradbank.losses.pair", "gradbank.distances.base")
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-os.register_at_fork(after_in_child=_locks.clear)  # a thread that is not there may have had one
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_locks.clear)  # a thread that is not there may have had one
 _FORMULAS = ("negatives", "terms", "compute_mat")  # which take arguments for numbers in tiles, if they are ours
 
 
@@ -137,5 +138,5 @@ def _standing_in(places: list[Place]) -> Iterator[dict[int, Tensor]]:
         yield made
     finally:
         for store, name, each in places:
-            if store[name] is made[id(each)]:  # else the call wrote something else there
+            if store[name] is made.get(id(each)):  # else it was interrupted before, or the call wrote something else
                 store[name] = each

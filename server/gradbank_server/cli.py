@@ -81,8 +81,9 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
         ended.set()
 
     ending = [signal.SIGTERM, signal.SIGINT]  # also where a shell that starts a job in the background ignores these
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
-        ending.append(signal.SIGHUP)
+    hangup = getattr(signal, "SIGHUP", None)  # which not every system has, and `nohup` ignores
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        ending.append(hangup)
     for number in ending:
         signal.signal(number, lambda *_: ended.set())
     try:

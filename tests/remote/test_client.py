@@ -6,6 +6,7 @@ import queue
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -15,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 import gradbank
 from gradbank import losses
@@ -30,6 +30,7 @@ from gradbank.errors import (
     SessionConflict,
     SessionNotFound,
 )
+from gradbank_server.service import Server
 
 TIMEOUT = 1.5
 
@@ -234,36 +235,47 @@ def test_a_forked_child_is_told_and_the_parent_goes_on(near: gradbank.Client, na
     assert torch.equal(there(*batch(1)), here(*batch(1)))
 
 
-class Careless(Dataset):
-    """Calls the loss where it must not be called: in a worker. Gives what came of it, and the seconds it took."""
+WORKERS = """
+import sys, time, torch, gradbank
+from torch.utils.data import DataLoader, Dataset
+from gradbank import losses
+from gradbank.errors import ForkedClient
 
-    def __init__(self, loss_fn: gradbank.RemoteLoss) -> None:
+
+class Careless(Dataset):
+    def __init__(self, loss_fn):
         self.loss_fn = loss_fn
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 2
 
-    def __getitem__(self, index: int) -> tuple[str, float]:
+    def __getitem__(self, index):
         begun = time.monotonic()
         try:
-            return str(self.loss_fn(*batch(index))), 0.0
+            return str(self.loss_fn(*batch)), 0.0
         except ForkedClient as error:
             return str(error), time.monotonic() - begun
 
 
-@pytest.mark.usefixtures("settled")
-def test_a_loss_in_a_worker_of_a_data_loader_fails_at_once(near: gradbank.Client, name: str) -> None:
-    there, here = near.open(name, memory()), memory()
-    assert torch.equal(there(*batch()), here(*batch()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        came = list(DataLoader(Careless(there), batch_size=None, num_workers=1, multiprocessing_context="fork"))
+batch = torch.randn(8, 16), torch.arange(8) // 2
+with gradbank.connect(sys.argv[1], timeout=20) as client:
+    there, here = client.open(sys.argv[2], losses.NTXentLoss()), losses.NTXentLoss()
+    assert torch.equal(there(*batch), here(*batch))
+    came = list(DataLoader(Careless(there), batch_size=None, num_workers=1, multiprocessing_context="fork"))
     assert len(came) == 2
     for message, took in came:
-        assert "call the loss in the main process, and not in a DataLoader worker" in message
+        assert "call the loss in the main process, and not in a DataLoader worker" in message, message
         assert took < 10  # of the 20 s that a call may take
-    assert near.stats(name).steps == 1
-    assert torch.equal(there(*batch(1)), here(*batch(1)))
+    assert client.stats(sys.argv[2]).steps == 1
+    assert torch.equal(there(*batch), here(*batch))
+"""
+
+
+def test_a_loss_in_a_worker_of_a_data_loader_fails_at_once(server: Server, name: str) -> None:
+    """In a process without a server, whose threads gRPC would not let a worker be forked beside."""
+    words = [sys.executable, "-W", "ignore", "-c", WORKERS, server.address, name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
 
 
 # -- trainers of one session ------------------------------------------------------------------------------------------

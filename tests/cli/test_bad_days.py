@@ -78,13 +78,13 @@ def test_a_server_that_a_shell_starts_in_the_background_can_be_ended(tmp_path: P
 
 
 def test_a_server_serves_though_nobody_reads_what_it_says(tmp_path: Path) -> None:
-    serve = f"{' '.join(GRADBANK)} serve --port 0 --metrics-port -1"
+    place = tmp_path / "socket"
+    serve = f"{' '.join(GRADBANK)} serve --port 0 --metrics-port -1 --unix-socket {place}"
     script = f"({serve} & echo $! >{tmp_path}/pid; wait $!) 2>{tmp_path}/err | true"
     with subprocess.Popen(["/bin/sh", "-c", script]):
-        until = time.monotonic() + 30
-        while time.monotonic() < until and not (tmp_path / "pid").exists():
-            time.sleep(0.05)
-        time.sleep(6)
+        asked = [*GRADBANK, "health", "--address", f"unix://{place}", "--timeout", "60"]
+        assert subprocess.run(asked, capture_output=True, timeout=90).returncode == 0
+        time.sleep(0.5)  # by then it has tried to say where it listens
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)  # it is there
     assert '"event": "stopped"' in (tmp_path / "err").read_text()
 

@@ -127,3 +127,14 @@ def test_a_loss_cannot_be_transformed_by_torch_func() -> None:
     torch.func.grad(lambda rows: pml.NTXentLoss()(rows, labels))(embeddings)
     with pytest.raises(RuntimeError, match="computes its gradient itself"):
         torch.func.grad(lambda rows: losses.NTXentLoss()(rows, labels))(embeddings)
+
+
+@pytest.mark.parametrize("part", ["distance", "reducer"])
+def test_what_a_loss_is_made_of_is_declared_and_not_called(part: str) -> None:
+    counts = []
+    for library in (losses, pml):
+        loss_fn, calls = library.TripletMarginLoss(), []
+        getattr(loss_fn, part).register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        loss_fn(torch.randn(8, 4), torch.arange(8) // 2)
+        counts.append(len(calls))
+    assert counts == [0, 1]

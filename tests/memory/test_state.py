@@ -25,6 +25,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "labels without an end": ({"labels": torch.full((4,), torch.inf)}, "whole numbers below 2"),
     "labels of NaN": ({"labels": torch.full((4,), torch.nan)}, "must be whole numbers"),
     "a mask that is too short": ({"enqueue_mask": torch.ones(3, dtype=torch.bool)}, r"must be \(4,\) booleans"),
+    "a mask of numbers": ({"enqueue_mask": torch.ones(4, dtype=torch.int64)}, "booleans, got .* torch.int64"),
     "a mask of floats": ({"enqueue_mask": torch.ones(4)}, "booleans, got .* torch.float32"),
     "a position outside": ({"enqueue_idx": torch.tensor([4])}, "enqueue_idx"),
     "a negative position": ({"enqueue_idx": torch.tensor([-1])}, "enqueue_idx"),

@@ -1,8 +1,6 @@
 """Trainers on an event loop."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -171,39 +169,6 @@ def test_watching_takes_no_thread_from_steps(nearby: Server, name: str) -> None:
 
     embeddings, labels = batch(0)
     assert asyncio.run(train()) == losses.NTXentLoss()(embeddings, labels).item()
-
-
-AWAITED_IN_A_CHILD = """
-import asyncio, os, torch
-from gradbank import aio, losses
-from gradbank.errors import ForkedClient
-batch = torch.randn(8, 4), torch.arange(8) // 2
-
-
-async def opened():
-    loss_fn = await (await aio.connect("local://")).open("a", losses.NTXentLoss())
-    await loss_fn(*batch)
-    return loss_fn
-
-
-loss_fn = asyncio.run(opened())
-child = os.fork()
-if child == 0:
-    refused = 0
-    for call in (lambda: loss_fn(*batch), loss_fn.reset_queue, loss_fn.flush, loss_fn.local):
-        try:
-            asyncio.run(asyncio.wait_for(call(), 5))
-        except ForkedClient:
-            refused += 1
-    os._exit(0 if refused == 4 else 1)
-assert os.waitpid(child, 0)[1] == 0
-"""
-
-
-def test_what_is_awaited_in_a_forked_child_is_refused_at_once() -> None:
-    words = [sys.executable, "-W", "ignore", "-c", AWAITED_IN_A_CHILD]
-    done = subprocess.run(words, timeout=60, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_closed_loss_keeps_no_thread(nearby: Server, name: str) -> None:

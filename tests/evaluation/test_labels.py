@@ -80,3 +80,9 @@ def test_what_a_metric_is_called_may_be_changed() -> None:
 
     told = Prefixed(include=("precision_at_1",)).get_accuracy(torch.randn(8, 3), torch.arange(8) // 2)
     assert list(told) == ["val/precision_at_1"]
+
+
+def test_labels_are_compared_as_the_narrower_of_two_floats() -> None:
+    wide = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    told = AccuracyCalculator(include=("precision_at_1",)).get_accuracy(torch.eye(3), wide, torch.eye(3), wide.float())
+    assert told["precision_at_1"] == 1

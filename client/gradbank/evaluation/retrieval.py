@@ -141,7 +141,8 @@ def _comparable(labels: Tensor, known: Tensor, numbered: bool) -> tuple[Tensor, 
     if largest > _EXACT[torch.float64] and numbered:
         rows = torch.cat([labels, known])
         labels, known = torch.unique(rows, return_inverse=True)[1].split([len(labels), len(known)])
-    wide = any(each.dtype == torch.float64 and bool((each != each.float()).any()) for each in (labels, known))
+    floats = [each for each in (labels, known) if each.is_floating_point()]
+    wide = all(each.dtype == torch.float64 for each in floats) and any(bool((f != f.float()).any()) for f in floats)
     dtype = torch.float32 if largest <= _EXACT[torch.float32] and not wide else torch.float64
     return labels.to(dtype), known.to(dtype)
 

@@ -1,7 +1,10 @@
 """`python -m gradbank_server`, the same as `gradbank`."""
 
+import errno
 import os
 import sys
+
+_NOWHERE = (errno.EPIPE, errno.ENOSPC, errno.EBADF)  # a reader that is gone, a full disk, a closed stream
 
 
 def main() -> None:
@@ -14,7 +17,9 @@ def main() -> None:
         )
     try:
         code = app()
-    except OSError as error:  # its output has nowhere to go
+    except OSError as error:
+        if error.errno not in _NOWHERE:
+            raise
         code = f"gradbank: {error.strerror}"
     finally:
         _flush()

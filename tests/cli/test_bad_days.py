@@ -36,6 +36,13 @@ def test_the_answer_of_health_is_its_exit_code_whether_or_not_it_can_be_written(
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_output_that_has_nowhere_to_go_is_an_error_of_one_line() -> None:
+    command = f"{' '.join(GRADBANK)} catalog >/dev/full"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "gradbank: No space left on device\n")
+
+
 @pytest.fixture
 def serving() -> Iterator[subprocess.Popen[str]]:
     # which may be ignored here, as under `nohup`

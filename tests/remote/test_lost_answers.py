@@ -85,7 +85,7 @@ def lost(proxy: Any, direction: str, there: gradbank.RemoteLoss, seed: int) -> N
     proxy.lose(direction)
     there.producer.timeout, patience = 1.0, there.producer.timeout
     begun = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=r"step \d+ was not answered within 1 s|within 0.99"):
+    with pytest.raises(DeadlineExceeded, match=r"step \d+ was not answered within (1|0\.\d+) s"):
         there(*batch(seed))
     assert time.monotonic() - begun < 3
     there.producer.timeout = patience

@@ -46,7 +46,7 @@ def check_batch(
 
     Raises:
         TypeError: what is no tensor.
-        ValueError: embeddings that are not `(B, D)` floats, or labels that are not `(B,)`.
+        ValueError: embeddings that are not `(B, D)` floats, labels that are not `(B,)` numbers, or what is not dense.
     """
     for each, called in ((embeddings, name), (labels, labels_name)):
         if each is None and called == name:
@@ -59,6 +59,10 @@ def check_batch(
             if isinstance(first, str):
                 way = "number the classes, once for all data: {name: i for i, name in enumerate(sorted(classes))}"
             raise TypeError(f"{called} must be a tensor, got {type(each).__name__}: {way}")
+        if each is not None and (each.layout != torch.strided or each.is_nested):
+            raise ValueError(f"{called} must be dense, got layout {each.layout}: make it dense with to_dense()")
+        if each is not None and each.is_meta:
+            raise ValueError(f"{called} must have entries, but is on the device meta")
     if not any_shape and (embeddings.ndim != 2 or not embeddings.shape[1]):
         raise ValueError(f"{name} must be (batch, dimension), got shape {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():
@@ -67,6 +71,8 @@ def check_batch(
         raise ValueError(
             f"{labels_name} must be ({len(embeddings)},), one per row of {name}, got shape {tuple(labels.shape)}"
         )
+    if labels is not None and labels.is_complex():
+        raise ValueError(f"{labels_name} must be integers or floats, got {labels.dtype}")
 
 
 def as_labels(labels: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ send the gradients along anyway: so they are computed at once, and `backward` mu
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,10 +26,9 @@ def eager(evaluation: Evaluation, inputs: tuple[Tensor, ...], owned: bool = Fals
             them, and those of large weights are not held twice.
 
     Raises:
-        RuntimeError: a transform of `torch.func`, which wants to differentiate it.
+        RuntimeError: a transform of `torch.func`, which wants to differentiate it, or forward-mode differentiation.
     """
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("a loss computes its gradient itself: call backward or torch.autograd.grad, not torch.func")
+    refuse_transforms(inputs)
     if not torch.is_grad_enabled():
         return evaluation(inputs, (False,) * len(inputs))[0]
     return _Eager.apply(evaluation, owned, *inputs)  # type: ignore[no-untyped-call, no-any-return]
@@ -50,29 +50,41 @@ def at_once(
     What comes down in the backward pass then multiplies all of each gradient at its end, as it does that of a server:
     the two are equal to the last bit.
     """
-    copied = len(inputs)
+    # a tensor that is given twice, as a batch is that is compared with itself, is one leaf
+    distinct = list({id(each): each for each in inputs}.values())
+    copied, places = len(distinct), [next(i for i, one in enumerate(distinct) if one is each) for each in inputs]
 
-    def evaluation(inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
-        # a tensor that is given twice, as a batch is that is compared with itself, is one leaf
-        own = {id(each): each.detach().requires_grad_(need) for each, need in zip(inputs[:copied], needed)}
+    def evaluation(given: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+        own = [each.detach().requires_grad_(need) for each, need in zip(given[:copied], needed)]
         with standing_in() as leaves_of:
-            learned = (leaves_of.get(id(each), each) for each in inputs[copied:])
-            given = (*(own[id(each)] for each in inputs[:copied]), *learned)
-            wanted = list({id(each): each for each, need in zip(given, needed) if need}.values())
+            leaves = [*own, *(leaves_of.get(id(each), each) for each in given[copied:])]
+            wanted = [leaf for leaf, need in zip(leaves, needed) if need]
             with torch.set_grad_enabled(bool(wanted)):
                 # views, for trackers of modules hook what these are called with, which a leaf that is asked for is not
-                seen = {key: leaf.view_as(leaf) for key, leaf in own.items()}
-                value = whole(tuple(seen[id(each)] for each in inputs[:copied]))
+                seen = [leaf.view_as(leaf) for leaf in own]
+                value = whole(tuple(seen[place] for place in places))
         made: Sequence[Tensor | None] = [None] * len(wanted)
         if value.requires_grad:  # else nothing of the inputs reached the loss, or nothing is wanted
             with full_precision(value.device):  # autocast is meant for the forward pass
                 made = torch.autograd.grad(value, wanted, allow_unused=True)
-        leaves = {id(leaf) for leaf in own.values()}
-        found = {id(w): torch.zeros_like(w) if g is None and id(w) in leaves else g for w, g in zip(wanted, made)}
-        # the first of two that are one gets the gradient
-        return value.detach(), [found.pop(id(each), None) for each, need in zip(given, needed) if need]
+        of_inputs = sum(needed[:copied])
+        zeros = (torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(wanted, made))
+        return value.detach(), [*islice(zeros, of_inputs), *made[of_inputs:]]
 
-    return eager(evaluation, (*inputs, *learned), owned)
+    return eager(evaluation, (*distinct, *learned), owned)
+
+
+def refuse_transforms(inputs: Iterable[Tensor]) -> None:
+    """To be called before a loss is computed whose gradients are computed with it.
+
+    Raises:
+        RuntimeError: somebody else wants to differentiate it, by `torch.func` or forwards.
+    """
+    level = torch.autograd.forward_ad._current_level  # below 0 is none
+    tangents = level >= 0 and any(torch._VF._unpack_dual(each, level)[1] is not None for each in inputs)
+    if tangents or torch._C._are_functorch_transforms_active():
+        what = "forward-mode differentiation" if tangents else "torch.func"
+        raise RuntimeError(f"a loss computes its gradient itself: call backward or torch.autograd.grad, not {what}")
 
 
 def refuse_second_derivatives() -> None:
@@ -92,12 +104,37 @@ def scaled(gradients: Iterable[Tensor | None], grad_output: Tensor, owned: bool)
         owned: whether no gradient shares its memory with anything: then a backward pass that is the last writes to
             them, and may hand them on as they are.
     """
-    batched = torch._C._functorch.is_batchedtensor(grad_output)  # which may not be looked at, nor written from
+    functorch = torch._C._functorch
+    # which may not be looked at, nor written from
+    batched = functorch.is_batchedtensor(grad_output) or functorch.is_legacy_batchedtensor(grad_output)
     if owned and not batched and not torch._C._autograd._get_current_graph_task_keep_graph():
         if grad_output.device.type == "cpu" and grad_output.item() == 1:
             return list(gradients)
         return [None if each is None else each.mul_(grad_output.to(each)) for each in gradients]
     return [None if each is None else each * grad_output.to(each) for each in gradients]
+
+
+def keep(ctx: Any, gradients: Iterable[Tensor | None]) -> None:
+    """Leaves gradients for the backward pass. `save_for_backward` would have `torch.utils.checkpoint` drop them, and
+    compute the loss once more: with a queue, in which the batch is by then, that is another loss."""
+    ctx.gradients = list(gradients)
+
+
+def kept(ctx: Any) -> list[Tensor | None]:
+    """The gradients that were left; a backward pass that is the last one takes them away.
+
+    Raises:
+        RuntimeError: they are gone.
+    """
+    made: list[Tensor | None] | None = ctx.gradients
+    if made is None:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time: the gradients of this loss were freed by the first, "
+            "unless that is called with retain_graph=True"
+        )
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.gradients = None
+    return made
 
 
 @contextmanager
@@ -119,11 +156,11 @@ class _Eager(torch.autograd.Function):
         with _unhooked(inputs), own_graph():
             value, gradients = evaluation(inputs, ctx.needs_input_grad[2:])
         ctx.owned = owned
-        ctx.save_for_backward(*gradients)
+        keep(ctx, gradients)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        made = iter(scaled(ctx.saved_tensors, grad_output, ctx.owned))
+        made = iter(scaled(kept(ctx), grad_output, ctx.owned))
         return None, None, *(next(made) if need else None for need in ctx.needs_input_grad[2:])

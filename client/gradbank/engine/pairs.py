@@ -142,7 +142,7 @@ class LabelledPairs(Pairs):
     def draw(self, times: int) -> tuple[Tensor, Tensor, Tensor]:
         """`times` random triplets of each anchor that has any, from torch's generator."""
         order = self.ref_labels.argsort(stable=True)
-        ordered = self.ref_labels[order]
+        ordered = _numbers(self.ref_labels[order])
         start, stop = (torch.searchsorted(ordered, self.labels, right=right) for right in (False, True))
         number = stop - start
         among = number.clone()  # of the anchor's label, itself left out
@@ -216,6 +216,7 @@ class JoinedPairs(Pairs):
 
 def _places(known: Tensor, labels: Tensor) -> Tensor:
     """`(M,)` int64: where each label stands among the known, which are distinct and ascending; -1 where it does not."""
+    known = _numbers(known)
     if not len(known):
         return torch.full_like(labels, -1, dtype=torch.int64)
     if not (known.is_floating_point() or labels.is_floating_point()):
@@ -226,6 +227,11 @@ def _places(known: Tensor, labels: Tensor) -> Tensor:
             return table.index_select(0, (labels.long() - low + 1).clamp_(0, len(table) - 1))
     place = torch.searchsorted(known, labels).clamp_(max=len(known) - 1)
     return torch.where(known[place] == labels, place, -1)
+
+
+def _numbers(ascending: Tensor) -> Tensor:
+    """Without NaN, which comes last: it equals no label, and leads a search astray."""
+    return ascending[ascending == ascending] if ascending.is_floating_point() else ascending
 
 
 def _sorted_pairs(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradbank.checks import check_batch, check_counts
+from gradbank.checks import as_labels, check_batch, check_counts
 from gradbank.component import component
 from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.reducers import LossDict
@@ -28,7 +28,7 @@ class P2SGradLoss(BaseMetricLossFunction):
         num_classes: C; labels must be in `0 .. C - 1`.
 
     Attributes:
-        weight: the `(D, C)` class weights, a parameter; batches of float64 make it float64.
+        weight: the `(D, C)` class weights, a parameter.
 
     Raises:
         ValueError: a size below 1; when it is called, no labels, a label or a dimension that does not fit, an
@@ -61,8 +61,7 @@ class P2SGradLoss(BaseMetricLossFunction):
         """
         check_batch(embeddings, labels)
         self._check(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        wide = torch.promote_types(self.weight.dtype, embeddings.dtype)
-        self.weight.data = _unit_columns(self.weight.data.to(embeddings.device, wide))
+        self.weight.data = _unit_columns(self.weight.data.to(embeddings.device))
         return super().forward(embeddings, labels)
 
     def compute_loss(
@@ -100,10 +99,11 @@ class P2SGradLoss(BaseMetricLossFunction):
             )
         if labels.is_floating_point():
             raise ValueError(f"labels must be integers, got {labels.dtype}")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+        number = as_labels(labels, labels.device)
+        if len(number) and not 0 <= int(number.min()) <= int(number.max()) < self.num_classes:
             raise ValueError(
                 f"labels must be in 0..{self.num_classes - 1} (num_classes={self.num_classes}), got "
-                f"{int(labels.min())}..{int(labels.max())}"
+                f"{int(number.min())}..{int(number.max())}"
             )
 
 

@@ -164,7 +164,8 @@ class PairLoss(BaseMetricLossFunction):
         ref_labels: Tensor | None,
     ) -> None:
         name = type(self).__name__
-        check_batch(embeddings, labels, any_shape=self.distance.takes_any_shape)
+        any_shape = self.distance.takes_any_shape
+        check_batch(embeddings, labels, any_shape=any_shape)
         if labels is None and (self.needs_labels or indices is None):
             raise ValueError(f"{name} needs labels" + ("" if self.needs_labels else ", or an indices_tuple"))
         if indices is not None and self.use_of_indices == "refused":
@@ -174,14 +175,12 @@ class PairLoss(BaseMetricLossFunction):
         )
         if given and not self.takes_references:
             raise ValueError(f"{name} compares the batch with itself: it takes no ref_emb or ref_labels")
-        if ref_emb is not None or self.distance.takes_any_shape:
-            self.distance.check_shapes(embeddings, ref_emb)
         if ref_emb is None and ref_labels is not None and ref_labels is not labels:
             raise ValueError("ref_labels are the labels of ref_emb: pass both, or neither")
-        if ref_emb is not None and ref_labels is not None and ref_labels.shape != ref_emb.shape[:1]:
-            raise ValueError(
-                f"ref_labels must be ({len(ref_emb)},), one per row of ref_emb, got {tuple(ref_labels.shape)}"
-            )
+        if ref_emb is not None:
+            check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels", any_shape)
+        if ref_emb is not None or any_shape:
+            self.distance.check_shapes(embeddings, ref_emb)
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -199,7 +199,9 @@ class _Angles:
 
 def radians(degrees: float | Tensor) -> Tensor:
     """Of an argument, which may be learned."""
-    return torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float64))
+    # a number's is on the host, whatever torch's default device is
+    given = degrees if isinstance(degrees, Tensor) else torch.tensor(degrees, dtype=torch.float64, device="cpu")
+    return torch.deg2rad(given.double())
 
 
 def degrees(cosine: Tensor) -> Tensor:

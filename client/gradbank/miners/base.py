@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbank.checks import check_batch
+from gradbank.checks import as_labels, check_batch
 from gradbank.component import default_getter, foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision
@@ -95,14 +95,14 @@ class Miner(Recorder):
         check_batch(embeddings, labels, any_shape=any_shape)
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")
+        is_self = ref_labels is None or ref_labels is labels
+        rows = embeddings if ref_emb is None else ref_emb
+        check_batch(rows, labels if is_self else ref_labels, "ref_emb", "ref_labels", any_shape)
         if ref_emb is not None or any_shape:
             self.distance.check_shapes(embeddings, ref_emb)
-        is_self = ref_labels is None or ref_labels is labels
-        labels = labels.to(embeddings.device)
-        ref_emb = embeddings if ref_emb is None else ref_emb
-        ref_labels = labels if is_self or ref_labels is None else ref_labels.to(embeddings.device)
-        check_batch(ref_emb, ref_labels, "ref_emb", "ref_labels", any_shape)
-        return self._listed(embeddings, labels, ref_emb, ref_labels)
+        labels = as_labels(labels, embeddings.device)
+        known = labels if is_self or ref_labels is None else as_labels(ref_labels, embeddings.device)
+        return self._listed(embeddings, labels, rows, known)
 
     def _listed(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         self.reset_stats()

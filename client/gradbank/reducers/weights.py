@@ -21,12 +21,16 @@ class ClassWeightedReducer(Reducer):
         weights: `(C,)`; labels must be in `0 .. C - 1`.
 
     Raises:
-        ValueError: no labels, or labels outside that range, when it is called.
+        ValueError: weights of another shape; no labels, or labels outside that range, when it is called.
     """
 
     reduces_alike: ClassVar[bool] = False
 
     weights: Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, Tensor) and self.weights.ndim != 1:
+            raise ValueError(f"weights must be (C,), one for each class, got shape {tuple(self.weights.shape)}")
 
     def combine(self, kept: Kept) -> Ratio:
         labels = kept.labels

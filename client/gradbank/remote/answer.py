@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbank.engine import widened
-from gradbank.engine.eager import refuse_second_derivatives, scaled
+from gradbank.engine.eager import keep, kept, refuse_second_derivatives, scaled
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.v1 import step_pb2
 from gradbank.wire import TensorReader
@@ -43,20 +43,21 @@ class Answered(torch.autograd.Function):
     ) -> Tensor:
         ctx.seen, inputs = seen, (embeddings, ref_emb)
         # as wide as they came: the scale that backward brings may be more than half precision holds
-        ctx.save_for_backward(*(g if g is None or x is None else g.to(x.device) for g, x in zip(gradients, inputs)))
+        keep(ctx, (g if g is None or x is None else g.to(x.device) for g, x in zip(gradients, inputs)))
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        made = scaled(ctx.saved_tensors, grad_output, owned=True)  # by an answer that nobody else reads
+        made = scaled(kept(ctx), grad_output, owned=True)  # by an answer that nobody else reads
         of_embeddings, of_ref = (None if g is None else g.to(dtype) for g, dtype in zip(made, ctx.dtypes))
         of_token = None
         if ctx.seen is not None:
             optimizer, seq = ctx.seen
             optimizer.saw(seq, float(grad_output))
-            of_token = grad_output.to(optimizer.token)
+            # the token counts: sums of scales may cancel. NaN of what is not finite, which an AMP scaler looks for
+            of_token = (1 + 0 * grad_output).to(optimizer.token)
         return None, None, None, of_embeddings, of_ref, of_token
 
 

@@ -34,17 +34,22 @@ def describe(tensor: Tensor) -> tuple[v1.Tensor, memoryview]:
     """
     if not isinstance(tensor, Tensor):
         raise InvalidRequest(f"what is sent must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.is_nested:
         raise InvalidRequest(f"a tensor of layout {tensor.layout} cannot be sent; make it dense with to_dense()")
+    if tensor.is_meta:
+        raise InvalidRequest("a tensor of the device meta cannot be sent: it has no entries")
     if tensor.dtype not in _PROTO:
         raise InvalidRequest(
             f"a tensor of dtype {tensor.dtype} cannot be sent; convert it to one of "
             f"{', '.join(str(d).removeprefix('torch.') for d in _PROTO)}"
         )
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    flat = tensor.detach().cpu().resolve_neg().contiguous().view(-1)
     if flat.numel() == 1:
         flat = flat.as_strided((1,), (1,))  # torch calls one number contiguous, whatever its stride
-    data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    try:
+        data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    except RuntimeError as error:  # of a subclass that has its entries elsewhere
+        raise InvalidRequest(f"a {type(tensor).__name__} cannot be sent; give it as a plain tensor ({error})") from None
     return v1.Tensor(dtype=_PROTO[tensor.dtype], shape=tensor.shape), data
 
 

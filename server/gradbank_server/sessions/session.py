@@ -268,7 +268,10 @@ class Session:
                 raise InvalidRequest(f"{self.spec.title()} takes no {name}")
         weights = self._learner.weights if batch.weights_need_gradient else []
         with torch.set_grad_enabled(bool(wanted or weights)):
-            staged = self.loss.stage(embeddings, **arguments)
+            # views, for trackers of modules hook what these are called with, which a leaf that is asked for is not
+            if batch.ref_emb is not None:
+                arguments["ref_emb"] = ref_emb.view_as(ref_emb)
+            staged = self.loss.stage(embeddings.view_as(embeddings), **arguments)
         check_number(staged.loss, self.spec)
         made, of_weights = gradients_of(staged.loss, wanted, weights)
         gradients = iter(made)

@@ -1,9 +1,6 @@
 """Which tensors of a component get a gradient: its weights, and arguments that are learned."""
 
 import functools
-import os
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,14 +12,12 @@ from torch import Tensor, nn
 from gradbank.component import Component, argument_fields, argument_names
 from gradbank.distances import Distance
 from gradbank.engine import at_once, using
+from gradbank.locks import lock_of
 from gradbank.overrides import is_ours
 
 Place = tuple[Any, Any, Tensor]  # what has it, a dictionary or a list, and under which name or number
 
 _BASES = ("gradbank.losses.pair", "gradbank.distances.base")
-_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_locks.clear)  # a thread that is not there may have had one
 _FORMULAS = ("negatives", "terms", "compute_mat")  # which take arguments for numbers in tiles, if they are ours
 
 
@@ -41,7 +36,7 @@ def learned_at_once(
         made = at_once(chosen, inputs, weights, owned)
         _detach_new(whole, [])
         return made
-    with _swapping(whole):  # or another thread would take a leaf that stands in for what it stands in for
+    with lock_of(whole):  # or another thread would take a leaf that stands in for what it stands in for
         places = list(_others(whole))
         others = {id(each): each for _, _, each in places}.values()
         made = at_once(chosen, inputs, [*weights, *others], owned, partial(_standing_in, places))
@@ -67,11 +62,6 @@ def learned_arguments(whole: nn.Module) -> list[Tensor]:
                 if name in given and (known or not isinstance(each, nn.Parameter))
             ]
     return found
-
-
-def _swapping(whole: nn.Module) -> "threading.RLock":
-    """The lock of a component: to be held while leaves stand in for what it learns."""
-    return _locks.setdefault(whole, threading.RLock())
 
 
 def _learns_in_tiles(whole: nn.Module) -> bool:

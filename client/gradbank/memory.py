@@ -24,6 +24,7 @@ from gradbank.engine import (
     named_weight,
     widened,
 )
+from gradbank.locks import lock_of
 from gradbank.losses.base import BaseMetricLossFunction, Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.miners.triplets import TripletMarginMiner
@@ -37,7 +38,7 @@ class CrossBatchMemory(Loss, Recorder):
     """Computes `loss` between each batch and the last `memory_size` embeddings, the batch included.
 
     Each call first enters the batch into the queue, overwriting the oldest rows, then compares it with the whole
-    queue; an anchor's own row is not its positive. Rows in the queue get no gradient.
+    queue; an anchor's own row is not its positive (but for `NCALoss`). Rows in the queue get no gradient.
 
     A call that fails leaves the queue as it was. It has no statistics of its own: its loss writes some, and so does a
     miner that lists what it takes. Those that list nothing here (of pairs, and `TripletMarginMiner`) count what they
@@ -54,6 +55,7 @@ class CrossBatchMemory(Loss, Recorder):
 
     Raises:
         ValueError: a loss that takes no references, or a size that is no whole number, at least 1.
+        TypeError: what is no loss of pairs.
 
     Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020.
     """
@@ -173,8 +175,9 @@ class CrossBatchMemory(Loss, Recorder):
             ValueError: a shape that does not fit, more rows than slots, or arguments that exclude each other.
             NonFiniteError: NaN or infinity among the embeddings.
         """
-        staged = self.stage(embeddings, labels, indices_tuple, enqueue_mask, enqueue_idx)
-        staged.commit()
+        with lock_of(self):  # or a batch of another thread would enter the same slots
+            staged = self.stage(embeddings, labels, indices_tuple, enqueue_mask, enqueue_idx)
+            staged.commit()
         return staged.loss
 
     def stage(
@@ -207,8 +210,9 @@ class CrossBatchMemory(Loss, Recorder):
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
         """Enters rows into the queue without comparing them: `(N, D)` and `(N,)`."""
         self._check(embeddings, labels)
-        self.bank.settle()
-        self.bank.enter(self.bank.entering(embeddings, labels))
+        with lock_of(self):
+            self.bank.settle()
+            self.bank.enter(self.bank.entering(embeddings, labels))
 
     def _check(self, embeddings: Tensor, labels: Tensor | None) -> None:
         check_batch(embeddings, labels)
@@ -291,6 +295,13 @@ class CrossBatchMemory(Loss, Recorder):
             raise Mismatch(f"enqueue_mask must be ({len(embeddings)},) booleans, got {tuple(mask.shape)} {mask.dtype}")
         return mask.to(embeddings.device)
 
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """Those of torch; of this module alone the queue's too, which are none that a wrapper should average or
+        broadcast, but which `torch.distributed.checkpoint` finds the names of by."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse:
+            yield from ((f"{prefix}.{name}" if prefix else name, each) for name, each in self.bank.state().items())
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: value for name, value in self.bank.state().items()})
@@ -320,14 +331,19 @@ def enqueue_mask_of(positions: Tensor, batch: int) -> Tensor:
     """The bool mask, `(B,)`, that an `enqueue_idx` means.
 
     Raises:
-        ValueError: a position outside the batch.
+        ValueError: what is no list of integers, or a position outside the batch.
     """
-    positions = torch.as_tensor(positions)
+    positions = torch.as_tensor(positions).cpu()
+    kind = positions.dtype
+    if positions.ndim != 1 or (len(positions) and (kind == torch.bool or kind.is_floating_point or kind.is_complex)):
+        hint = ": a mask is given as enqueue_mask" if kind == torch.bool else ""
+        raise ValueError(f"enqueue_idx must be (K,) integers, got {tuple(positions.shape)} {kind}{hint}")
+    positions = positions.long()
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < batch:
         raise ValueError(
             f"enqueue_idx names rows {int(positions.min())} to {int(positions.max())}, but must stay within "
             f"0..{batch - 1}"
         )
     mask = torch.zeros(batch, dtype=torch.bool)
-    mask[positions.cpu()] = True
+    mask[positions] = True
     return mask

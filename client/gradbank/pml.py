@@ -140,6 +140,8 @@ def _value(value: Any, where: str, known: dict[int, Component]) -> Any:
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, nn.Module):
         return _converted(value, where, known)
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.generic):
@@ -160,7 +162,10 @@ def _check_equal(obj: Any, component: Component, where: str) -> None:
 
 
 def _copy_state(obj: Any, component: Any, where: str) -> None:
+    given = [each.name for each in argument_fields(type(component)) if not each.metadata.get("weight")]
     for name, parameter in obj.named_parameters(recurse=False):
+        if name in given:
+            continue
         ours = getattr(component, name, None)
         if not isinstance(ours, nn.Parameter) or ours.shape != parameter.shape:
             raise TypeError(

@@ -34,6 +34,7 @@ class Proxy:
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[Connection] = []
         self._left: dict[str, int | None] = {UP: None, DOWN: None}
+        self._losing = set[str]()
         self.cuts = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -48,7 +49,7 @@ class Proxy:
     def cut(self) -> None:
         """Breaks all connections; the next will be well."""
         self.cuts += 1
-        self._left = {UP: None, DOWN: None}
+        self._left, self._losing = {UP: None, DOWN: None}, set()
         held, self._open = self._open, []
         for connection in held:
             for each in connection.ends:
@@ -59,6 +60,11 @@ class Proxy:
         self._left = {UP: None, DOWN: None}
         for connection in self._open:
             connection.lost.add(direction)
+
+    def lose_all(self, direction: str) -> None:
+        """Likewise, and of those to come, until they are cut."""
+        self.lose(direction)
+        self._losing = {direction}
 
     def lose_answers_until(self, carried_out: Callable[[], bool]) -> None:
         """Lets requests through and loses what comes back; once the condition holds, breaks the connection."""
@@ -82,6 +88,7 @@ class Proxy:
             except OSError:
                 return
             made = Connection(client, server)
+            made.lost |= self._losing
             self._open.append(made)
             for direction, source, sink in ((UP, client, server), (DOWN, server, client)):
                 threading.Thread(target=self._pump, args=(made, direction, source, sink), daemon=True).start()

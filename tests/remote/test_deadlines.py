@@ -50,6 +50,28 @@ def test_to_wait_for_a_place_and_to_settle_a_doubt_is_one_call(proxy: Any, name:
         assert there(*batch(5)).isfinite()
 
 
+def test_a_connection_that_fell_silent_is_given_up_with_the_call(proxy: Any, name: str) -> None:
+    with gradbank.connect(proxy.address, timeout=20) as client:
+        here, there = losses.NTXentLoss(), client.open(name, losses.NTXentLoss())
+        assert torch.equal(there(*batch(0)), here(*batch(0)))
+        there.producer.timeout = 1
+        proxy.lose(DOWN)  # of the connection there is, which stays open; a new one is well
+        seconds(lambda: there(*batch(1)), DeadlineExceeded)
+        there.producer.timeout = 10
+        assert torch.equal(there(*batch(1)), here(*batch(1)))
+
+
+def test_opening_a_loss_anew_is_one_call(server: Server, name: str) -> None:
+    with gradbank.connect(server.address, timeout=20) as client:
+        head = client.open(name, losses.ArcFaceLoss(4, D))
+        optimizer = head.optimizer("SGD", lr=0.1)
+        head(*batch(0)).backward()
+        optimizer.step()
+        client.timeout = 1
+        with server.service.sessions[name]._turn:
+            assert 0.9 < seconds(lambda: client.open(name, losses.ArcFaceLoss(4, D)), DeadlineExceeded) < 1.8
+
+
 def test_closing_a_client_of_many_optimizers_is_one_call(server: Server, name: str) -> None:
     client = gradbank.connect(server.address, timeout=20)
     with ExitStack() as held:

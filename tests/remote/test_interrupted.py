@@ -95,7 +95,7 @@ def trained(
 def test_a_backward_that_comes_too_late_is_refused_where_it_is_called(client: gradbank.Client, name: str) -> None:
     head, optimizer = trained(client, name, lr=0.1)
     waiting = [head(*batch(seed)) for seed in range(6)]
-    with pytest.raises(InvalidRequest, match="at most 4 losses later"):
+    with pytest.raises(InvalidRequest, match="at most 3 losses later"):
         waiting[0].backward()
     waiting[5].backward()
     optimizer.step()

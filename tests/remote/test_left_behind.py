@@ -88,6 +88,21 @@ def test_a_client_that_is_dropped_gives_its_place_back(name: str, via: Any) -> N
             gc.collect()
 
 
+@pytest.mark.parametrize("via", ["tcp", "unix"])
+def test_a_client_that_is_dropped_leaves_no_thread(nearby: Server, name: str, via: Any) -> None:
+    def watching() -> int:
+        return sum(thread.name == "gradbank-watch" for thread in threading.enumerate())
+
+    before = watching()
+    for turn in range(4):
+        client = gradbank.connect(nearby.address, timeout=20, via=via)
+        assert client.open(f"{name}-{turn}", losses.NTXentLoss())(*batch()).isfinite()
+        assert watching() > before
+        del client
+        gc.collect()
+        wait_until(lambda: watching() <= before)
+
+
 FORKS = """
 import gc, os, sys, time
 import torch

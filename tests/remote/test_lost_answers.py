@@ -1,6 +1,7 @@
 """A step is carried out once, whatever the network does to it on its way."""
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,10 +12,13 @@ import torch
 
 import gradbank
 from gradbank import losses
-from gradbank.errors import DeadlineExceeded, Fenced
+from gradbank.errors import DeadlineExceeded, Fenced, GradbankError, InvalidRequest, LimitExceeded
 from gradbank.remote.channel import GrpcTransport
+from gradbank.remote.flight import Flight
 from gradbank_server.service import Server
 from gradbank_server.sessions import Batch
+
+from .conftest import Proxy, serving, wait_until
 
 UP, DOWN = "up", "down"
 
@@ -80,6 +84,39 @@ def test_a_connection_may_break_at_any_byte(
     assert torch.equal(there.local().embedding_memory, here.embedding_memory)
 
 
+def test_a_step_whose_stream_broke_waits_for_the_place_of_that(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server computes it, and holds the stream's place until it is done."""
+    refused: list[GradbankError] = []
+    answer = Flight.answer
+
+    def watched(self: Flight, *arguments: Any) -> Any:
+        try:
+            return answer(self, *arguments)
+        except LimitExceeded as error:
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr(Flight, "answer", watched)
+    with serving(max_streams=1) as running:
+        between = Proxy(running.port)
+        with gradbank.connect(between.address, timeout=20, via="tcp") as client:
+            there, here = client.open(name, memory()), memory()
+            assert_same(there, here, 1)
+            session, come = running.service.sessions[name], list[float]()
+            monkeypatch.setattr(session, "_clock", lambda: come.append(time.perf_counter()) or come[-1])
+            with session._turn:
+                future = there.submit(*batch(2))
+                wait_until(lambda: bool(come))
+                asked = threading.Thread(target=future.result)
+                between.cut()
+                asked.start()
+                wait_until(lambda: bool(refused))
+            assert torch.equal(future.result(), here(*batch(2)))
+            asked.join()
+            assert_same(there, here, 3)
+        between.close()
+
+
 def lost(proxy: Any, direction: str, there: gradbank.RemoteLoss, seed: int) -> None:
     """Has a step fail by the clock, with one direction of the network dead; then the network is well again."""
     proxy.lose(direction)
@@ -116,6 +153,41 @@ def test_a_step_in_doubt_may_be_asked_again(
     assert torch.equal(there(*batch(2)), here(*batch(2)))
     assert_same(there, here, 3)
     assert near.stats(name).steps == 3
+
+
+@pytest.mark.parametrize("direction", [DOWN, UP], ids=["carried out", "never arrived"])
+def test_a_step_in_doubt_may_be_asked_again_where_another_failed_too(
+    proxy: Any, far: gradbank.Client, near: gradbank.Client, name: str, direction: str
+) -> None:
+    there, here = far.open(name, memory()), memory()
+    assert_same(there, here, 1)
+    proxy.lose_all(direction)
+    patience, there.producer.timeout, far.timeout = there.producer.timeout, 1.0, 1.0
+    for seed in (2, 3):  # the server learns of a new epoch, and its answer is lost
+        with pytest.raises(GradbankError):
+            there(*batch(seed))
+    there.producer.timeout = patience
+    proxy.cut()
+    for seed in (2, 3, 4):
+        assert_same(there, here, seed)
+    assert near.stats(name).steps == 4
+    assert torch.equal(there.local().embedding_memory, here.embedding_memory)
+
+
+def test_a_step_whose_answer_was_lost_has_a_place_among_those_that_backward_may_come_to(
+    proxy: Any, far: gradbank.Client, name: str
+) -> None:
+    there = far.open(name, losses.ArcFaceLoss(4, 16))
+    optimizer = there.optimizer("SGD", lr=0.1)
+    first = there(*batch(1))
+    lost(proxy, DOWN, there, 2)
+    others = [there(*batch(seed)) for seed in (3, 4, 5)]
+    with pytest.raises(InvalidRequest, match="at most 3 losses later"):
+        first.backward()
+    for loss in others:
+        loss.backward()
+    optimizer.step()
+    there(*batch(6)).backward()  # the server refuses nothing of what it is told
 
 
 @pytest.mark.parametrize("direction", [DOWN, UP], ids=["carried out", "never arrived"])

@@ -118,6 +118,71 @@ def test_a_learning_rate_is_a_number_whoever_made_it(client: gradbank.Client, na
     assert there.local().W.detach().flatten().tolist() == pytest.approx(here.W.detach().flatten().tolist(), rel=1e-5)
 
 
+def adversary(loss_fn: Any, optimizer: Any) -> None:
+    (rows, labels), *_ = data()
+    leaf = rows.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_fn(leaf, labels), leaf)
+    loss_fn(rows + 0.1 * gradient.sign(), labels).backward()
+
+
+def asked_twice(loss_fn: Any, optimizer: Any) -> None:
+    (rows, labels), *_ = data()
+    leaf = rows.clone().requires_grad_()
+    loss = loss_fn(leaf, labels)
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    loss.backward()
+
+
+def of_the_rows_alone(loss_fn: Any, optimizer: Any) -> None:
+    (rows, labels), (others, _), *_ = data()
+    leaf = rows.clone().requires_grad_()
+    loss_fn(leaf, labels).backward(inputs=[leaf])
+    loss_fn(others, labels).backward()
+
+
+def toggled(loss_fn: Any, optimizer: Any) -> None:
+    (rows, labels), (others, _), *_ = data()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for weight in weights:
+        weight.requires_grad_(False)
+    loss_fn(rows.clone().requires_grad_(), labels).backward()
+    for weight in weights:
+        weight.requires_grad_(True)
+    loss_fn(others, labels).backward()
+
+
+def reversed_in_between(loss_fn: Any, optimizer: Any) -> None:
+    for scale, (rows, labels) in zip((1, -1, 1), data(), strict=False):
+        (scale * loss_fn(rows, labels)).backward()
+
+
+def that_cancel(loss_fn: Any, optimizer: Any) -> None:
+    first, second, third = (loss_fn(*batch) for batch in data()[:3])
+    (0.1 * first + 0.2 * second - 0.3 * third).backward()
+
+
+def of_all_sizes(loss_fn: Any, optimizer: Any) -> None:
+    first, second, third = (loss_fn(*batch) for batch in data()[:3])
+    (1e3 * first - 1e3 * second + 1e-3 * third).backward()
+
+
+@pytest.mark.parametrize(
+    "backward", [adversary, asked_twice, of_the_rows_alone, toggled, reversed_in_between, that_cancel, of_all_sizes]
+)
+def test_weights_get_what_they_would_get_here_of_passes(
+    client: gradbank.Client, name: str, backward: Callable[[Any, Any], None]
+) -> None:
+    here, there = head(), client.open(name, head())
+    for loss_fn, optimizer in (
+        (here, torch.optim.SGD(here.parameters(), lr=0.01)),
+        (there, there.optimizer("SGD", lr=0.01)),
+    ):
+        backward(loss_fn, optimizer)
+        optimizer.step()
+    assert not torch.equal(here.W, head().W)
+    torch.testing.assert_close(there.local().W, here.W)
+
+
 def test_what_is_the_servers_cannot_be_set_here(client: gradbank.Client, name: str) -> None:
     there = client.open(name, losses.CrossBatchMemory(losses.NTXentLoss(), 8, memory_size=16))
     for each, value in (("memory_size", 4), ("loss", None), ("embedding_memory", torch.zeros(16, 8))):

@@ -1,8 +1,10 @@
 """A transport over gRPC."""
 
+import math
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from gradbank.errors import DeadlineExceeded, ServerUnavailable
 from gradbank.remote.stream import GrpcSteps, end_beside
-from gradbank.remote.transport import Steps
+from gradbank.remote.transport import SLOWEST_BYTES_PER_S, Steps, left_until
 from gradbank.v1 import catalog_pb2_grpc, session_pb2, session_pb2_grpc, stats_pb2, stats_pb2_grpc
 from gradbank.wire import MESSAGE_BYTES, Assembly, chunks, error_of, nbytes
 
@@ -66,10 +68,13 @@ class GrpcTransport:
     def pull_state(
         self, request: session_pb2.PullStateRequest, timeout: float
     ) -> tuple[list[session_pb2.NamedTensor], Tensor]:
+        begun = time.monotonic()
         parts = self._arriving(lambda: self._sessions.PullState(request), timeout)
         first = next(parts)
         state = list(first.state)
-        payload = Assembly(sum(nbytes(named.tensor) for named in state))
+        size = sum(nbytes(named.tensor) for named in state)
+        payload = Assembly(size)
+        parts.until = begun + timeout + size / SLOWEST_BYTES_PER_S
         payload.add(first.payload)
         for part in parts:
             payload.add(part.payload)
@@ -108,10 +113,14 @@ class GrpcTransport:
 
 
 class Arriving:
-    """The messages of a server's stream, none of which may be more than `timeout` seconds after the one before."""
+    """The messages of a server's stream, none of which may be more than `timeout` seconds after the one before.
+
+    Attributes:
+        until: when all of them are to be there, of `time.monotonic`.
+    """
 
     def __init__(self, call: Any, address: str, timeout: float) -> None:
-        self._call, self._address, self._timeout = call, address, timeout
+        self._call, self._address, self._timeout, self.until = call, address, timeout, math.inf
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._over = False
         threading.Thread(target=_read, args=(call, self._arrived), name="gradbank-stream", daemon=True).start()
@@ -123,10 +132,11 @@ class Arriving:
         if self._over:
             raise StopIteration
         try:
-            message = self._arrived.get(timeout=self._timeout)
+            message = self._arrived.get(timeout=min(self._timeout, left_until(self.until)))
         except queue.Empty:
             self.close()
-            raise DeadlineExceeded(f"nothing was heard of {self._address} for {self._timeout:.3g} s") from None
+            late = "took too long" if left_until(self.until) == 0 else f"was silent for {self._timeout:.3g} s"
+            raise DeadlineExceeded(f"{self._address} {late}") from None
         if isinstance(message, Exception):
             self._over = True
             raise message

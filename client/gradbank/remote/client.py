@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gradbank.component import Component, argument_fields
 from gradbank.errors import (
     Fenced,
     ForkedClient,
@@ -26,11 +27,9 @@ from gradbank.remote.loss import RemoteLoss
 from gradbank.remote.producer import Producer
 from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats, StatsWatch
 from gradbank.remote.stream import end_beside
-from gradbank.remote.transport import Transport, left_until
+from gradbank.remote.transport import SLOWEST_BYTES_PER_S, Transport, left_until
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import LONGEST_S, component_message, describe
-
-SLOWEST_BYTES_PER_S = 10 * 2**20  # what an upload of weights or of a bank is given time for
 
 
 def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
@@ -46,7 +45,8 @@ def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
 
     Raises:
         InvalidRequest: an address of neither form, or a way that the server does not offer to this process.
-        ServerUnavailable: no server answers there in time.
+        ServerUnavailable: no server listens there.
+        DeadlineExceeded: it does not answer in time.
     """
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
         raise InvalidRequest(
@@ -110,15 +110,17 @@ class Client:
             raise InvalidRequest(
                 f"client.open hosts a gradbank loss, got {type(loss).__module__}.{type(loss).__name__}"
             )
+        if not isinstance(name, str):
+            raise InvalidRequest(f"the name of a session must be a string, got {name!r}")
         if isinstance(rank, bool) or not (isinstance(rank, Integral) and 0 <= rank < 2**32):
             raise InvalidRequest(f"rank must be a whole number from 0 on, got {rank!r}")
         rank = int(rank)
         if wire not in (None, torch.bfloat16, torch.float16):
             raise InvalidRequest(f"wire must be torch.bfloat16, torch.float16 or None, got {wire!r}")
-        known = self._open.get((name, rank))
+        known, deadline = self._open.get((name, rank)), time.monotonic() + self.timeout
         if known is not None:
             with suppress(Fenced, SessionNotFound):  # nobody is left to tell
-                known.flush()
+                known.flush(left_until(deadline))
         named, payload = [], []
         for key, value in _state_to_send(loss).items():
             message, data = describe(value)
@@ -129,10 +131,10 @@ class Client:
         except TypeError as error:
             raise InvalidComponent(f"the loss cannot be told to a server: {error}") from None
         header = session_pb2.CreateSessionRequest(name=name, loss=asked, state=named)
-        upload_s = sum(len(part) for part in payload) / SLOWEST_BYTES_PER_S
-        created = transport.create_session(header, payload, self.timeout + upload_s)
+        deadline += sum(len(part) for part in payload) / SLOWEST_BYTES_PER_S
+        created = transport.create_session(header, payload, left_until(deadline))
         producer = Producer(self._checked, name, rank, secrets.token_bytes(16), time.time_ns(), self.timeout)
-        producer.attach(None if known is None else known.producer)
+        producer.attach(None if known is None else known.producer, left_until(deadline))
         remote = RemoteLoss(producer, loss, created.created, wire)
         replaced, self._open[name, rank] = self._open.get((name, rank)), remote
         if replaced is not None:
@@ -236,6 +238,11 @@ def _state_to_send(loss: Loss) -> dict[str, torch.Tensor]:
     """What a fresh copy of the loss would lack: its weights, and the queues that hold rows."""
     state: dict[str, torch.Tensor] = {}
     for path, module in loss.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
         if not isinstance(module, CrossBatchMemory) or len(module):  # an empty one is not even allocated
-            module._save_to_state_dict(state, f"{path}." if path else "", keep_vars=False)
+            module._save_to_state_dict(state, prefix, keep_vars=False)
+        if isinstance(module, Component):  # an argument that is a parameter is told as an argument
+            for each in argument_fields(type(module)):
+                if not each.metadata.get("weight"):
+                    state.pop(prefix + each.name, None)
     return state

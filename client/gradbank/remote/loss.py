@@ -129,7 +129,6 @@ class RemoteLoss(nn.Module):
             token = self._optimizer.token
             if ticket.step.weights_need_gradient:
                 seen = (self._optimizer, output.seq)
-                self._optimizer.will_keep(output.seq)
         with torch.set_grad_enabled(call.recorded):
             made: Tensor = Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
         self._untold = step_pb2.TrainerTimings(

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ GRADIENTS_KEPT = 4  # as many as the server keeps of a rank
 class RemoteOptimizer(torch.optim.Optimizer):
     """Steps a hosted loss's weights. `step` and `zero_grad` cost no round trip: they ride on the next batch.
 
-    The one parameter of its group is a scalar that stands for all weights on the server. Its gradient is what the
-    backward passes brought down to the loss, so what multiplies gradients between `backward` and `step`, as an AMP
-    scaler does, multiplies the weights' too. (Clipping by norm does not: it would clip the scalar.)
+    The one parameter of its group is a scalar that stands for all weights on the server. Its gradient is the number of
+    backward passes that reached it, so what multiplies gradients between `backward` and `step`, as an AMP scaler does,
+    multiplies the weights' too. (Clipping by norm does not: it would clip the scalar.)
     """
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().__init__([self.token], defaults)
         self.name, self.options = name, options
         self._since = _Since()
-        self.token.register_post_accumulate_grad_hook(self._since.land)  # type: ignore[no-untyped-call]  # torch's
+        self.token.register_post_accumulate_grad_hook(self._land)  # type: ignore[no-untyped-call]  # torch's
         self._kept: deque[int] = deque(maxlen=GRADIENTS_KEPT)  # steps whose weight gradients the server keeps
         self.events: list[step_pb2.WeightEvent] = []
         self.told = 0  # how many there were before these
@@ -82,7 +82,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._kept.append(seq)
 
     def saw(self, seq: int, scale: float) -> None:
-        """Notes a backward pass through the loss of step `seq`.
+        """Notes a backward pass through the loss of step `seq`, which counts if it also reaches the token.
 
         Raises:
             InvalidRequest: the second one, or one that comes too late.
@@ -90,13 +90,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if seq not in self._kept:
             raise InvalidRequest(
                 "backward through a hosted loss with learnable weights may be called once, and at most "
-                f"{GRADIENTS_KEPT} losses later: the server keeps no more of their gradients"
+                f"{GRADIENTS_KEPT - 1} losses later: the server keeps no more of their gradients"
             )
-        self._kept.remove(seq)
         if self._since.landed and (self.token.grad is None or not self.token.grad):
             self._forget()  # the gradient was set to None, or to 0, by someone else than zero_grad
-        self._since.seen += scale
-        self.events.append(step_pb2.WeightEvent(backward=step_pb2.Backward(seq=seq, scale=scale)))
+        # of this pass: another that noted something may have failed, or was asked for gradients of something else
+        task = torch._C._current_graph_task_id()
+        self._since.passing = [each for each in self._since.passing if each[0] == task] + [(task, seq, scale)]
+
+    def _land(self, token: Tensor) -> None:
+        """The gradients of a backward pass reached the token."""
+        for _, seq, scale in self._since.passing:
+            self._kept.remove(seq)
+            self._since.seen += 1
+            self.events.append(step_pb2.WeightEvent(backward=step_pb2.Backward(seq=seq, scale=scale)))
+        self._since.passing, self._since.landed = [], True
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Has the weights stepped, before the next batch's loss is computed.
@@ -128,7 +136,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Has the server forget the gradients that it added up."""
-        self._since.seen, self._since.landed = 0.0, False
+        self._since.seen, self._since.landed = 0, False
         if not (self.events and self.events[-1].HasField("zero_gradient")):
             self.events.append(step_pb2.WeightEvent(zero_gradient=True))
 
@@ -138,15 +146,14 @@ class _Since:
     """What came since the last `zero_grad`; apart, for frameworks wrap an optimizer in a copy of its attributes.
 
     Attributes:
-        seen: the sum of what backward passes brought.
-        landed: whether it is in the gradient by now.
+        seen: the number of losses whose backward passes reached the token.
+        landed: whether there was one.
+        passing: the task, step and scale of each loss of the backward pass that is under way.
     """
 
-    seen: float = 0.0
+    seen: int = 0
     landed: bool = False
-
-    def land(self, token: Tensor) -> None:
-        self.landed = True
+    passing: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 def _plain(value: Any) -> Any:

@@ -74,17 +74,19 @@ class Producer:
         self._doubts = Doubts()
         self.epoch = self.last_seq = self.max_step_bytes = 0
 
-    def attach(self, before: "Producer | None" = None) -> None:
+    def attach(self, before: "Producer | None" = None, timeout: float | None = None) -> None:
         """Becomes the session's producer of this rank; asking again changes nothing.
 
         Args:
             before: that which had it until now by the same client, whatever the clock says.
+            timeout: seconds that this may take; None is as long as any call.
 
         Raises:
             Fenced: a newer trainer holds it.
             SessionNotFound: the session is gone.
         """
-        held = self._attached(self._nonce, b"" if before is None else before._nonce, self.timeout)
+        known = b"" if before is None else before._nonce
+        held = self._attached(self._nonce, known, self.timeout if timeout is None else timeout)
         self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
 
     def _attached(self, nonce: bytes, previous_nonce: bytes, timeout: float) -> session_pb2.AttachSessionResponse:
@@ -166,6 +168,8 @@ class Producer:
         """What is to be done before a step can be sent."""
         if self._doubts and not again:
             return self._read if self._flight else self._settle_doubts
+        if self._renewed and not self._flight:
+            return self._begin_epoch
         most = 1 if news.events or self._doubts else WINDOW
         ready = len(self._flight) < most and self._flight.takes(step)
         if self._flight:
@@ -247,7 +251,7 @@ class Producer:
     def _note(self, ticket: Ticket) -> None:
         """What is to be remembered of a step that was carried out."""
         self.last_seq = ticket.step.seq
-        ticket.drop_news()
+        ticket.was_carried_out()
         self._doubts.remove(ticket)
 
     def _refuse(self, ticket: Ticket, error: GradbankError) -> None:
@@ -304,8 +308,21 @@ class Producer:
         with self._lock:
             for ticket in self._doubts:
                 if self.last_seq < ticket.step.seq <= held.last_seq:
-                    ticket.drop_news()
+                    ticket.was_carried_out()
             self._adopt(held, Doubts())
+
+    def _begin_epoch(self, transport: Transport, deadline: float) -> None:
+        """Goes on in the epoch that was asked for without an answer, which the server may be in. What is in doubt can
+        be asked for again in that one too."""
+        if self._flight or not self._renewed:
+            return  # another thread has
+        held = self._attached_anew(deadline)
+        with self._lock:
+            for ticket in self._doubts:
+                ticket.step.epoch = held.epoch
+            if self._doubts:  # which of them were carried out is found out as they are asked for
+                held.last_seq = self.last_seq
+            self._adopt(held, self._doubts)
 
     def configure(self, optimizer: session_pb2.Optimizer) -> None:
         """Gives the session's weights an optimizer."""
@@ -321,12 +338,16 @@ class Producer:
 
     def _retried(self, call: Callable[[], T], deadline: float) -> T:
         """What `call` gives, once the server can be reached."""
-        begun, pause, closed = time.monotonic(), _FIRST_PAUSE_S, self._closed
+        begun, pause, closed, retried = time.monotonic(), _FIRST_PAUSE_S, self._closed, False
         while True:
             self.transport()  # or the client was closed meanwhile
             try:
                 return call()
-            except ServerUnavailable as error:
+            except (ServerUnavailable, LimitExceeded) as error:
+                # the place of a stream that broke is taken until its step is computed
+                if isinstance(error, LimitExceeded) and not retried:
+                    raise
+                retried = True
                 left = left_until(deadline)
                 with self._lock:
                     self._changed.wait(min(pause, left))  # which ends if the loss is closed

@@ -1,6 +1,7 @@
 """A row of steps over gRPC."""
 
 import math
+import os
 import queue
 import threading
 import time
@@ -23,22 +24,20 @@ class GrpcSteps:
 
     Args:
         left: set once the channel is not to be used: a call that was interrupted there may have left a lock taken.
-        interrupted: called when this one may have.
+        interrupted: called when this one may have, or nothing came over it in time.
     """
 
     def __init__(self, channel: grpc.Channel, left: threading.Event, interrupted: Callable[[], None]) -> None:
-        self._left, self._interrupted = left, interrupted
+        self._left, self._interrupted, self._process = left, interrupted, os.getpid()
         self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         steps: Any = channel.stream_stream("/gradbank.v1.StepService/Steps", response_deserializer=response_frame)
-        self._call = steps(self._encoded())
+        self._call = steps(_encoded(self._requests))
         self._watch = _Watch(self._call.cancel)
 
-    def _encoded(self) -> Iterator[bytes]:
-        """The messages to send. gRPC holds on to the last one until the next: a frame would hold the whole batch."""
-        while (frame := self._requests.get()) is not None:
-            message = frame.encoded()
-            del frame
-            yield message
+    def __del__(self) -> None:  # no thread holds this one, but two wait for what it has to say
+        if hasattr(self, "_watch") and os.getpid() == self._process:  # in a forked child there are none
+            self._requests.put(None)
+            self._watch.close()
 
     def takes(self, step: step_pb2.StepInput) -> bool:
         return not self._left.is_set()
@@ -60,6 +59,7 @@ class GrpcSteps:
                 return self._answer()
             except grpc.RpcError as error:
                 if self._watch.ended and time.monotonic() >= deadline:  # and not that of an answer before
+                    self._interrupted()  # what lies between may have let the connection die without a word
                     raise DeadlineExceeded(f"no answer came within {timeout:.3g} s") from None
                 raise error_of(error) from None
             except GradbankError:
@@ -100,6 +100,14 @@ class GrpcSteps:
                     raise ServerUnavailable("the server ended the stream in the middle of an answer")
         except (InvalidRequest, RuntimeError) as error:  # torch's own, where more is announced than there is memory
             raise InternalError(f"the server's answer cannot be read: {error}") from None
+
+
+def _encoded(requests: "queue.SimpleQueue[Frame | None]") -> Iterator[bytes]:
+    """The messages to send. gRPC holds on to the last one until the next: a frame would hold the whole batch."""
+    while (frame := requests.get()) is not None:
+        message = frame.encoded()
+        del frame
+        yield message
 
 
 def end_beside(end: Callable[[], object]) -> None:

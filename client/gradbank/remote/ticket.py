@@ -24,6 +24,10 @@ class News(Protocol):
         """Forgets all but what came after the first `told` events: they were carried out, or never can be."""
         ...
 
+    def will_keep(self, seq: int) -> None:
+        """Notes that the server keeps the weight gradient of step `seq`."""
+        ...
+
 
 class Ticket:
     """A step that was sent, and what came of it.
@@ -47,8 +51,14 @@ class Ticket:
         return self.outcome is not None or self.error is not None
 
     def drop_news(self) -> None:
-        """What it told was carried out, or never can be. Saying so twice is as once."""
+        """What it told never can be carried out, or was. Saying so twice is as once."""
         self._news.drop(self.told)
+
+    def was_carried_out(self) -> None:
+        """So it was, whether or not anybody has the answer. Saying so twice is as once."""
+        self.drop_news()
+        if self.step.weights_need_gradient:
+            self._news.will_keep(self.step.seq)
 
     @property
     def asks(self) -> int:
@@ -70,6 +80,9 @@ class _NoNews:
     told = 0
 
     def drop(self, told: int) -> None:
+        pass
+
+    def will_keep(self, seq: int) -> None:
         pass
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from gradbank.errors import DeadlineExceeded, InternalError
 from gradbank.v1 import session_pb2, stats_pb2, step_pb2
 
+SLOWEST_BYTES_PER_S = 10 * 2**20  # what a transfer of weights or of a bank is given time for
+
 
 def left_until(deadline: float) -> float:
     """Seconds until a time of `time.monotonic`; 0 if it has passed."""

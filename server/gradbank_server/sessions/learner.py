@@ -42,8 +42,8 @@ class Update:
         """Adds a step's weight gradient, times `scale`, to the accumulated one."""
         if (self._rank, seq) not in self.waiting:
             raise InvalidUpdate(
-                f"the weight gradient of step {seq} is not kept: call backward at most {GRADIENTS_KEPT} steps after "
-                "the loss, and once only"
+                f"the weight gradient of step {seq} is not kept: call backward at most {GRADIENTS_KEPT - 1} steps "
+                "after the loss, and once only"
             )
         made = [None if each is None else each * scale for each in self.waiting.pop((self._rank, seq))]
         before = self.gradient or [None] * len(made)

@@ -180,8 +180,8 @@ class SparseCentersRegularizer(Regularizer):
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
     reducer: Reducer = field(default_factory=DivisorReducer, kw_only=True)
 
-    same_class_center_sim: float = field(default=0, init=False)
-    diff_class_center_sim: float = field(default=0, init=False)
+    same_class_center_sim: float | None = field(default=None, init=False)
+    diff_class_center_sim: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.num_classes < 1 or self.centers_per_class < 2:

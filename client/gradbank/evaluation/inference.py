@@ -100,7 +100,7 @@ class InferenceModel:
         """`(N, k)` distances and `(N, k)` numbers of the stored references nearest to a batch.
 
         Raises:
-            ValueError: none are stored.
+            ValueError: none are stored, or, by `ExactKNN`, fewer than k (faiss fills up with -1).
         """
         distances, indices = self.knn_func(self.get_embeddings(query), k)
         return distances, indices

@@ -26,9 +26,9 @@ class ManifoldLoss(BaseMetricLossFunction):
         context[i]   = log(1 + sum_k exp(cos(R[i], R[k]) - cos(R[i], R[y_i]) + margin))
         loss = mean_i intrinsic[i] + lambdaC * mean_i context[i]
 
-    with k over the proxies other than the embedding's own, `y_i`, whose exponent is not below 0. It is called
-    `loss_fn(embeddings)`, and then draws the `y_i` from torch's global generator, every proxy at least once; or
-    `loss_fn(embeddings, indices_tuple=y)`. A step takes `O((N + K)^2)` memory.
+    with k over those proxies other than the embedding's own, `y_i`, of which the exponent is 0 or more: the others are
+    left out. It is called `loss_fn(embeddings)`, and then draws the `y_i` from torch's global generator, every proxy at
+    least once; or `loss_fn(embeddings, indices_tuple=y)`. A step takes `O((N + K)^2)` memory.
 
     Args:
         l: D.

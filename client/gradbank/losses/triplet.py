@@ -141,7 +141,8 @@ class MarginLoss(TripletLoss):
         margin_loss[a, p, n] = relu(d[a, p] - beta + margin) + relu(beta - d[a, n] + margin)
         beta_reg_loss[a, p, n] = beta * nu,   if beta is learned
 
-    The divisor of both is the number of terms above 0 among those of the triplets.
+    The divisor of both is the number of terms above 0 among those of the triplets. One beta for all is no loss of each
+    triplet: its part is `beta * nu`, once and undivided.
 
     Args:
         margin: by how much.

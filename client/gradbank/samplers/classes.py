@@ -18,7 +18,7 @@ class MPerClassSampler(Sampler[int]):
         m: items of a class, in a row.
         batch_size: a multiple of `m`, and the loader's; then the classes are drawn anew for each batch. None draws
             them for each pass through all classes, so that a batch has m of each only if m divides the loader's.
-        length_before_new_iter: items of an epoch at most, rounded down to whole batches or passes; one at least.
+        length_before_new_iter: items of an epoch at most, rounded down to whole batches or passes; one pass at least.
         generator: where to draw from; numpy's global generator by default.
 
     `len` is the number of items that an epoch yields. PML's is `length_before_new_iter` where one pass is longer.

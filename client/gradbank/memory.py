@@ -20,7 +20,6 @@ from gradbank.engine import (
     as_pairs,
     check_indices,
     every_pair,
-    full_precision,
     named_weight,
     widened,
 )
@@ -200,10 +199,7 @@ class CrossBatchMemory(Loss, Recorder):
             embeddings, labels = embeddings[~mask], labels[~mask]
         own = self.bank.slots_of(entering) if mask is None else None
         loss = self.loss.at_once(
-            lambda rows, others: self.regularized(self._compared(rows, labels, others, own, indices_tuple), rows),
-            embeddings,
-            references,
-            self,
+            lambda rows, others: self._compared(rows, labels, others, own, indices_tuple), embeddings, references, self
         )
         return Staged(loss, lambda: self.bank.enter(entering))
 
@@ -229,7 +225,7 @@ class CrossBatchMemory(Loss, Recorder):
 
     def _compared(
         self, embeddings: Tensor, labels: Tensor, references: References, own: Tensor | None, indices: Indices | None
-    ) -> Tensor:
+    ) -> Any:
         assert references.labels is not None
         loss, shape = self.loss, (len(embeddings), len(references))
         once = not loss.counts_repeats
@@ -248,8 +244,7 @@ class CrossBatchMemory(Loss, Recorder):
             if miner.collect_stats:
                 miner.watch(embeddings, references, seen)
         elif miner is not None:
-            with full_precision(embeddings.device):
-                chosen = miner.chosen_of(embeddings, references, seen)
+            chosen = miner.chosen_of(embeddings, references, seen)
             if miner.collect_stats and isinstance(chosen, Pairs):
                 miner.watch(embeddings, references, chosen)
             if not isinstance(chosen, Pairs):

@@ -23,7 +23,6 @@ from gradbank.engine import (
     References,
     Statistic,
     evaluate,
-    full_precision,
     look,
 )
 from gradbank.losses.by_pair import positives_with_negatives
@@ -67,38 +66,37 @@ class AngularLoss(PairLoss):
     def record_distance(self, embeddings: Tensor, references: References) -> None:
         pass  # it is not asked, except to bring rows to length 1
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         a, p = positives_with_negatives(pairs, embeddings, references, vectors=1)
         if not len(a) or not pairs.any_negative(len(embeddings), len(references)):
             return self._of_nothing(embeddings, labels=pairs.anchor_labels)
         labels, known = pairs.anchor_labels, references.labels
         assert labels is not None  # needs_labels
         assert known is not None
-        with full_precision(embeddings.device):
-            anchors = self.distance.prepare(embeddings).index_select(0, a)
-            positives = self.distance.prepare(references.take(p).to(embeddings.dtype))
-            declared = _Angular(self, (anchors * positives).sum(1), a, p, labels)
-            negatives = LabelledPairs(labels[a], known, positives=False)
-            value = evaluate(declared, anchors + positives, references, negatives, [declared.between])
-            if self.reducer.needs_list:  # which sees the batch, and not its pairs as anchors
-                value = self.reducer(value, embeddings, labels)
-            if self.collect_stats:
-                angles = _Angles(F.pairwise_distance(anchors.detach(), positives.detach()))
-                mean = look(angles, (anchors + positives) / 2, references, negatives)
-                self.average_angle = math.degrees(float(mean))
-            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+        anchors = self.distance.prepare(embeddings).index_select(0, a)
+        positives = self.distance.prepare(references.take(p).to(embeddings.dtype))
+        declared = _Angular(self, (anchors * positives).sum(1), a, p, labels)
+        negatives = LabelledPairs(labels[a], known, positives=False)
+        value = evaluate(declared, anchors + positives, references, negatives, [declared.between])
+        if self.reducer.needs_list:  # which sees the batch, and not its pairs as anchors
+            value = self.reducer(value, embeddings, labels)
+        if self.collect_stats:
+            angles = _Angles(F.pairwise_distance(anchors.detach(), positives.detach()))
+            mean = look(angles, (anchors + positives) / 2, references, negatives)
+            self.average_angle = math.degrees(float(mean))
+        return value
 
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
-    ) -> Tensor:
+    ) -> Any:
         if len(indices[-1]):
             return super().compare_listed(embeddings, references, indices, labels)
         return self._of_nothing(embeddings, labels)
 
-    def _of_nothing(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+    def _of_nothing(self, embeddings: Tensor, labels: Tensor | None) -> Any:
+        """As PML has it: without a negative pair nothing is compared."""
         self.reset_stats()
-        with full_precision(embeddings.device):  # as PML has it: without a negative pair nothing is compared
-            return self.regularized(self.reducer(self.zero_losses(), embeddings, labels), embeddings)  # type: ignore[no-any-return]
+        return self.reducer(self.zero_losses(), embeddings, labels)
 
 
 class _Angular:

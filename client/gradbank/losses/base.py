@@ -206,32 +206,35 @@ class BaseMetricLossFunction(Loss, Recorder):
         def call(rows: Tensor, references: References) -> Any:
             among_themselves = ref_emb is None or ref_emb is embeddings
             ref_rows = rows if among_themselves else references.whole()
-            parts = self.compute_loss(rows, here, indices_tuple, ref_rows, theirs)
-            return self.regularized(self.reducer(parts, rows, here), rows)
+            return self.reducer(self.compute_loss(rows, here, indices_tuple, ref_rows, theirs), rows, here)
 
-        with full_precision(rows.device):
-            return self.at_once(call, rows, References((others,)))  # type: ignore[no-any-return]
+        return self.at_once(call, rows, References((others,)))  # type: ignore[no-any-return]
 
     def at_once(
         self,
         call: Callable[[Tensor, References], Any],
         embeddings: Tensor,
         references: References,
-        of: nn.Module | None = None,
+        of: Loss | None = None,
     ) -> Any:
-        """What `call(embeddings, references)` gives, with its gradients computed now, unless it is no number, or that
-        of a loss of one's own: what such a one is made of may be anybody's, and get a gradient.
+        """What `call(embeddings, references)` gives in full precision, with the cost of the embeddings added.
+
+        Its gradients are computed now, unless it is no number, or that of a loss of one's own: what such a one is made
+        of may be anybody's, and get a gradient.
 
         Args:
-            of: what has this loss within it, and may learn something itself.
+            of: what has this loss within it, and may cost and learn something itself.
         """
+        outer = self if of is None else of
 
         def whole(inputs: tuple[Tensor, ...]) -> Any:
-            return call(inputs[0], replace(references, pieces=inputs[1:]))
+            with full_precision(inputs[0].device):
+                value = self.regularized(call(inputs[0], replace(references, pieces=inputs[1:])), inputs[0])
+                return value if outer is self else outer.regularized(value, inputs[0])
 
         given = (embeddings, *references.pieces)
         at_once = not self.reducer.needs_list and (self.is_declared or is_ours(type(self)))
-        value = learned_at_once(self if of is None else of, whole, given) if at_once else whole(given)
+        value = learned_at_once(outer, whole, given) if at_once else whole(given)
         self.record_distance(embeddings, references)
         return value
 
@@ -242,20 +245,18 @@ class BaseMetricLossFunction(Loss, Recorder):
         """The parameters that get a gradient of the loss."""
         return [each for each in self.parameters() if each.requires_grad]
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-        """The loss of `(B, D)` embeddings over the given pairs with references: those of a queue."""
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
+        """The loss of `(B, D)` embeddings over the given pairs with references, without its regularizer."""
         listed = tuple(every_pair(pairs, len(embeddings), references))
         return self.compare_listed(embeddings, references, listed, pairs.anchor_labels)
 
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
-    ) -> Tensor:
-        """The loss over pairs, or triplets, that were named one by one."""
+    ) -> Any:
+        """The same over pairs, or triplets, that were named one by one."""
         rows = references.whole().to(embeddings.dtype)
         rows = rows if rows.requires_grad else rows.clone()  # a queue may change before the backward pass
-        with full_precision(embeddings.device):
-            parts = self.compute_loss(embeddings, labels, indices, rows, references.labels)
-            return self.regularized(self.reducer(parts, embeddings, labels), embeddings)  # type: ignore[no-any-return]
+        return self.reducer(self.compute_loss(embeddings, labels, indices, rows, references.labels), embeddings, labels)
 
     def require_distance(self, kind: type[Distance], **settings: Any) -> None:
         """Refuses a distance that the loss's formula does not fit.

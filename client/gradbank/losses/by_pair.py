@@ -64,16 +64,13 @@ def positives_with_negatives(
     return every_positive(pairs, len(embeddings), references)
 
 
-def swapped(
-    loss: BaseMetricLossFunction, embeddings: Tensor, references: References, pairs: Pairs, cost: Cost
-) -> Tensor:
+def swapped(loss: BaseMetricLossFunction, embeddings: Tensor, references: References, pairs: Pairs, cost: Cost) -> Any:
     """A loss of triplets in which the nearer of anchor and positive is compared with the negative."""
     a, p = positives_with_negatives(pairs, embeddings, references, vectors=2)
     near = listed_distances(loss.distance, embeddings, references, a, p)
     queries = torch.cat([embeddings.index_select(0, a), references.take(p)], 1)
     declared = _Swapped(loss, near, a, p, pairs, cost)
-    made: Tensor = evaluate(declared, queries, references, negatives_of(pairs, a), [near])
-    return made
+    return evaluate(declared, queries, references, negatives_of(pairs, a), [near])
 
 
 def swapped_triplets(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, relu
@@ -21,7 +21,6 @@ from gradbank.engine import (
     Sum,
     evaluate,
     forced,
-    full_precision,
     room,
 )
 from gradbank.losses.pair import PairLoss
@@ -138,11 +137,9 @@ class IntraPairVarianceLoss(PairLoss):
 
     joins_anchors: ClassVar[bool] = True
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-        with full_precision(embeddings.device):
-            mean = _mean_of_negatives(self.distance, embeddings, references, pairs)
-            declared = _IntraPairVariance(self, mean)
-            return self.regularized(evaluate(declared, embeddings, references, pairs, [mean]), embeddings)  # type: ignore[no-any-return]
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
+        mean = _mean_of_negatives(self.distance, embeddings, references, pairs)
+        return evaluate(_IntraPairVariance(self, mean), embeddings, references, pairs, [mean])
 
 
 _FEW = 2**16  # entries of a matrix that is made sooner than the sums that stand for it

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from gradbank.engine import (
     Statistic,
     as_pairs,
     evaluate,
-    full_precision,
 )
 from gradbank.engine.histogram import Grid, Histogram
 from gradbank.losses.pair import PairLoss
@@ -73,7 +72,7 @@ class HistogramLoss(PairLoss):
         assert self.delta is not None  # since it was built
         return Grid(-1.0, self.delta, math.ceil(2 / self.delta - 1e-6))  # 2 / delta may be rounded up
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         assert isinstance(pairs, LabelledPairs)  # neither queues nor lists come here
         _, group, number = torch.unique(pairs.labels, return_inverse=True, return_counts=True)
         alone = number[group] == 1
@@ -88,7 +87,7 @@ class HistogramLoss(PairLoss):
 
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
-    ) -> Tensor:
+    ) -> Any:
         shape = (len(embeddings), len(references))
         a1, p, a2, n = as_pairs(indices, embeddings.device)
         ListedPairs((a1, p, a2, n), shape)  # refuses what does not fit
@@ -99,11 +98,10 @@ class HistogramLoss(PairLoss):
 
     def _of(
         self, embeddings: Tensor, anchors: Tensor, references: References, pairs: Pairs, labels: Tensor | None
-    ) -> Tensor:
-        with full_precision(embeddings.device):
-            value = evaluate(_Overlap(self), anchors, references, pairs)
-            part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-            return self.regularized(self.reducer({"loss": part}, embeddings, labels), embeddings)  # type: ignore[no-any-return]
+    ) -> Any:
+        value = evaluate(_Overlap(self), anchors, references, pairs)
+        part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+        return self.reducer({"loss": part}, embeddings, labels)
 
 
 class _Overlap:

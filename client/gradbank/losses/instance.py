@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from gradbank.engine import (
     Statistic,
     as_pairs,
     evaluate,
-    full_precision,
 )
 from gradbank.losses.pair import PairLoss, softplus
 from gradbank.reducers import LossDict
@@ -74,7 +73,7 @@ class InstanceLoss(OwnClassLoss):
     def logit(self, s: Tensor) -> Tensor:
         return s * self.gamma
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         labels = pairs.anchor_labels
         assert labels is not None  # needs_labels
         return super().compare(embeddings, references, _own(torch.unique(labels, return_inverse=True)[1], labels))
@@ -101,7 +100,7 @@ class NPairsLoss(OwnClassLoss):
     def record_distance(self, embeddings: Tensor, references: References) -> None:
         pass  # it compares only the pairs
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         labels = pairs.anchor_labels
         assert labels is not None  # needs_labels
         order = labels.argsort(stable=True)
@@ -110,31 +109,30 @@ class NPairsLoss(OwnClassLoss):
 
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
-    ) -> Tensor:
+    ) -> Any:
         assert labels is not None  # needs_labels
         listed = as_pairs(indices, embeddings.device)
         ListedPairs(listed, (len(embeddings), len(embeddings)))  # refuses what does not fit
         return self._of_pairs(embeddings, labels, listed[0], listed[1])
 
-    def _of_pairs(self, embeddings: Tensor, labels: Tensor, a: Tensor, p: Tensor) -> Tensor:
+    def _of_pairs(self, embeddings: Tensor, labels: Tensor, a: Tensor, p: Tensor) -> Any:
         order = labels[a].argsort(stable=True)
         ordered = labels[a][order]
         first = order[F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(ordered)]]
         a, p = a[first], p[first]
-        with full_precision(embeddings.device):
-            if not len(a):
-                value = self.reducer(self.zero_losses(), embeddings, labels)
-            elif self.reducer.needs_list:
-                value = self.reducer(self._listed(embeddings, a, p), embeddings, labels)
-            else:
-                pairs = _own(torch.arange(len(a), device=a.device), labels[a])
-                # plain indexing goes number by number, there and back
-                anchors, positives = embeddings.index_select(0, a), embeddings.index_select(0, p)
-                value = evaluate(self, anchors, References((positives,)), pairs)
-            self.num_pairs = len(a)
-            if self.distance.collect_stats:
-                self.distance.record(embeddings[a], (embeddings[p],))
-            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+        if not len(a):
+            value = self.reducer(self.zero_losses(), embeddings, labels)
+        elif self.reducer.needs_list:
+            value = self.reducer(self._listed(embeddings, a, p), embeddings, labels)
+        else:
+            pairs = _own(torch.arange(len(a), device=a.device), labels[a])
+            # plain indexing goes number by number, there and back
+            anchors, positives = embeddings.index_select(0, a), embeddings.index_select(0, p)
+            value = evaluate(self, anchors, References((positives,)), pairs)
+        self.num_pairs = len(a)
+        if self.distance.collect_stats:
+            self.distance.record(embeddings[a], (embeddings[p],))
+        return value
 
     def _listed(self, embeddings: Tensor, a: Tensor, p: Tensor) -> LossDict:
         logits = self.logit(self.distance(embeddings.index_select(0, a), embeddings.index_select(0, p)))

@@ -21,7 +21,6 @@ from gradbank.engine import (
     Statistic,
     as_pairs,
     evaluate,
-    full_precision,
     named_weight,
     widened,
 )
@@ -139,16 +138,12 @@ class PairLoss(BaseMetricLossFunction):
         """Has the distance write its statistics of a call; where the distance of others is taken, there are none."""
         self.distance.record(embeddings, references.pieces)
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-        """The loss of `(B, D)` embeddings over the given pairs with references."""
-        with full_precision(embeddings.device):
-            value = evaluate(self, embeddings, references, pairs, self.learned())
-            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
+        return evaluate(self, embeddings, references, pairs, self.learned())
 
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
-    ) -> Tensor:
-        """The loss over pairs, or triplets, that were named one by one."""
+    ) -> Any:
         listed = as_pairs(indices, embeddings.device)
         shape = (len(embeddings), len(references))
         return self.compare(

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from gradbank.checks import MOST_BINS, check_counts
 from gradbank.component import component, foundation
 from gradbank.distances import CosineSimilarity, Distance, LpDistance
-from gradbank.engine import Anchors, LabelledPairs, Pairs, Part, References, Statistic, evaluate, full_precision
+from gradbank.engine import Anchors, LabelledPairs, Pairs, Part, References, Statistic, evaluate
 from gradbank.engine.gaps import Gaps
 from gradbank.engine.histogram import Grid, Histogram
 from gradbank.engine.ranks import Ranks, ranks_among
@@ -177,7 +177,7 @@ class SmoothAPLoss(RankLoss):
     def __post_init__(self) -> None:
         self.require_distance(CosineSimilarity)
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         return super().compare(embeddings, references, self.with_own(pairs))
 
     def negatives(self, anchors: Anchors) -> Mapping[str, Statistic]:
@@ -229,11 +229,10 @@ class PNPLoss(RankLoss):
         if self.variant not in self.VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(self.VARIANTS)}, got {self.variant!r}")
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-        with full_precision(embeddings.device):
-            value = evaluate(_Penalties(self), embeddings, references, self.with_own(pairs))
-            part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-            return self.regularized(self.reducer({"loss": part}, embeddings, pairs.anchor_labels), embeddings)  # type: ignore[no-any-return]
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
+        value = evaluate(_Penalties(self), embeddings, references, self.with_own(pairs))
+        part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+        return self.reducer({"loss": part}, embeddings, pairs.anchor_labels)
 
     def penalty(self, before: Tensor) -> Tensor:
         """What a positive costs with so many negatives before it."""

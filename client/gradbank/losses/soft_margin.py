@@ -20,7 +20,6 @@ from gradbank.engine import (
     as_triplets,
     evaluate,
     evaluate_triplets,
-    full_precision,
     listed_distances,
     widened,
 )
@@ -129,26 +128,28 @@ class DynamicSoftMarginLoss(PairLoss):
         for histogram in made:
             self.hist_ = histogram
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
-        with full_precision(embeddings.device):
-            value = evaluate(_OfTriplets(self), embeddings, references, pairs)
-            return _reduced(self, value, embeddings, pairs.anchor_labels)
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
+        value = evaluate(_OfTriplets(self), embeddings, references, pairs)
+        return self._reduced(value, embeddings, pairs.anchor_labels)
 
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
-    ) -> Tensor:
+    ) -> Any:
         if len(indices) == 4:
             return super().compare_listed(embeddings, references, indices, labels)
         a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
-        with full_precision(embeddings.device):
-            value = evaluate_triplets(_OfTriplets(self), embeddings, references, (a, p, n))
-            return _reduced(self, value, embeddings, labels)
+        value = evaluate_triplets(_OfTriplets(self), embeddings, references, (a, p, n))
+        return self._reduced(value, embeddings, labels)
 
-    def _of_views(self, rows: Tensor, references: References) -> Tensor:
-        with full_precision(rows.device):
-            x = _hardest(self.distance, rows, references.whole())
-            value = self.weighed(*self.edges().sums(x, torch.ones_like(x)))
-            return _reduced(self, value.to(rows.dtype), rows, None)
+    def _of_views(self, rows: Tensor, references: References) -> Any:
+        x = _hardest(self.distance, rows, references.whole())
+        value = self.weighed(*self.edges().sums(x, torch.ones_like(x)))
+        return self._reduced(value.to(rows.dtype), rows, None)
+
+    def _reduced(self, value: Any, embeddings: Tensor, labels: Tensor | None) -> Any:
+        """The value of a loss as a whole, handed to its reducer."""
+        part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+        return self.reducer({"loss": part}, embeddings, labels)
 
     def weighed(self, sums: Tensor, number: Tensor) -> Tensor:
         """The loss, `()`, of triplets whose differences are so many and come to so much in each bin, `(num_bins + 1,)`
@@ -225,9 +226,3 @@ def _nearest(distance: Distance, rows: Tensor, others: Tensor) -> tuple[tuple[Te
             least = torch.minimum(value, least)
     values, places = zip(*in_row)
     return (torch.cat(values), torch.cat(places)), (least, place)
-
-
-def _reduced(loss: PairLoss, value: Any, embeddings: Tensor, labels: Tensor | None) -> Tensor:
-    """The value of a loss as a whole, handed to its reducer."""
-    part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-    return loss.regularized(loss.reducer({"loss": part}, embeddings, labels), embeddings)  # type: ignore[no-any-return]

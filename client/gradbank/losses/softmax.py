@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from gradbank.engine import (
     Part,
     References,
     Statistic,
-    full_precision,
     look,
 )
 from gradbank.losses.pair import PairLoss, softplus
@@ -159,12 +158,11 @@ class TupletMarginLoss(PairLoss):
     def __post_init__(self) -> None:
         self.require_distance(CosineSimilarity)
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         value = super().compare(embeddings, references, pairs)
         if self.collect_stats:
             angles = _Angles(self)
-            with full_precision(embeddings.device):
-                look(angles, embeddings, references, pairs)
+            look(angles, embeddings, references, pairs)
             write(angles.tallies)
         return value
 

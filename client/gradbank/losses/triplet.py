@@ -24,7 +24,6 @@ from gradbank.engine import (
     check_indices,
     evaluate_triplets,
     every_pair,
-    full_precision,
     triplets_of,
 )
 from gradbank.losses.by_pair import swapped, swapped_triplets
@@ -43,22 +42,20 @@ class TripletLoss(PairLoss):
 
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
-    ) -> Tensor:
+    ) -> Any:
         """Triplets `(a, p, n)` as they are listed; pairs `(a1, p, a2, n)` are joined on equal anchors."""
         if len(indices) == 4:
             return super().compare_listed(embeddings, references, indices, labels)
-        with full_precision(embeddings.device):
-            a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
-            value = self.of_triplets(embeddings, references, (a, p, n), labels)
-            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+        a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
+        return self.of_triplets(embeddings, references, (a, p, n), labels)
 
     def of_triplets(
         self, embeddings: Tensor, references: References, triplets: tuple[Tensor, Tensor, Tensor], labels: Tensor | None
     ) -> Any:
-        """The loss of triplets `(a, p, n)`, without its regularizer."""
+        """The loss of triplets `(a, p, n)`."""
         return evaluate_triplets(self, embeddings, references, triplets, labels)
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         if self.triplets_per_anchor == "all" or not isinstance(pairs, LabelledPairs):
             return super().compare(embeddings, references, pairs)
         drawn = pairs.draw(int(self.triplets_per_anchor))
@@ -97,15 +94,13 @@ class TripletMarginLoss(TripletLoss):
     def __post_init__(self) -> None:
         self.check_triplets_per_anchor(self.triplets_per_anchor)
 
-    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Tensor:
+    def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         if not self.swap or (self.triplets_per_anchor != "all" and isinstance(pairs, LabelledPairs)):
             return super().compare(embeddings, references, pairs)
         if not isinstance(pairs, LabelledPairs) or self.reducer.needs_list:
             listed = triplets_of(every_pair(pairs, len(embeddings), references))
             return self.compare_listed(embeddings, references, listed, pairs.anchor_labels)
-        with full_precision(embeddings.device):
-            value = swapped(self, embeddings, references, pairs, self.cost)
-            return self.regularized(value, embeddings)  # type: ignore[no-any-return]
+        return swapped(self, embeddings, references, pairs, self.cost)
 
     @property
     def takes_interval(self) -> bool:

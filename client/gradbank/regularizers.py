@@ -13,6 +13,7 @@ from gradbank.engine.precision import full_precision, widened
 from gradbank.mismatch import Mismatch
 from gradbank.recorder import Recorder
 from gradbank.reducers import DivisorReducer, LossDict, MeanReducer, Reducer
+from gradbank.reducers.kept import part_of_each
 
 TILE = 2**22
 """How many similarities between rows are held at a time."""
@@ -38,9 +39,7 @@ class Regularizer(Recorder):
 
     def compute_loss(self, rows: Tensor) -> LossDict:
         """What is to be reduced: by name, the losses, their indices and their kind."""
-        losses = self.costs(rows)
-        indices = torch.arange(len(losses), device=losses.device)
-        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
+        return {"loss": part_of_each(self.costs(rows))}
 
     def forward(self, rows: Tensor) -> Tensor:
         """The cost of `(N, D)` rows, a scalar.
@@ -213,14 +212,7 @@ class SparseCentersRegularizer(Regularizer):
         apart = squares > 0
         # the root's derivative is infinite at 0
         losses = torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
-        return {
-            "loss": {
-                "losses": losses,
-                "indices": torch.arange(len(losses), device=rows.device),
-                "reduction_type": "element",
-                "divisor": 2 * len(losses),
-            }
-        }
+        return {"loss": part_of_each(losses, divisor=2 * len(losses))}
 
     def _note(self, prepared: Tensor, alike: Tensor, same: Tensor) -> None:
         number, step = len(prepared), max(1, TILE // len(prepared))

@@ -24,6 +24,7 @@ from gradbank.mismatch import Mismatch
 from gradbank.overrides import is_ours
 from gradbank.recorder import Recorder
 from gradbank.reducers import LossDict, MeanReducer, Reducer
+from gradbank.reducers.kept import part_of_all
 from gradbank.regularizers import Regularizer
 
 
@@ -90,7 +91,7 @@ class Loss(Component):
         cost = regularizer(rows) * weight
         if isinstance(loss, Tensor):
             return loss + cost
-        return {**loss, f"{name}_reg_loss": {"losses": cost, "indices": None, "reduction_type": "already_reduced"}}
+        return {**loss, f"{name}_reg_loss": part_of_all(cost)}
 
 
 def _is_of_inference(value: Any) -> bool:
@@ -165,7 +166,7 @@ class BaseMetricLossFunction(Loss, Recorder):
 
     def zero_loss(self) -> dict[str, Any]:
         """The part of a loss of which nothing is to be compared."""
-        return {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
+        return part_of_all(0)
 
     get_default_distance = default_getter("distance")
     get_default_reducer = default_getter("reducer")

@@ -99,9 +99,7 @@ class HistogramLoss(PairLoss):
     def _of(
         self, embeddings: Tensor, anchors: Tensor, references: References, pairs: Pairs, labels: Tensor | None
     ) -> Any:
-        value = evaluate(_Overlap(self), anchors, references, pairs)
-        part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-        return self.reducer({"loss": part}, embeddings, labels)
+        return self.reduced(evaluate(_Overlap(self), anchors, references, pairs), embeddings, labels)
 
 
 class _Overlap:

@@ -24,7 +24,7 @@ from gradbank.engine import (
     evaluate,
 )
 from gradbank.losses.pair import PairLoss, softplus
-from gradbank.reducers import LossDict
+from gradbank.reducers.kept import LossDict, part_of_each
 
 
 @foundation
@@ -137,7 +137,7 @@ class NPairsLoss(OwnClassLoss):
     def _listed(self, embeddings: Tensor, a: Tensor, p: Tensor) -> LossDict:
         logits = self.logit(self.distance(embeddings.index_select(0, a), embeddings.index_select(0, p)))
         losses = F.cross_entropy(logits, torch.arange(len(a), device=a.device), reduction="none")
-        return {"loss": {"losses": losses, "indices": a, "reduction_type": "element"}}
+        return {"loss": part_of_each(losses, a)}
 
 
 def _own(target: Tensor, labels: Tensor) -> LabelledPairs:

@@ -13,7 +13,7 @@ from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance
 from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.mismatch import Mismatch
-from gradbank.reducers import LossDict
+from gradbank.reducers.kept import LossDict, part_of_all
 
 
 @component
@@ -76,7 +76,7 @@ class ManifoldLoss(BaseMetricLossFunction):
                 f"embeddings have dimension {embeddings.shape[1]}, but ManifoldLoss was built with l={self.l}"
             )
         if not len(embeddings):
-            return {"loss": {"losses": 0, "indices": None, "reduction_type": "already_reduced"}}
+            return self.zero_losses()
         own = self._own(indices_tuple, len(embeddings)).to(embeddings.device).unsqueeze(1)
         walk, batch = self._steps(embeddings), len(embeddings)
         loss = embeddings.new_zeros(())
@@ -91,7 +91,7 @@ class ManifoldLoss(BaseMetricLossFunction):
             loss = context if self.lambdaC == math.inf else self.lambdaC * context
         if self.lambdaC != math.inf:
             loss = loss + self._exceeding((1 - self.alpha) * between, own)
-        return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
+        return {"loss": part_of_all(loss)}
 
     def _own(self, chosen: Any, batch: int) -> Tensor:
         """`(N,)`: the proxy of each embedding."""

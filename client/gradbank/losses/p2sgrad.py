@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from gradbank.checks import as_labels, check_batch, check_counts
 from gradbank.component import component
 from gradbank.losses.base import BaseMetricLossFunction
-from gradbank.reducers import LossDict
+from gradbank.reducers.kept import LossDict, part_of_all
 
 
 @component
@@ -80,7 +80,7 @@ class P2SGradLoss(BaseMetricLossFunction):
             cosine = (unit @ weight).clamp(-1, 1)
             hot = torch.ones_like(cosine[:, :1])
             loss = cosine.scatter_add(1, labels.unsqueeze(1), -hot).square().mean()
-        return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
+        return {"loss": part_of_all(loss)}
 
     def _check(self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any) -> None:
         if labels is None:

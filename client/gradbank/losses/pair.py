@@ -26,6 +26,7 @@ from gradbank.engine import (
 )
 from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.overrides import is_ours, refuse_uncalled, uncalled
+from gradbank.reducers.kept import part_of_all
 
 _CALLED = ("forward", "compare", "negatives", "terms", "logits", "with_margin", "classify")  # and may call others
 _NOT_CALLED = (
@@ -149,6 +150,10 @@ class PairLoss(BaseMetricLossFunction):
         return self.compare(
             embeddings, references, ListedPairs(listed, shape, once=not self.counts_repeats, labels=labels)
         )
+
+    def reduced(self, value: Any, embeddings: Tensor, labels: Tensor | None) -> Any:
+        """A loss that is one number already, handed to the reducer."""
+        return self.reducer({"loss": part_of_all(value)}, embeddings, labels)
 
     def _check_arguments(
         self,

@@ -231,8 +231,7 @@ class PNPLoss(RankLoss):
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         value = evaluate(_Penalties(self), embeddings, references, self.with_own(pairs))
-        part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-        return self.reducer({"loss": part}, embeddings, pairs.anchor_labels)
+        return self.reduced(value, embeddings, pairs.anchor_labels)
 
     def penalty(self, before: Tensor) -> Tensor:
         """What a positive costs with so many negatives before it."""

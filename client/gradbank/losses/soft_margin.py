@@ -130,7 +130,7 @@ class DynamicSoftMarginLoss(PairLoss):
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         value = evaluate(_OfTriplets(self), embeddings, references, pairs)
-        return self._reduced(value, embeddings, pairs.anchor_labels)
+        return self.reduced(value, embeddings, pairs.anchor_labels)
 
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
@@ -139,17 +139,12 @@ class DynamicSoftMarginLoss(PairLoss):
             return super().compare_listed(embeddings, references, indices, labels)
         a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
         value = evaluate_triplets(_OfTriplets(self), embeddings, references, (a, p, n))
-        return self._reduced(value, embeddings, labels)
+        return self.reduced(value, embeddings, labels)
 
     def _of_views(self, rows: Tensor, references: References) -> Any:
         x = _hardest(self.distance, rows, references.whole())
         value = self.weighed(*self.edges().sums(x, torch.ones_like(x)))
-        return self._reduced(value.to(rows.dtype), rows, None)
-
-    def _reduced(self, value: Any, embeddings: Tensor, labels: Tensor | None) -> Any:
-        """The value of a loss as a whole, handed to its reducer."""
-        part = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-        return self.reducer({"loss": part}, embeddings, labels)
+        return self.reduced(value.to(rows.dtype), rows, None)
 
     def weighed(self, sums: Tensor, number: Tensor) -> Tensor:
         """The loss, `()`, of triplets whose differences are so many and come to so much in each bin, `(num_bins + 1,)`

@@ -10,7 +10,7 @@ from gradbank.component import component
 from gradbank.distances import Distance
 from gradbank.engine.eager import eager
 from gradbank.losses.base import BaseMetricLossFunction
-from gradbank.reducers import LossDict
+from gradbank.reducers.kept import LossDict, part_of_all, part_of_each
 from gradbank.regularizers import Regularizer
 
 TILE = 2**22
@@ -75,23 +75,14 @@ class VICRegLoss(BaseMetricLossFunction):
         invariance = self.invariance_lambda * (embeddings - ref_emb).square().mean(1)
         covariance = off_diagonal_energy(embeddings) + off_diagonal_energy(ref_emb)
         return {
-            "invariance_loss": _of_each(invariance),
-            "variance_loss1": _of_each(self.variance_mu * self._narrowness(embeddings)),
-            "variance_loss2": _of_each(self.variance_mu * self._narrowness(ref_emb)),
-            "covariance_loss": {
-                "losses": self.covariance_v * covariance / embeddings.shape[1],
-                "indices": None,
-                "reduction_type": "already_reduced",
-            },
+            "invariance_loss": part_of_each(invariance),
+            "variance_loss1": part_of_each(self.variance_mu * self._narrowness(embeddings)),
+            "variance_loss2": part_of_each(self.variance_mu * self._narrowness(ref_emb)),
+            "covariance_loss": part_of_all(self.covariance_v * covariance / embeddings.shape[1]),
         }
 
     def _narrowness(self, rows: Tensor) -> Tensor:
         return torch.relu(1 - (rows.var(dim=0) + self.eps).sqrt()) / 2
-
-
-def _of_each(losses: Tensor) -> dict[str, object]:
-    indices = torch.arange(len(losses), device=losses.device)
-    return {"losses": losses, "indices": indices, "reduction_type": "element"}
 
 
 def off_diagonal_energy(rows: Tensor) -> Tensor:

@@ -12,6 +12,17 @@ Kind = Literal["element", "pos_pair", "neg_pair", "triplet", "already_reduced"]
 LossDict = Mapping[str, Mapping[str, Any]]
 
 
+def part_of_each(losses: Tensor, indices: Tensor | None = None, **more: Any) -> dict[str, Any]:
+    """The part of a loss whose `(N,)` losses are those of elements: of all in order, or of these."""
+    indices = torch.arange(len(losses), device=losses.device) if indices is None else indices
+    return {"losses": losses, "indices": indices, "reduction_type": "element", **more}
+
+
+def part_of_all(losses: Tensor | float) -> dict[str, Any]:
+    """The part that is a number already: no reducer asks whether it counts."""
+    return {"losses": losses, "indices": None, "reduction_type": "already_reduced"}
+
+
 class Ratio(NamedTuple):
     """One named part of a loss, reduced so far: a numerator and a denominator, so that the parts of a loss that were
     computed apart (blocks of anchors) can be added up."""

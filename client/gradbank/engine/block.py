@@ -191,8 +191,8 @@ class Block:
                 continue
             of_query, *of_row = (kept * gradient.to(kept.dtype)[:, None] for kept in running.kept)
             done += of_query
-            for each in of_row:
-                into.chain(running.given, each)
+            for output, each in zip(running.given, of_row):
+                into.chain(output, each)
         if of_positives is None:
             return done
         assert self.positives is not None
@@ -221,8 +221,8 @@ class Block:
         done, distance, start = None, self.loss.distance, 0
         queries = self.queries.detach().requires_grad_()
         spread = {self.running[name]: gradient for name, gradient in of_leaves.items()}
-        with_row = [running for running in spread if running.row is not None]
-        leaves = [running.row for running in with_row if running.row is not None] + into.parameters
+        rows_given = [each for running in spread for each in running.given]
+        leaves = [each for running in spread for each in running.row] + into.parameters
         for index, (columns, piece, part) in enumerate(self.references.tiles(self.width)):
             wanted = into.rows[1 + piece] is not None
             with torch.enable_grad():
@@ -232,9 +232,9 @@ class Block:
                 flat, negatives, _ = self._pairs(index, columns)
                 leaf = s.detach().requires_grad_()
                 of_s, others = self._spread(spread, leaf, leaves, negatives)
-            for running, each in zip(with_row, others):
-                into.chain(running.given, each)
-            into.add_to_parameters(others[len(with_row) :])
+            for output, each in zip(rows_given, others):
+                into.chain(output, each)
+            into.add_to_parameters(others[len(rows_given) :])
             of_s = torch.zeros_like(s) if of_s is None else of_s
             if of_positives is not None:
                 of_s.view(-1).index_add_(0, flat, of_positives[start : start + len(flat)])

@@ -53,9 +53,9 @@ class Gradients:
             if more is not None:
                 self._of_parameters[i] = more.detach().clone() if total is None else total.add_(more)
 
-    def chain(self, output: Tensor | None, gradient: Tensor | None) -> None:
+    def chain(self, output: Tensor, gradient: Tensor | None) -> None:
         """Backpropagates the gradient of something that the parameters went into."""
-        if output is not None and gradient is not None and output.requires_grad and self.parameters:
+        if gradient is not None and output.requires_grad and self.parameters:
             made = torch.autograd.grad(
                 output, self.parameters, gradient.to(output.dtype), allow_unused=True, retain_graph=True
             )

@@ -20,8 +20,8 @@ class LogSumExp(Statistic):
 
     bounds: tuple[float, float] | None = None
 
-    def __init__(self, f: Elementwise, row: Tensor | None = None) -> None:
-        self.f, self.row = f, row
+    def __init__(self, f: Elementwise) -> None:
+        self.f = f
 
     def measured_by(self, distance: Distance) -> None:
         self.bounds = distance.bounds
@@ -31,17 +31,17 @@ class LogSumExp(Statistic):
             least, most = sorted(self.f.slope * bound for bound in self.bounds)
             if least - most > _least(like.dtype):
                 return _RunningBounded(self.f, most, anchors, like)
-        return _RunningLogSumExp(self.f, self.row, anchors, like)
+        return _RunningLogSumExp(self.f, anchors, like)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         if _is_plain(self.f):
             return Gathered(_of_negatives(s, negatives, self.f.slope) + self.f.intercept)
-        return Gathered(_of_negatives(self.f(s) if self.row is None else self.f(s, self.row), negatives, 1.0))
+        return Gathered(_of_negatives(self.f(s), negatives, 1.0))
 
 
 class _RunningLogSumExp(Running):
-    def __init__(self, f: Elementwise, row: Tensor | None, anchors: int, like: Tensor) -> None:
-        super().__init__(f, row)
+    def __init__(self, f: Elementwise, anchors: int, like: Tensor) -> None:
+        super().__init__(f)
         self.most = like.new_full((anchors,), torch.finfo(like.dtype).min)  # of an anchor without a negative, so far
         self.total = like.new_zeros(anchors, dtype=torch.float64)
         # with a plain slope, the derivative of f is left to the end
@@ -105,7 +105,7 @@ class _RunningBounded(_RunningLogSumExp):
     the largest that there may be is 1: no maximum is looked for."""
 
     def __init__(self, f: Linear, most: float, anchors: int, like: Tensor) -> None:
-        super().__init__(f, None, anchors, like)
+        super().__init__(f, anchors, like)
         self.most.fill_(most)
 
     def add(self, tile: Tile, negatives: Negatives) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Ramp
 from gradbank.engine.negatives import Negatives
-from gradbank.engine.statistics import Running
+from gradbank.engine.statistics import Row, Running, detached
 from gradbank.engine.sums import RunningRamp
 from gradbank.engine.tile import Tile
 from gradbank.engine.triplets import RunningTriplets, Triplets
@@ -46,15 +46,14 @@ class Separable(Triplets):
         return _RunningSeparable(self, anchors, like)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
-        row = () if self.row is None else (self.row,)
         times = negatives.to(s.dtype)
-        active = (self.of_negative(s, *row).detach().sign() * times).sum(1, dtype=torch.float64)
+        active = (self.of_negative(s, *self.row).detach().sign() * times).sum(1, dtype=torch.float64)
         extra = self.tally(active, times.sum(1, dtype=torch.float64), positives)
         return super().dense(s, negatives, positives)._replace(extra=extra)
 
     def of_list(self, near: Tensor, far: Tensor, triplets: tuple[Tensor, Tensor, Tensor], anchors: int) -> Gathered:
         anchor = triplets[0]
-        row = () if self.row is None else (self.row.squeeze(1).index_select(0, anchor),)
+        row = self._of_anchors(anchor)
         above = self.of_positive(near, *row).detach().sign() + self.of_negative(far, *row).detach().sign()
         each = torch.stack([above, torch.ones_like(above)], 1).double()
         extra = each.new_zeros(anchors, 2).index_add(0, anchor, each)
@@ -62,8 +61,10 @@ class Separable(Triplets):
 
     def costs(self, positives: Positives) -> Tensor:
         """`(P,)`: what each positive costs."""
-        row = () if self.row is None else (self.row.squeeze(1).index_select(0, positives.anchor),)
-        return self.of_positive(positives.s, *row)
+        return self.of_positive(positives.s, *self._of_anchors(positives.anchor))
+
+    def _of_anchors(self, anchor: Tensor) -> Row:
+        return tuple(each.squeeze(1).index_select(0, anchor) for each in self.row)
 
     def tally(self, active: Tensor, number: Tensor, positives: Positives) -> Tensor:
         """The statistic's `extra`, given for each anchor how many of its negatives cost something, and how many there
@@ -108,8 +109,8 @@ class _RunningBounded(RunningTriplets):
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         super().add(tile, negatives)
-        row = () if self.row is None else (self.row.detach(),)
-        self.active += negatives.weighed(self.separable.of_negative(tile.s.detach(), *row).sign()).sum(1)
+        costs = self.separable.of_negative(tile.s.detach(), *detached(self.row))
+        self.active += negatives.weighed(costs.sign()).sum(1)
 
     def gathered(self, leaf: Tensor, positives: Positives) -> Gathered:
         extra = self.separable.tally(self.active, self.number, positives)

@@ -24,6 +24,12 @@ from gradbank.engine.negatives import Negatives
 from gradbank.engine.tile import Tile
 from gradbank.reducers import Reducer
 
+Row = tuple[Tensor, ...]  # what a function takes of the anchors besides distances: one tensor, or nothing
+
+
+def detached(row: Row) -> Row:
+    return tuple(each.detach() for each in row)
+
 
 class EveryPair(NamedTuple):
     """The pairs of a whole batch, one by one."""
@@ -38,7 +44,8 @@ class Running:
     """A statistic of a block of `b` anchors while tiles are added to it.
 
     Attributes:
-        row: `(b, 1)` numbers of the anchors that `f` takes besides the tile, as a leaf; None if it takes none.
+        given: `(b, 1)` numbers of the anchors that `f` takes besides the tile: one such tensor, or none.
+        row: the same as leaves.
         kept: gathered gradients, of each anchor's number with respect to its query `(b, D)` and, if there is a row, to
             its entry `(b, 1)`; None before there are any.
     """
@@ -47,21 +54,20 @@ class Running:
     reads_number = False
     number: Tensor  # (b,) float64, how many negatives each anchor has: known once all tiles are added, to who reads it
 
-    def __init__(self, f: Elementwise, row: Tensor | None = None) -> None:
-        self.f = f
-        self.given = row
-        self.row = None if row is None else row.detach().requires_grad_()
+    def __init__(self, f: Elementwise, row: Row = ()) -> None:
+        self.f, self.given = f, row
+        self.row = tuple(each.detach().requires_grad_() for each in row)
         self.kept: list[Tensor] | None = None
 
     def values(self, s: Tensor) -> Tensor:
-        made: Tensor = self.f(s) if self.row is None else self.f(s, self.row)
+        made: Tensor = self.f(s, *self.row)
         return made
 
     def learns(self, like: Tensor) -> bool:
         """Whether `f` is a function of parameters, beyond those in the row: only a second sweep sees to these."""
         with torch.enable_grad():
             none = like.new_zeros(len(like), 1)
-            made: Tensor = self.f(none) if self.row is None else self.f(none, self.row.detach())
+            made: Tensor = self.f(none, *detached(self.row))
             return made.requires_grad
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
@@ -89,7 +95,7 @@ class Running:
         Args:
             few: whether to look for references that get no gradient at all, and leave them out.
         """
-        of_s, *of_row = torch.autograd.grad(values, [tile.s] if self.row is None else [tile.s, self.row], weight)
+        of_s, *of_row = torch.autograd.grad(values, [tile.s, *self.row], weight)
         self.keep([tile.pull(of_s, few), *of_row], decay)
 
     def keep(self, made: list[Tensor], decay: Tensor | None = None) -> None:

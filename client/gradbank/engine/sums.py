@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Elementwise, Ramp
 from gradbank.engine.negatives import Masked, Negatives
-from gradbank.engine.statistics import EveryPair, Running, Statistic
+from gradbank.engine.statistics import EveryPair, Row, Running, Statistic, detached
 from gradbank.engine.tile import Tile
 from gradbank.reducers import Reducer, counted
 
@@ -54,13 +54,14 @@ class Sum(Statistic):
     """
 
     def __init__(self, f: Elementwise, row: Tensor | None = None, weigh: Weigh | None = None) -> None:
-        self.f, self.row, self.weigh = f, row, weigh
+        self.f, self.weigh = f, weigh
+        self.row: Row = () if row is None else (row,)
 
     def begin(self, anchors: int, like: Tensor, positives: Positives | None) -> Running:
         return _RunningSum(self.f, self.row, self.weigh, anchors, like)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
-        losses = self.f(s) if self.row is None else self.f(s, self.row)
+        losses = self.f(s, *self.row)
         weight = negatives.to(losses.dtype)
         weight = weight if self.weigh is None else self.weigh(losses.detach(), weight)
         return Gathered(counted(losses, weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64))
@@ -85,12 +86,11 @@ class Each(Sum):
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         if isinstance(self.f, Ramp) and not self.f.is_learned and self.bounds in _ALL_OR_ACTIVE:
             every = self.bounds == (None, None)
-            return Gathered(*_OfRamp.apply(s, self.row, self.f, negatives, every))  # type: ignore[no-untyped-call]  # torch's
+            return Gathered(*_OfRamp.apply(s, self.f, negatives, every, *self.row))  # type: ignore[no-untyped-call]  # torch's
         return super().dense(s, negatives, positives)
 
     def listed(self, s: Tensor, pairs: EveryPair) -> Gathered | None:
-        row = () if self.row is None else (self.row[pairs.a2],)
-        losses = self.f(s[pairs.a2, pairs.n].unsqueeze(1), *row).squeeze(1)
+        losses = self.f(s[pairs.a2, pairs.n].unsqueeze(1), *(each[pairs.a2] for each in self.row)).squeeze(1)
         return Gathered(losses, None, (losses, (pairs.a2, pairs.n)))
 
 
@@ -98,7 +98,7 @@ _ALL_OR_ACTIVE = (None, None), (0.0, None)  # bounds for which a ramp's slope al
 
 
 class _RunningSum(Running):
-    def __init__(self, f: Elementwise, row: Tensor | None, weigh: Weigh | None, anchors: int, like: Tensor) -> None:
+    def __init__(self, f: Elementwise, row: Row, weigh: Weigh | None, anchors: int, like: Tensor) -> None:
         super().__init__(f, row)
         self.weigh = weigh
         self.total = like.new_zeros(anchors, dtype=torch.float64)
@@ -136,10 +136,10 @@ class _RunningSum(Running):
 class RunningRamp(Running):
     """The sum of a `Ramp`, and of how many negatives: all, or those for which it is above 0."""
 
-    def __init__(self, ramp: Ramp, row: Tensor | None, counts_every: bool, anchors: int, like: Tensor) -> None:
+    def __init__(self, ramp: Ramp, row: Row, counts_every: bool, anchors: int, like: Tensor) -> None:
         super().__init__(ramp, row)
         self.ramp, self.counts_every, self.reads_number = ramp, counts_every, counts_every
-        self.offset = ramp.offset(like, *(() if row is None else (row.detach(),)))
+        self.offset = ramp.offset(like, *detached(row))
         self.total = like.new_zeros(anchors, dtype=torch.float64)
         self.count = like.new_zeros(anchors, dtype=torch.float64)
 
@@ -152,7 +152,7 @@ class RunningRamp(Running):
         if tile.s.device.type == "cpu" and not total.any():  # as is common once a model has learned
             return
         slope = _times(base.sign_(), times) if straight else weighted
-        wanted = self.given is not None and self.given.requires_grad and tile.gathers
+        wanted = any(each.requires_grad for each in self.given) and tile.gathers
         sums = slope.sum(1) if wanted or (straight and not self.counts_every) else total
         if not self.counts_every:
             self.count += sums if straight else _times(base.sign(), times).sum(1)
@@ -171,9 +171,7 @@ class RunningRamp(Running):
         base = self._base(s, negatives)
         slope = _times(base.sign_() if self.ramp.power == 1 else base, negatives.times())
         slope.mul_((gradient * self.ramp.power).to(s.dtype)[:, None])
-        made = []
-        if self.row is not None:
-            made.append((self.row, slope.sum(1, keepdim=True).mul_(self.ramp.row_slope)))
+        made = [(each, slope.sum(1, keepdim=True).mul_(self.ramp.row_slope)) for each in self.row]
         return [*made, (s, slope.mul_(self.ramp.slope))]
 
     def _base(self, s: Tensor, negatives: Negatives) -> Tensor:
@@ -186,10 +184,10 @@ class _OfRamp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, s: Tensor, row: Tensor | None, ramp: Ramp, negatives: Tensor, counts_every: bool
+        ctx: Any, s: Tensor, ramp: Ramp, negatives: Tensor, counts_every: bool, *row: Tensor
     ) -> tuple[Tensor, Tensor]:
         held = Masked(negatives)
-        base = _base_of(ramp, ramp.offset(s, *(() if row is None else (row,))), s, held)
+        base = _base_of(ramp, ramp.offset(s, *row), s, held)
         weighted, active = (_times(each, held.times()) for each in (base, base.sign()))
         losses, slope = (weighted, active) if ramp.power == 1 else (base * weighted, weighted)
         number = (negatives if counts_every else active).sum(1, dtype=torch.float64)
@@ -203,8 +201,11 @@ class _OfRamp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         gradient = (gradient * ctx.ramp.power).to(slope.dtype)[:, None]
-        of_row = slope.sum(1, keepdim=True) * gradient * ctx.ramp.row_slope if ctx.needs_input_grad[1] else None
-        return slope * (gradient * ctx.ramp.slope), of_row, None, None, None
+        of_row = [
+            slope.sum(1, keepdim=True) * gradient * ctx.ramp.row_slope if need else None
+            for need in ctx.needs_input_grad[4:]
+        ]
+        return slope * (gradient * ctx.ramp.slope), None, None, None, *of_row
 
 
 def _base_of(ramp: Ramp, offset: Tensor, s: Tensor, negatives: Negatives) -> Tensor:

@@ -9,7 +9,7 @@ from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.each import triplets_of
 from gradbank.engine.negatives import Negatives
 from gradbank.engine.room import room
-from gradbank.engine.statistics import EveryPair, Running, Statistic
+from gradbank.engine.statistics import EveryPair, Row, Running, Statistic, detached
 from gradbank.engine.tile import Tile
 from gradbank.reducers import MeanReducer, Reducer, counted
 
@@ -32,18 +32,15 @@ class Triplets(Statistic):
     needs_positives = makes_rows = True
 
     def __init__(self, kernel: Kernel, row: Tensor | None = None) -> None:
-        self.kernel, self.row = kernel, row
+        self.kernel = kernel
+        self.row: Row = () if row is None else (row,)
         self.reducer: Reducer = MeanReducer()
 
     def reduced_by(self, reducer: Reducer) -> None:
         self.reducer = reducer
 
-    def losses(self, anchor: Tensor, positive: Tensor, negative: Tensor, row: Tensor | None) -> Tensor:
-        made: Tensor = (
-            self.kernel(positive, negative)
-            if row is None
-            else self.kernel(positive, negative, row.index_select(0, anchor))
-        )
+    def losses(self, anchor: Tensor, positive: Tensor, negative: Tensor, row: Row) -> Tensor:
+        made: Tensor = self.kernel(positive, negative, *(each.index_select(0, anchor) for each in row))
         return made
 
     def within(self, positive: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
@@ -70,8 +67,7 @@ class Triplets(Statistic):
     def of_list(self, near: Tensor, far: Tensor, triplets: tuple[Tensor, Tensor, Tensor], anchors: int) -> Gathered:
         """The statistic of `(T,)` triplets `(a, p, n)`, given the distances of their positives and negatives."""
         anchor = triplets[0]
-        row = None if self.row is None else self.row.squeeze(1)
-        losses = self.losses(anchor, near, far, row)
+        losses = self.losses(anchor, near, far, tuple(each.squeeze(1) for each in self.row))
         weight = self.reducer.weigh(losses.detach(), torch.ones_like(losses))
         sums = (x.new_zeros(anchors, dtype=torch.float64) for x in (losses, weight))
         value, number = (x.index_add(0, anchor, y.double()) for x, y in zip(sums, (counted(losses, weight), weight)))
@@ -93,31 +89,29 @@ class RunningTriplets(Running):
         if not len(self.positives.s):
             return False
         with torch.enable_grad():  # of a triplet that may be there: a kernel of one's own may refuse others
-            near, row = self.positives.s[:1, None].detach(), None if self.row is None else self.row.detach()
-            return self.triplets.losses(self.positives.anchor[:1], near, near, row).requires_grad
+            near = self.positives.s[:1, None].detach()
+            return self.triplets.losses(self.positives.anchor[:1], near, near, detached(self.row)).requires_grad
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        of_s, of_row = torch.zeros_like(tile.s), None if self.row is None else torch.zeros_like(self.row)
+        of_s, of_row = torch.zeros_like(tile.s), [torch.zeros_like(each) for each in self.row]
         far = negatives.beyond(tile.s.detach())  # what is no negative may be infinite, and inf - inf is no number
         for part in torch.split(self.order, max(1, room(_AT_ONCE, far.device) // max(far.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             with torch.enable_grad():
-                leaves = [self.positives.s[part, None].requires_grad_(), far[anchor].requires_grad_()]
-                row = None if self.row is None else self.row.detach().requires_grad_()
-                leaves += [] if row is None else [row]
-                losses = self.triplets.losses(anchor, leaves[0], leaves[1], row)
+                near, away = self.positives.s[part, None].requires_grad_(), far[anchor].requires_grad_()
+                losses = self.triplets.losses(anchor, near, away, self.row)
             weight = negatives.weighed(torch.ones_like(tile.s))[anchor] * times[:, None]
-            weight = self.triplets.within(leaves[0].detach(), leaves[1].detach(), weight)
+            weight = self.triplets.within(near.detach(), away.detach(), weight)
             weight = self.triplets.reducer.weigh(losses.detach(), weight)
             self.total.index_add_(0, anchor, counted(losses.detach(), weight).sum(1, dtype=torch.float64))
             self.count.index_add_(0, anchor, weight.sum(1, dtype=torch.float64))
-            made = torch.autograd.grad(losses, leaves, weight)
-            self.of_positives[part] += made[0].squeeze(1)
-            of_s.index_add_(0, anchor, made[1])
-            if of_row is not None:
-                of_row += made[2]
+            of_near, of_away, *more = torch.autograd.grad(losses, [near, away, *self.row], weight)
+            self.of_positives[part] += of_near.squeeze(1)
+            of_s.index_add_(0, anchor, of_away)
+            for total, each in zip(of_row, more):
+                total += each
         if tile.gathers:
-            self.keep([tile.pull(of_s, few=True)] + ([] if of_row is None else [of_row]))
+            self.keep([tile.pull(of_s, few=True), *of_row])
 
     def leaf(self) -> Tensor:
         return self.total

@@ -170,8 +170,7 @@ def _is_small(loss: Declaration, embeddings: Tensor, references: References, pai
     entries = len(embeddings) * width
     if entries <= 2**12 or entries > most:
         return entries <= 2**12
-    none = embeddings.new_zeros(0)
-    nothing, place = Positives(none, none.long(), none, none.long()), slice(0, len(embeddings))
+    nothing, place = Positives.none(embeddings), slice(0, len(embeddings))
     anchors = Anchors(len(embeddings), pairs.anchor_labels, embeddings.detach(), nothing, place=place)
     with torch.no_grad():
         wanted = loss.negatives(anchors).values()

@@ -27,6 +27,12 @@ class Positives(NamedTuple):
     times: Tensor  # (P,) how often the pair counts
     other: Tensor  # (P,) int64: the pair's reference, 0 .. M - 1
 
+    @staticmethod
+    def none(like: Tensor) -> "Positives":
+        """No pair, where `like` is and of its dtype."""
+        s = like.new_zeros(0)
+        return Positives(s, s.long(), s, s.long())
+
 
 class Part(NamedTuple):
     """A named part of a loss, before it is reduced."""

@@ -9,6 +9,7 @@ from gradbank.distances import Distance
 from gradbank.engine.anchors import Anchors, Gathered, Positives
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.gradients import Gradients
+from gradbank.engine.indices import unflattened
 from gradbank.engine.listing import Listing
 from gradbank.engine.near import distances_of
 from gradbank.engine.negatives import Holes, Masked, Negatives, Weighted
@@ -48,9 +49,7 @@ class Block:
         self.size = len(embeddings)
         self.listing = _listing(pairs, rows, references, width) if keeps else None
         with torch.enable_grad():
-            none = embeddings.new_zeros(0)
-            nothing = Positives(none, none.long(), none, none.long())
-            wanted = loss.negatives(self._anchors(nothing, {}))
+            wanted = loss.negatives(self._anchors(Positives.none(embeddings), {}))
         for name, each in wanted.items():
             each.reduced_by(loss.reducer.of(name))
             each.measured_by(loss.distance)
@@ -171,16 +170,15 @@ class Block:
         return pairs.positives, Masked(pairs.negatives), pairs
 
     def _collected(self, found: list[Tensor], masked: list[tuple[TilePairs, slice]]) -> Positives:
-        none = self.queries.new_zeros(0).detach()
         if not masked:
-            return Positives(none, none.long(), none, none.long())
+            return Positives.none(self.queries.detach())
         s = torch.cat(found)
         anchor, other, times = [], [], []
         for pairs, columns in masked:
-            width, flat = columns.stop - columns.start, pairs.positives
-            anchor.append(torch.div(flat, width, rounding_mode="floor"))
-            other.append(flat % width + columns.start)
-            times.append(s.new_ones(len(flat)) if pairs.counts is None else pairs.counts.to(s.dtype))
+            row, column = unflattened(pairs.positives, columns.stop - columns.start)
+            anchor.append(row)
+            other.append(column + columns.start)
+            times.append(s.new_ones(len(row)) if pairs.counts is None else pairs.counts.to(s.dtype))
         return Positives(s, torch.cat(anchor), torch.cat(times), torch.cat(other))
 
     def _from_gathered(self, of_positives: Tensor | None, of_leaves: Mapping[str, Tensor], into: Gradients) -> Tensor:
@@ -295,9 +293,9 @@ def sweep(
             flat, counts, mask = pairs.tile(rows, columns)
             negatives = Masked(mask)
         near = s.reshape(-1)[flat]
-        row = torch.div(flat, max(s.shape[1], 1), rounding_mode="floor")
+        row, column = unflattened(flat, s.shape[1])
         times = torch.ones_like(near) if counts is None else counts.to(s.dtype)
-        yield s, Positives(near, row, times, flat - row * s.shape[1] + columns.start), negatives
+        yield s, Positives(near, row, times, column + columns.start), negatives
 
 
 def _listing(pairs: Pairs, rows: slice, references: References, width: int) -> Listing | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Positives
 from gradbank.engine.declaration import Declaration
+from gradbank.engine.indices import unflattened
 from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
 from gradbank.engine.statistics import EveryPair
@@ -62,13 +63,9 @@ def _whole(
     queries = loss.distance.prepare(embeddings)
     s = loss.distance.matrix(queries, queries if whole is embeddings else loss.distance.prepare(whole))
     flat, counts, negatives = pairs.tile(rows, columns)
-    width = max(len(whole), 1)
-    positives = Positives(
-        s.reshape(-1)[flat],
-        torch.div(flat, width, rounding_mode="floor"),
-        torch.ones_like(flat, dtype=s.dtype) if counts is None else counts.to(s.dtype),
-        flat % width,
-    )
+    row, column = unflattened(flat, len(whole))
+    times = torch.ones_like(flat, dtype=s.dtype) if counts is None else counts.to(s.dtype)
+    positives = Positives(s.reshape(-1)[flat], row, times, column)
     labels, weight = pairs.anchor_labels, pairs.anchor_weight
     anchors = Anchors(
         len(embeddings), labels, embeddings, positives, references.are_anchors, weight, rows, pairs.interval

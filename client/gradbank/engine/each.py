@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gradbank.engine.indices import unflattened
 from gradbank.engine.pairs import Pairs, TilePairs
 from gradbank.engine.references import References
 from gradbank.engine.statistics import EveryPair
@@ -23,7 +24,7 @@ def every_pair(pairs: Pairs, anchors: int, references: References) -> EveryPair:
         place = flat.nonzero().squeeze(1)
         times = None if flat.dtype == torch.bool else flat[place]
         negatives.append(start + _repeated(place, times))
-    return EveryPair(*_unflattened(torch.cat(positives), number), *_unflattened(torch.cat(negatives), number))
+    return EveryPair(*unflattened(torch.cat(positives), number), *unflattened(torch.cat(negatives), number))
 
 
 def every_positive(pairs: Pairs, anchors: int, references: References) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def every_positive(pairs: Pairs, anchors: int, references: References) -> tuple[
     if whole is not None:
         return whole.positives()
     tiles = _whole_rows(pairs, anchors, references)
-    return _unflattened(torch.cat([rows.start * number + _repeated(*tile[:2]) for rows, tile in tiles]), number)
+    return unflattened(torch.cat([rows.start * number + _repeated(*tile[:2]) for rows, tile in tiles]), number)
 
 
 def _whole_rows(pairs: Pairs, anchors: int, references: References) -> Iterator[tuple[slice, TilePairs]]:
@@ -49,16 +50,11 @@ def _repeated(flat: Tensor, times: Tensor | None) -> Tensor:
     return flat if times is None else flat.repeat_interleave(times.long()).sort().values
 
 
-def _unflattened(flat: Tensor, references: int) -> tuple[Tensor, Tensor]:
-    row = torch.div(flat, max(references, 1), rounding_mode="floor")
-    return row, flat - row * references
-
-
-def triplets_of(pairs: EveryPair) -> tuple[Tensor, Tensor, Tensor]:
+def triplets_of(pairs: EveryPair, at_most: int | None = LISTED_AT_MOST) -> tuple[Tensor, Tensor, Tensor]:
     """Every `(a, p, n)` of positive and negative pairs of one anchor, by anchor, then positive, then negative.
 
     Raises:
-        ValueError: more of them than can be listed.
+        ValueError: more than `at_most` of them, if there is a limit.
     """
     size = int(max(pairs.a1.max(), pairs.a2.max())) + 1 if len(pairs.a1) and len(pairs.a2) else 0
     positive, negative = pairs.a1.argsort(stable=True), pairs.a2.argsort(stable=True)
@@ -67,8 +63,8 @@ def triplets_of(pairs: EveryPair) -> tuple[Tensor, Tensor, Tensor]:
     a = pairs.a1[positive]
     each = number[a] if size else torch.zeros_like(a)
     total = int(each.sum())
-    if total > LISTED_AT_MOST:
-        raise ValueError(f"there are {total} triplets, too many to list ({LISTED_AT_MOST} at most)")
+    if at_most is not None and total > at_most:
+        raise ValueError(f"there are {total} triplets, too many to list ({at_most} at most)")
     first = (start[a] - (each.cumsum(0) - each)).repeat_interleave(each) if size else each
     n = pairs.n[negative[first + torch.arange(total, device=a.device)]] if total else each[:0]
     return a.repeat_interleave(each), pairs.p[positive].repeat_interleave(each), n

@@ -61,6 +61,12 @@ def named_weight(indices: Indices, embeddings: Tensor, anchors_only: bool = Fals
     return times / times.max()
 
 
+def unflattened(flat: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Places in a flattened matrix of so many columns, as rows and columns."""
+    row = torch.div(flat, max(width, 1), rounding_mode="floor")
+    return row, flat - row * width
+
+
 def check_indices(kind: str, index: Tensor, size: int) -> None:
     """Refuses an index that is not in `0 .. size - 1`.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbank.distances import Distance
+from gradbank.engine.indices import unflattened
 from gradbank.engine.listing import Listing
 from gradbank.engine.near import distances_of
 from gradbank.engine.pairs import Pairs, TilePairs
@@ -41,7 +42,7 @@ class MinedPairs(Pairs):
     def tile(self, rows: slice, columns: slice) -> TilePairs:
         positives, counts, negatives = self.base.tile(rows, columns)
         s = self._closeness(rows, columns)
-        row = torch.div(positives, max(s.shape[1], 1), rounding_mode="floor")
+        row, _ = unflattened(positives, s.shape[1])
         kept = self._keeps(s.reshape(-1)[positives], row + rows.start)
         near = s + self.limits.slack > self.limits.near[rows, None]
         return TilePairs(positives[kept], None if counts is None else counts[kept], negatives * near)

@@ -76,9 +76,7 @@ def of_triplets(
     """A loss whose statistics are all of triplets, over `(a, p, n)`: differentiable, in memory of `O(T)`."""
     a, p, n = triplets
     near, far = listed_distances(loss.distance, embeddings, references, a.repeat(2), torch.cat([p, n])).chunk(2)
-    none = near[:0]
-    nothing = Positives(none, none.long(), none, none.long())
-    place = slice(0, len(embeddings))
+    place, nothing = slice(0, len(embeddings)), Positives.none(near)
     anchors = Anchors(len(embeddings), labels, embeddings, nothing, references.are_anchors, place=place)
     found = {}
     for name, statistic in loss.negatives(anchors).items():

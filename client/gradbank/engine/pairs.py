@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradbank.engine.indices import Indices, check_indices
+from gradbank.engine.indices import Indices, check_indices, unflattened
 from gradbank.engine.listing import Listing
 
 # From (P,) distances of positives to the (P, 2) bounds of their negatives', low <= v < high. Larger is farther.
@@ -247,7 +247,7 @@ def _sorted_pairs(
     check_indices(kind, others, shape[1])
     flat, counts = torch.unique(anchors * shape[1] + others, return_counts=True)
     counts = torch.ones_like(counts) if once else counts
-    return flat // max(shape[1], 1), flat % max(shape[1], 1), counts.float()
+    return *unflattened(flat, shape[1]), counts.float()
 
 
 def _inside(anchors: Tensor, others: Tensor, counts: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from gradbank.engine import (
     every_positive,
     listed_distances,
 )
+from gradbank.engine.indices import unflattened
 from gradbank.losses.base import BaseMetricLossFunction
 
 Cost = Callable[[Tensor, Tensor], Tensor]
@@ -84,8 +85,7 @@ def swapped_triplets(
     """The same of triplets `(a, p, n)` that were named one by one."""
     a, p, n = triplets
     pair, which = torch.unique(a * len(references) + p, return_inverse=True)
-    first, second = pair // max(len(references), 1), pair % max(len(references), 1)
-
+    first, second = unflattened(pair, len(references))
     near = listed_distances(loss.distance, embeddings, references, a, p)
     queries = torch.cat([embeddings.index_select(0, first), references.take(second)], 1)
     far = listed_distances(_NearerOfTwo(loss.distance), queries, references, which, n)

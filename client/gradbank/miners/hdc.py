@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gradbank.component import component
 from gradbank.engine import Indices, References, as_pairs, check_indices, listed_distances, widened
+from gradbank.engine.indices import unflattened
 from gradbank.miners.base import Miner
-from gradbank.miners.listing import measured_pairs, unflattened
+from gradbank.miners.listing import measured_pairs
 from gradbank.miners.rows import kinds
 
 

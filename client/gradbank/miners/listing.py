@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbank.distances import Distance
+from gradbank.engine.indices import unflattened
 from gradbank.miners.rows import matrix
 
 
@@ -61,12 +62,6 @@ class TripletList:
             made[2][start : start + number] = negatives()
             start += number
         return made[0], made[1], made[2]
-
-
-def unflattened(flat: Tensor, references: int) -> tuple[Tensor, Tensor]:
-    """Positions in the flattened `(B, M)` matrix, as rows and columns."""
-    row = torch.div(flat, max(references, 1), rounding_mode="floor")
-    return row, flat - row * references
 
 
 def measured_pairs(

@@ -6,8 +6,9 @@ from torch import Tensor
 from gradbank.checks import check_counts
 from gradbank.component import component
 from gradbank.engine import Indices
+from gradbank.engine.indices import unflattened
 from gradbank.miners.base import Miner, check_unit_euclidean
-from gradbank.miners.listing import TripletList, measured_pairs, unflattened
+from gradbank.miners.listing import TripletList, measured_pairs
 from gradbank.miners.rows import matrix
 
 _MOST_PAIRS = 2**24  # of a kind, drawn at once

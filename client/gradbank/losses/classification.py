@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gradbank.checks import require_positive
 from gradbank.component import component
-from gradbank.distances import CosineSimilarity, Distance, DotProductSimilarity
+from gradbank.distances import Distance, DotProductSimilarity
 from gradbank.engine import Anchors
 from gradbank.losses.angles import AngleLoss
 from gradbank.losses.classes import ClassificationLoss
@@ -73,16 +73,6 @@ class CosFaceLoss(AngleLoss):
     """
 
     margin: float = 0.35
-    scale: float = 64.0
-    distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
-
-    def __post_init__(self) -> None:
-        self.require_distance(CosineSimilarity)
-        require_positive(scale=self.scale)
-        super().__post_init__()
-
-    def logits(self) -> Distance:
-        return Logits(self.distance, self.scale)
 
     def with_margin(self, z: Tensor, anchors: Anchors) -> Tensor:
         return z - self.margin * self.scale
@@ -111,16 +101,6 @@ class ArcFaceLoss(AngleLoss):
     """
 
     margin: float = 28.6
-    scale: float = 64.0
-    distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
-
-    def __post_init__(self) -> None:
-        self.require_distance(CosineSimilarity)
-        require_positive(scale=self.scale)
-        super().__post_init__()
-
-    def logits(self) -> Distance:
-        return Logits(self.distance, self.scale)
 
     def with_margin(self, z: Tensor, anchors: Anchors) -> Tensor:
         margin, cosine = radians(self.margin), z / self.scale

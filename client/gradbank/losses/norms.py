@@ -1,12 +1,10 @@
 """Losses that classify embeddings by angles with a multiplied margin, and by lengths."""
 
 import math
-from dataclasses import field
 
 import torch
 from torch import Tensor, nn
 
-from gradbank.checks import require_positive
 from gradbank.component import component
 from gradbank.distances import CosineSimilarity, Distance, DotProductSimilarity
 from gradbank.engine import Anchors
@@ -41,20 +39,15 @@ class SphereFaceLoss(AngleLoss):
 
     margin: float = 4
     scale: float = 1.0
-    distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
 
     def __post_init__(self) -> None:
         self.require_distance(CosineSimilarity, p=2, power=1)
-        require_positive(scale=self.scale)
         if not 1 <= self.margin <= _MOST:
             raise ValueError(f"margin must be from 1 to {_MOST}, got {self.margin}")
         super().__post_init__()
 
     def queries(self, embeddings: Tensor) -> Tensor:
         return embeddings  # as long as they are
-
-    def logits(self) -> Distance:
-        return Logits(self.distance, self.scale)
 
     def with_margin(self, z: Tensor, anchors: Anchors) -> Tensor:
         return self.multiplied(z, anchors.each(anchors.embeddings.norm(dim=1)))

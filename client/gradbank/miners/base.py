@@ -19,7 +19,7 @@ class Miner(Recorder):
     """Chooses the pairs or triplets that are worth their gradient.
 
     A miner of your own defines `mine`, which lists them. One that can tell a tile of pairs which of them it keeps
-    defines `select` instead (see `MultiSimilarityMiner`), so that a queue needs no list.
+    defines `select` instead (see `PairMiner`), so that a queue needs no list.
 
     Args:
         distance: how far apart embeddings are.

@@ -26,7 +26,7 @@ from gradbank.miners.totals import totals
 
 @foundation
 class PairMiner(Miner):
-    """A miner whose `select` tells tile by tile which pairs are kept; calling it lists them."""
+    """A miner whose `limits` tell tile by tile which pairs are kept; calling it lists them."""
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Indices:
         own = torch.arange(len(embeddings), device=embeddings.device) if ref_labels is labels else None
@@ -38,7 +38,15 @@ class PairMiner(Miner):
 
     def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
         """Those of `pairs` that the miner keeps."""
-        raise NotImplementedError(f"{type(self).__name__} must define select")
+        self.distance.record(embeddings, references.pieces)
+        with full_precision(embeddings.device):
+            queries = self.distance.prepare(widened(embeddings.detach()))
+        references = references.detach()
+        return MinedPairs(pairs, self.distance, queries, references, self.limits(queries, references, pairs))
+
+    def limits(self, queries: Tensor, references: References, pairs: LabelledPairs) -> Limits:
+        """How close a pair of `pairs` must be, for each of the `(B, D)` prepared queries."""
+        raise NotImplementedError(f"{type(self).__name__} must define limits, or select")
 
     def watch(self, embeddings: Tensor, references: References, taken: Pairs) -> None:
         if not isinstance(taken, MinedPairs):  # of a subclass that lists them
@@ -65,12 +73,8 @@ class MultiSimilarityMiner(PairMiner):
     epsilon: float = 0.1
     distance: Distance = field(default_factory=CosineSimilarity, kw_only=True)
 
-    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
+    def limits(self, queries: Tensor, references: References, pairs: LabelledPairs) -> Limits:
         distance = self.distance
-        distance.record(embeddings, references.pieces)
-        with full_precision(embeddings.device):
-            queries = distance.prepare(widened(embeddings.detach()))
-        references = references.detach()
         nearest_negative = queries.new_full((len(queries),), -torch.inf)
         farthest_positive = queries.new_full((len(queries),), torch.inf)
         bounds = Bounds.on(queries.device)
@@ -80,9 +84,7 @@ class MultiSimilarityMiner(PairMiner):
                 torch.maximum(nearest_negative[rows], near, out=nearest_negative[rows])
                 of_positives = distance.closeness(positives.s)
                 farthest_positive.scatter_reduce_(0, positives.anchor + rows.start, of_positives, "amin")
-        return MinedPairs(
-            pairs, distance, queries, references, Limits(nearest_negative, farthest_positive, self.epsilon)
-        )
+        return Limits(nearest_negative, farthest_positive, self.epsilon)
 
 
 @component
@@ -108,16 +110,6 @@ class PairMarginMiner(PairMiner):
         self.pos_pair_dist = float(every.near.sum() / every.positives.sum().clamp(min=1))
         self.neg_pair_dist = float(every.far.sum() / every.negatives.sum().clamp(min=1))
 
-    def select(self, embeddings: Tensor, references: References, pairs: LabelledPairs) -> MinedPairs:
-        distance = self.distance
-        distance.record(embeddings, references.pieces)
-        with full_precision(embeddings.device):
-            queries = distance.prepare(widened(embeddings.detach()))
-        references = references.detach()
-
-        far, near = (-self.pos_margin, -self.neg_margin)
-        if distance.is_inverted:
-            far, near = self.pos_margin, self.neg_margin
-        every = queries.new_ones(len(queries))
-        limits = Limits(every * far, every * near)
-        return MinedPairs(pairs, distance, queries, references, limits)
+    def limits(self, queries: Tensor, references: References, pairs: LabelledPairs) -> Limits:
+        every = queries.new_full((len(queries),), self.distance.sign)
+        return Limits(every * self.pos_margin, every * self.neg_margin)

@@ -16,7 +16,7 @@ from gradbank.errors import DeadlineExceeded, ServerUnavailable
 from gradbank.remote.stream import GrpcSteps, end_beside
 from gradbank.remote.transport import SLOWEST_BYTES_PER_S, Steps, left_until
 from gradbank.v1 import catalog_pb2_grpc, session_pb2, session_pb2_grpc, stats_pb2, stats_pb2_grpc
-from gradbank.wire import MESSAGE_BYTES, Assembly, chunks, error_of, nbytes
+from gradbank.wire import MESSAGE_BYTES, Assembly, chunks, error_of, state_bytes
 
 T = TypeVar("T")
 _HERE = ("127.0.0.1", "localhost", "[::1]")
@@ -72,7 +72,7 @@ class GrpcTransport:
         parts = self._arriving(lambda: self._sessions.PullState(request), timeout)
         first = next(parts)
         state = list(first.state)
-        size = sum(nbytes(named.tensor) for named in state)
+        size = state_bytes(state)
         payload = Assembly(size)
         parts.until = begun + timeout + size / SLOWEST_BYTES_PER_S
         payload.add(first.payload)

@@ -29,7 +29,7 @@ from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, Sessio
 from gradbank.remote.stream import end_beside
 from gradbank.remote.transport import SLOWEST_BYTES_PER_S, Transport, left_until
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
-from gradbank.wire import LONGEST_S, component_message, describe
+from gradbank.wire import LONGEST_S, component_message, state_message
 
 
 def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
@@ -121,11 +121,7 @@ class Client:
         if known is not None:
             with suppress(Fenced, SessionNotFound):  # nobody is left to tell
                 known.flush(left_until(deadline))
-        named, payload = [], []
-        for key, value in _state_to_send(loss).items():
-            message, data = describe(value)
-            named.append(session_pb2.NamedTensor(name=key, tensor=message))
-            payload.append(data)
+        named, payload = state_message(_state_to_send(loss))
         try:
             asked = component_message(loss.spec())
         except TypeError as error:

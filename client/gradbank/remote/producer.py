@@ -25,7 +25,7 @@ from gradbank.remote.flight import Flight
 from gradbank.remote.ticket import News, Ticket
 from gradbank.remote.transport import Transport, left_until
 from gradbank.v1 import session_pb2, step_pb2
-from gradbank.wire import WINDOW, TensorReader, error_of
+from gradbank.wire import WINDOW, error_of, state_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _LOOKS_EVERY_S = 1.0  # who waits for another thread: Ctrl-C may come just before that tells the others
@@ -333,8 +333,7 @@ class Producer:
         """The session's state: weights and bank."""
         request = session_pb2.PullStateRequest(session=self.session)
         state, payload = self.transport().pull_state(request, self.timeout)
-        reader = TensorReader(payload)
-        return {named.name: reader.take(named.tensor).clone() for named in state}  # to be kept, each by itself
+        return {name: value.clone() for name, value in state_of(state, payload).items()}  # to be kept, each by itself
 
     def _retried(self, call: Callable[[], T], deadline: float) -> T:
         """What `call` gives, once the server can be reached."""

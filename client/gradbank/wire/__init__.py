@@ -13,6 +13,7 @@ from gradbank.wire.payload import (
     assembled,
     chunks,
 )
+from gradbank.wire.state import state_bytes, state_message, state_of
 from gradbank.wire.tensors import (
     TensorReader,
     describe,
@@ -55,6 +56,9 @@ __all__ = [
     "seconds_of_both",
     "shape_of",
     "spec_of",
+    "state_bytes",
+    "state_message",
+    "state_of",
     "status_of",
     "torch_dtype",
     "wire_dtype",

@@ -19,16 +19,17 @@ from gradbank import __version__
 from gradbank.errors import GradbankError, InternalError, InvalidRequest, LimitExceeded, SessionNotFound
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2, step_pb2
 from gradbank.wire import (
-    TensorReader,
     argument_messages,
     argument_values,
     component_message,
-    describe,
     error_message,
     leave_out_entries,
     nbytes,
     seconds_of,
     spec_of,
+    state_bytes,
+    state_message,
+    state_of,
 )
 from gradbank_server.allocator import give_back
 from gradbank_server.build import build_loss, import_components
@@ -74,7 +75,7 @@ class Service:
 
     def state_bytes(self, header: session_pb2.CreateSessionRequest) -> int:
         """How long the state of a request to create a session is; refused if no session could hold it."""
-        size = sum(nbytes(named.tensor) for named in header.state)
+        size = state_bytes(header.state)
         limit = self.settings.max_session_bytes
         if size > limit:
             raise LimitExceeded(f"the session's state takes {size:,} bytes, and a session may take {limit:,}")
@@ -83,9 +84,7 @@ class Service:
     def create_session(
         self, header: session_pb2.CreateSessionRequest, payload: Tensor
     ) -> session_pb2.CreateSessionResponse:
-        reader = TensorReader(payload)
-        state = {named.name: reader.take(named.tensor) for named in header.state}
-        reader.finish()
+        state = state_of(header.state, payload)
         session, created = self.sessions.create(header.name, spec_of(header.loss), state)
         return session_pb2.CreateSessionResponse(session=_described(session), created=created)
 
@@ -108,12 +107,7 @@ class Service:
         return session_pb2.ConfigureOptimizerResponse(optimizer=_optimizer(spec))
 
     def pull_state(self, request: session_pb2.PullStateRequest) -> tuple[list[session_pb2.NamedTensor], Payload]:
-        named, payload = [], []
-        for name, value in self.sessions[request.session].state().items():
-            message, data = describe(value)
-            named.append(session_pb2.NamedTensor(name=name, tensor=message))
-            payload.append(data)
-        return named, payload
+        return state_message(self.sessions[request.session].state())
 
     def get_session(self, request: session_pb2.GetSessionRequest) -> session_pb2.GetSessionResponse:
         return session_pb2.GetSessionResponse(session=_described(self.sessions[request.session]))

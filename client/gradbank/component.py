@@ -306,9 +306,9 @@ def component_named(name: str) -> type[Component]:
     return _REGISTRY[name]
 
 
-def did_you_mean(word: str, known: Iterable[str], listing: Callable[[Iterable[str]], str] = ", ".join) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence that refuses `word`: the closest known word, or all of them."""
     words = sorted(known)
     plain = {each.lower(): each for each in words}
     close = difflib.get_close_matches(word.lower(), plain, n=1)
-    return f"; did you mean {plain[close[0]]!r}?" if close else f"; known are {listing(words)}"
+    return f"; did you mean {plain[close[0]]!r}?" if close else f"; known are {', '.join(words)}"

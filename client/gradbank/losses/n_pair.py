@@ -11,8 +11,6 @@ from gradbank.engine import full_precision, widened
 from gradbank.losses.base import Loss
 from gradbank.losses.softmax import NTXentLoss
 
-N_PAIR = "n-pair"
-
 
 @component
 class NPairLoss(Loss):

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradbank.component import component
 from gradbank.overrides import is_ours
 from gradbank.reducers.base import Reducer, Tally, is_nothing
-from gradbank.reducers.kept import Bounds, Kept, LossDict, Ratio, add_up
+from gradbank.reducers.kept import Kept, LossDict, Ratio, add_up
 from gradbank.reducers.means import MeanReducer
 
 
@@ -39,10 +39,6 @@ class PerAnchorReducer(Reducer):
     @property
     def needs_list(self) -> bool:
         return self.aggregation_func is not None or self.reducer.needs_list or super().needs_list
-
-    @property
-    def bounds(self) -> Bounds:
-        return None, None
 
     @property
     def collects(self) -> bool:

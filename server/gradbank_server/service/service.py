@@ -39,7 +39,7 @@ from gradbank_server.service.steps import Arrived, answer_message, check_header,
 from gradbank_server.sessions import Limits, OptimizerSpec, Run, Session, Sessions, Tally, here
 from gradbank_server.settings import ServerSettings
 from gradbank_server.stats import Metrics
-from gradbank_server.storage import MemoryStorage, Storage
+from gradbank_server.storage import MemoryStorage
 
 log = structlog.get_logger()
 
@@ -60,7 +60,6 @@ class Service:
         self,
         settings: ServerSettings,
         device: torch.device,
-        storage: Storage | None = None,
         run: Run = here,
         lost: Callable[[], None] = lambda: None,
     ) -> None:
@@ -68,7 +67,7 @@ class Service:
         self.settings, self.device, self._run, self._lost = settings, device, run, lost
         self.boot_id = secrets.token_hex(8)
         limits = Limits(settings.max_sessions, settings.max_session_bytes)
-        self.sessions = Sessions(build_loss, device, limits, storage or MemoryStorage(), time.monotonic, run)
+        self.sessions = Sessions(build_loss, device, limits, MemoryStorage(), time.monotonic, run)
         self.metrics = Metrics(self.sessions, str(device))
 
     # -- sessions ---------------------------------------------------------------------------------------------

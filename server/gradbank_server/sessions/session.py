@@ -1,6 +1,5 @@
 """A loss and all that it remembers: its steps run one at a time, each as a whole or not at all."""
 
-import inspect
 import secrets
 import threading
 from collections.abc import Callable
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.bank import Bank
-from gradbank.checks import check_batch, check_finite
 from gradbank.component import Spec
-from gradbank.engine import widened
 from gradbank.errors import (
     GradbankError,
     InvalidRequest,
@@ -23,6 +20,7 @@ from gradbank.errors import (
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
+from gradbank_server.sessions.arguments import Signature
 from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec, Outcome
 from gradbank_server.sessions.learner import Learner, Update
 from gradbank_server.sessions.producers import Attachment, Producer
@@ -76,12 +74,10 @@ class Session:
         run: Run = here,
     ) -> None:
         self.name, self.loss, self.spec = name, loss, spec
-        self._device, self._storage, self._clock, self._run = device, storage, clock, run
+        self._storage, self._clock, self._run = storage, clock, run
         self._learner, self._statistics = Learner(loss), Statistics(loss)
         self.banks = banks_of(loss)
-        taken = inspect.signature(loss.forward).parameters
-        self._takes = set(taken)
-        self._takes_any = any(each.kind == each.VAR_KEYWORD for each in taken.values())
+        self._signature = Signature(loss, spec, device)
         self._producers = {r: Producer(r, record) for r, record in storage.producers(name).items()}
         # random, so that a trainer of an earlier session of this name cannot step in this one
         self._nobody = ProducerRecord(epoch=secrets.randbits(48), incarnation=-1, nonce=b"")
@@ -234,7 +230,6 @@ class Session:
 
     def _answered(self, batch: Batch, update: Update, seq: int) -> Answer:
         """Computes a step with the updated weights, and commits it."""
-        is_queue = isinstance(self.loss, CrossBatchMemory)
         if batch.embeddings is None:
             if batch.resets_queue and not self.banks:
                 raise InvalidRequest(f"{self.spec.title()} has no queue that could be emptied")
@@ -242,38 +237,14 @@ class Session:
             for bank in self.banks if batch.resets_queue else ():
                 bank.reset()
             return Answer.nothing(self.bank_rows)
-        check_batch(batch.embeddings, batch.labels)
-        check_finite(batch.embeddings)
-        embeddings = self._leaf(batch.embeddings, batch.embeddings_need_gradient)
-        arguments = {"labels": self._here(batch.labels)}
-        if is_queue and (batch.ref_emb is not None or batch.ref_labels is not None):
-            raise InvalidRequest("a CrossBatchMemory compares with its queue: it takes no ref_emb or ref_labels")
-        if batch.ref_labels is not None:
-            arguments["ref_labels"] = self._here(batch.ref_labels)
-        wanted: list[Tensor] = [embeddings] if batch.embeddings_need_gradient else []
-        if batch.indices:
-            arguments["indices_tuple"] = tuple(index.to(self._device) for index in batch.indices)  # type: ignore[assignment]
-        if batch.enqueue_mask is not None:
-            if not is_queue:
-                raise InvalidRequest(f"enqueue_mask needs a CrossBatchMemory, and this is {self.spec.name}")
-            arguments["enqueue_mask"] = self._here(batch.enqueue_mask)
-        if batch.ref_emb is not None:
-            check_batch(batch.ref_emb, batch.ref_labels, "ref_emb", "ref_labels")
-            check_finite(batch.ref_emb, "ref_emb")
-            ref_emb = self._leaf(batch.ref_emb, batch.ref_emb_needs_gradient)
-            arguments["ref_emb"] = ref_emb
-            wanted += [ref_emb] if batch.ref_emb_needs_gradient else []
-        for name, value in arguments.items():
-            if value is not None and name not in self._takes and not self._takes_any:
-                raise InvalidRequest(f"{self.spec.title()} takes no {name}")
+        given = self._signature.arguments(batch)
         weights = self._learner.weights if batch.weights_need_gradient else []
-        with torch.set_grad_enabled(bool(wanted or weights)):
+        with torch.set_grad_enabled(bool(given.wanted or weights)):
             # views, for trackers of modules hook what these are called with, which a leaf that is asked for is not
-            if batch.ref_emb is not None:
-                arguments["ref_emb"] = ref_emb.view_as(ref_emb)
-            staged = self.loss.stage(embeddings.view_as(embeddings), **arguments)
+            views = {name: each.view_as(each) for name, each in given.others.items() if name == "ref_emb"}
+            staged = self.loss.stage(given.embeddings.view_as(given.embeddings), **{**given.others, **views})
         check_number(staged.loss, self.spec)
-        made, of_weights = gradients_of(staged.loss, wanted, weights)
+        made, of_weights = gradients_of(staged.loss, given.wanted, weights)
         gradients = iter(made)
         answer = Answer(
             staged.loss.detach().cpu(),
@@ -289,13 +260,6 @@ class Session:
         staged.commit()
         update.commit()
         return answer._replace(bank_rows=self.bank_rows)
-
-    def _here(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self._device)
-
-    def _leaf(self, tensor: Tensor, needs_gradient: bool) -> Tensor:
-        # wide, so that its gradient is: a trainer scales that before it narrows it
-        return widened(tensor.to(self._device).detach()).requires_grad_(needs_gradient)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Gathered, Part, Positives
-from gradbank.engine.block import sweep
 from gradbank.engine.counting import count
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.dense import dense, listed
@@ -34,6 +33,7 @@ from gradbank.engine.room import room, whole
 from gradbank.engine.separable import Separable
 from gradbank.engine.statistics import Running, Statistic
 from gradbank.engine.sums import Each, Number, Sum
+from gradbank.engine.sweep import sweep
 from gradbank.engine.thresholds import Buckets, first_not_above
 from gradbank.engine.tiled import Bounds, tiled
 from gradbank.engine.triplets import Triplets

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Gathered, Positives
+from gradbank.engine.backward import backpropagate
 from gradbank.engine.block import Block
 from gradbank.engine.declaration import Declaration
 from gradbank.engine.gradients import Gradients
@@ -101,7 +102,7 @@ def tiled(
     value = written.value().to(embeddings.dtype)
     if any(needed):
         for block, of_positives, of_leaves in written.gradients(into):
-            block.backpropagate(of_positives, of_leaves, into)
+            backpropagate(block, of_positives, of_leaves, into)
     return value, into.wanted()
 
 

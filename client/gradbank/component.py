@@ -1,39 +1,31 @@
 """Modules that can cross the wire by name: a component's fields are its constructor's arguments."""
 
 import dataclasses
-import difflib
-import functools
 import inspect
-from collections.abc import Callable, Iterable
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradbank.arguments import (
+    argument_fields,
+    argument_names,
+    as_given,
+    check_constructor,
+    check_not_learned,
+    field_of,
+    held,
+    is_sent,
+    made_by_default,
+)
 from gradbank.overrides import is_ours
 from gradbank.parts import check_part
+from gradbank.spec import Spec
+from gradbank.suggestion import did_you_mean
 
 C = TypeVar("C", bound="Component")
-
-
-class Spec(NamedTuple):
-    """What a component is built from, fit for the wire: its name, and its arguments with components as specs."""
-
-    name: str
-    arguments: dict[str, Any]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and self.name == other.name and same(self.arguments, other.arguments)
-
-    def __ne__(self, other: object) -> bool:  # that of a tuple would compare tensors by `!=`
-        return not self == other
-
-    def title(self) -> str:
-        """The name, with that of the loss inside, as in `CrossBatchMemory(NTXentLoss)`."""
-        inner = self.arguments.get("loss")
-        return f"{self.name}({inner.title()})" if isinstance(inner, Spec) else self.name
 
 
 _REGISTRY: dict[str, type["Component"]] = {}
@@ -58,7 +50,7 @@ class Component(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        each = _field(type(self), name)  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
+        each = field_of(type(self), name)  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
         if each is None or not each.init:
             super().__setattr__(name, value)
             return
@@ -66,7 +58,7 @@ class Component(nn.Module):
             factory = getattr(self, f"get_default_{name}", None)
             value = made_by_default(type(self), name) if factory is None else factory()
         check_part(type(self), name, value)
-        value = _held(value)
+        value = held(value)
         self._note_given(name, value)
         if type(value) is Tensor and name not in self._buffers and name not in self._parameters:
             self.__dict__.pop(name, None)  # what was there before, and was no tensor
@@ -96,7 +88,7 @@ class Component(nn.Module):
         """The constructor arguments that build an equal component; what a class of one's own makes a parameter of is as
         it was given, for the parameter is among the weights."""
         given = self.__dict__.get("_as_given", {})
-        return {name: given.get(name, _given(getattr(self, name))) for name in argument_names(type(self))}
+        return {name: given.get(name, as_given(getattr(self, name))) for name in argument_names(type(self))}
 
     def rebuilt(self: C) -> C:
         """A new component, and new ones within it, from the same arguments."""
@@ -111,9 +103,9 @@ class Component(nn.Module):
         """
         if _REGISTRY.get(type(self).__name__) is not type(self):
             raise TypeError(f"{type(self).__name__} is not a registered component: decorate it with @component")
-        _check_constructor(type(self))
+        check_constructor(type(self))
         arguments, fields = self.arguments(), argument_fields(type(self))
-        _check_not_learned(type(self), arguments)
+        check_not_learned(type(self), arguments)
         return Spec(type(self).__name__, {each.name: _sent(arguments[each.name]) for each in fields if is_sent(each)})
 
     def extra_repr(self) -> str:
@@ -155,78 +147,6 @@ def foundation(cls: type[C]) -> type[C]:
     return made
 
 
-@functools.cache
-def _field(cls: type[Component], name: str) -> "dataclasses.Field[Any] | None":
-    """The field of a class, or of any that it is written on: what is no dataclass names its first base's only."""
-    every = (vars(each).get("__dataclass_fields__", {}) for each in cls.__mro__)
-    return next((fields[name] for fields in every if name in fields), None)
-
-
-def default_method(cls: type[Component], name: str) -> Callable[..., Any] | None:
-    """The method that gives an argument its default, unless that is what its field says anyhow."""
-    method: Callable[..., Any] | None = getattr(cls, f"get_default_{name}", None)
-    return None if getattr(method, "of_field", False) else method
-
-
-def default_getter(name: str) -> Any:
-    """A method that gives an argument the default that its field has, for `super()` of one that gives another."""
-
-    def get_default(self: Component) -> Any:
-        return made_by_default(type(self), name)
-
-    get_default.__doc__ = f"The {name} where none is given."
-    get_default.of_field = True  # type: ignore[attr-defined]  # see `default_method`
-    return get_default
-
-
-def made_by_default(cls: type[Component], name: str) -> Any:
-    """What the `default_factory` of an argument makes; None if it has none."""
-    each = _field(cls, name)  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
-    factory = None if each is None else each.metadata.get("default_factory")
-    return None if factory is None else factory()
-
-
-def _check_constructor(cls: type[Component]) -> None:
-    """Refuses a class that would be built without some of its arguments."""
-    taken = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    named = [each.name for each in taken if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    unknown = [name for name in named if name not in argument_names(cls)]
-    if unknown:
-        raise TypeError(
-            f"{cls.__name__}.__init__ takes {', '.join(unknown)}, of which a server cannot be told: declare what it "
-            f"takes as fields of the class (`{unknown[0]}: float = 1.0`), and do the rest in __post_init__"
-        )
-
-
-def _check_not_learned(cls: type[Component], arguments: dict[str, Any]) -> None:
-    """Refuses what a server would take for a number."""
-    for name, value in arguments.items():
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(each, Tensor) and each.requires_grad for each in items):
-            raise TypeError(
-                f"{name} of {cls.__name__} is learned, and a server would have it as a number and no gradient of it: "
-                f"give the number (as in {name}.detach()), or learn it with a loss in this process"
-            )
-
-
-def _held(value: Any) -> Any:
-    """An argument as the component holds it: what contains modules is a module."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    if not any(isinstance(item, nn.Module) for item in items):
-        return value
-    try:
-        return nn.ModuleDict(value) if isinstance(value, dict) else nn.ModuleList(value)
-    except (KeyError, TypeError) as error:  # a name that no attribute can have, or modules mixed with something else
-        raise ValueError(f"components are given in a list, or by names: {error.args[0]!s}") from None
-
-
-def _given(value: Any) -> Any:
-    """An argument as the constructor takes it: the reverse of `_held`."""
-    if isinstance(value, nn.ModuleDict):
-        return dict(value.items())
-    return list(value) if isinstance(value, nn.ModuleList) else value
-
-
 def _rebuilt(value: Any) -> Any:
     if isinstance(value, Component):
         return value.rebuilt()
@@ -253,43 +173,6 @@ def _sent(value: Any) -> Any:
     return value
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two arguments of specs are equal: tensors entry by entry, lists and tuples item by item."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        a, b = a.detach().cpu(), b.detach().cpu()
-        return bool(((a == b) | ((a != a) & (b != b))).all())
-    if isinstance(a, Spec) or isinstance(b, Spec):
-        return bool(a == b)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
-
-
-def argument_fields(cls: type[Component]) -> list["dataclasses.Field[Any]"]:
-    """The fields that the constructor takes, positional ones first."""
-    taken = [each for each in dataclasses.fields(cls) if each.init]  # type: ignore[arg-type]  # every component is one
-    return sorted(taken, key=lambda each: bool(each.kw_only))
-
-
-def is_sent(each: "dataclasses.Field[Any]") -> bool:
-    """Whether the argument crosses the wire: all but those declared with `metadata={"wire": False}`."""
-    return bool(each.metadata.get("wire", True))
-
-
-def default_of(each: "dataclasses.Field[Any]") -> Any:
-    """What the argument is if it is left out; `dataclasses.MISSING` if it must be given."""
-    factory = each.metadata.get("default_factory")
-    return each.default if factory is None else factory()
-
-
-def argument_names(cls: type[Component]) -> list[str]:
-    return [each.name for each in argument_fields(cls)]
-
-
 def components() -> dict[str, type[Component]]:
     """Every registered component class, by name."""
     return dict(sorted(_REGISTRY.items()))
@@ -304,11 +187,3 @@ def component_named(name: str) -> type[Component]:
     if name not in _REGISTRY:
         raise ValueError(f"no component is named {name!r}{did_you_mean(name, _REGISTRY)}")
     return _REGISTRY[name]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence that refuses `word`: the closest known word, or all of them."""
-    words = sorted(known)
-    plain = {each.lower(): each for each in words}
-    close = difflib.get_close_matches(word.lower(), plain, n=1)
-    return f"; did you mean {plain[close[0]]!r}?" if close else f"; known are {', '.join(words)}"

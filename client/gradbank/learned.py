@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradbank.component import Component, argument_fields, argument_names
+from gradbank.arguments import argument_fields, argument_names
+from gradbank.component import Component
 from gradbank.distances import Distance
 from gradbank.engine import at_once, using
 from gradbank.locks import lock_of

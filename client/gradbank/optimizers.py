@@ -2,8 +2,8 @@
 
 import torch
 
-from gradbank.component import did_you_mean
 from gradbank.errors import InvalidRequest
+from gradbank.suggestion import did_you_mean
 
 _NAMES = (
     *("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adafactor", "Adamax", "ASGD", "Muon", "NAdam", "RAdam"),

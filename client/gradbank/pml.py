@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradbank import evaluation, samplers
-from gradbank.component import Component, argument_fields, components
+from gradbank.arguments import argument_fields
+from gradbank.component import Component, components
 from gradbank.losses import CrossBatchMemory
 
 PACKAGE = "pytorch_metric_learning"

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 import gradbank.losses
 import gradbank.miners  # noqa: F401  (with the losses, these register every component)
-from gradbank.component import Component, Spec, argument_fields, component_named, components, did_you_mean
+from gradbank.arguments import argument_fields
+from gradbank.component import Component, component_named, components
 from gradbank.errors import InvalidComponent, InvalidRequest, LimitExceeded
 from gradbank.losses.base import Loss
+from gradbank.spec import Spec
+from gradbank.suggestion import did_you_mean
 from gradbank_server.sessions import is_out_of_memory
 
 _CONTAINERS = (list, dict, collections.abc.Sequence, collections.abc.Mapping)

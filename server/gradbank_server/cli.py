@@ -246,8 +246,8 @@ def close(
 ) -> int:
     """End a session of a server, and free what it holds: its bank and weights are gone."""
     import gradbank
-    from gradbank.component import did_you_mean
     from gradbank.errors import GradbankError
+    from gradbank.suggestion import did_you_mean
 
     try:
         with gradbank.connect(address, timeout) as client:
@@ -268,9 +268,9 @@ def catalog(
     components: Annotated[str, Parameter(help="Packages of your own to list too; as for `gradbank serve`.")] = "",
 ) -> int:
     """List what a server can build: losses, distances, miners, reducers, regularizers."""
-    from gradbank.component import did_you_mean
     from gradbank.errors import GradbankError
     from gradbank.remote.stats import ComponentInfo
+    from gradbank.suggestion import did_you_mean
     from gradbank_server.build import import_components
     from gradbank_server.service.catalog import component_infos
 

@@ -4,7 +4,8 @@ import importlib
 
 import pytest
 
-from gradbank.component import Spec, components
+from gradbank.component import components
+from gradbank.spec import Spec
 from gradbank.wire import component_message, spec_of
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import gradbank
 from gradbank import losses, miners
-from gradbank.component import Component, Spec, component
+from gradbank.component import Component, component
 from gradbank.errors import InvalidComponent, SessionConflict
+from gradbank.spec import Spec
 from gradbank_server.build import build
 
 from .conftest import sent

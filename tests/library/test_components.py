@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from gradbank import distances, losses, miners, reducers, regularizers
-from gradbank.component import Component, Spec, argument_fields, component, components, default_of
+from gradbank.arguments import argument_fields, default_of
+from gradbank.component import Component, component, components
 from gradbank.errors import InvalidComponent
+from gradbank.spec import Spec
 from gradbank.wire import component_message, spec_of
 from gradbank_server.build import build, build_loss
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from gradbank import distances, losses, reducers
-from gradbank.component import Spec, component
+from gradbank.component import component
+from gradbank.spec import Spec
 from gradbank_server.build import build
 
 from .conftest import sent

@@ -11,7 +11,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from gradbank import distances, losses, miners
-from gradbank.component import argument_names
+from gradbank.arguments import argument_names
 from gradbank.engine import LabelledPairs, Pairs, References, every_pair
 
 NAMES = [name for name in dir(pml_miners) if name.endswith("Miner") and name != "BaseMiner"]

@@ -9,7 +9,8 @@ import torch
 
 import gradbank
 from gradbank import distances, losses
-from gradbank.component import Component, argument_fields, components
+from gradbank.arguments import argument_fields
+from gradbank.component import Component, components
 from gradbank.distances import Distance
 from gradbank.errors import GradbankError, InternalError
 from gradbank.losses.base import Loss

@@ -19,8 +19,9 @@ import torch
 
 import gradbank
 from gradbank import losses
-from gradbank.component import Spec, component, components
+from gradbank.component import component, components
 from gradbank.errors import InternalError, InvalidComponent, InvalidRequest, LimitExceeded
+from gradbank.spec import Spec
 from gradbank_server import cli
 from gradbank_server.build import build_loss, import_components
 from gradbank_server.service import Server

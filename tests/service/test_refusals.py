@@ -9,7 +9,7 @@ from torch import Tensor
 
 import gradbank
 from gradbank import distances, losses, miners
-from gradbank.component import Spec, foundation
+from gradbank.component import foundation
 from gradbank.errors import (
     GradbankError,
     InvalidComponent,
@@ -19,6 +19,7 @@ from gradbank.errors import (
     SessionConflict,
     SessionNotFound,
 )
+from gradbank.spec import Spec
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gradbank import losses
-from gradbank.component import Spec
 from gradbank.errors import (
     Fenced,
     InvalidComponent,
@@ -19,6 +18,7 @@ from gradbank.errors import (
     SessionNotFound,
     StepConflict,
 )
+from gradbank.spec import Spec
 from gradbank_server.build import build_loss
 from gradbank_server.sessions import Batch, Limits, Sessions
 from gradbank_server.storage import MemoryStorage

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradbank import distances, losses, miners, reducers
-from gradbank.component import Component, Spec
+from gradbank.component import Component
 from gradbank.errors import (
     DeadlineExceeded,
     GradbankError,
@@ -21,6 +21,7 @@ from gradbank.errors import (
     ServerUnavailable,
     error_classes,
 )
+from gradbank.spec import Spec
 from gradbank.v1 import component_pb2, error_pb2
 from gradbank.wire import component_message, error_message, error_of, spec_of, status_of
 from gradbank_server.build import build

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gradbank.component import did_you_mean
+from gradbank.suggestion import did_you_mean
 
 PREFIX = "calculate_"
 

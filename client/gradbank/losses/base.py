@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradbank.arguments import default_getter
 from gradbank.checks import as_labels, check_batch
-from gradbank.component import Component, default_getter, foundation
+from gradbank.component import Component, foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import (
     Indices,

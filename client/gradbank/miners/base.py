@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbank.arguments import default_getter
 from gradbank.checks import as_labels, check_batch
-from gradbank.component import default_getter, foundation
+from gradbank.component import foundation
 from gradbank.distances import Distance, LpDistance
 from gradbank.engine import Indices, LabelledPairs, ListedPairs, Pairs, References, full_precision
 from gradbank.overrides import is_ours, refuse_uncalled

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gradbank.component import Spec
 from gradbank.remote.transport import Watched
+from gradbank.spec import Spec
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import seconds_of_both, shape_of, spec_of
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, WeightedRandomSampler
 
-from gradbank.component import did_you_mean
 from gradbank.samplers.random import SamplingError, choose, source
+from gradbank.suggestion import did_you_mean
 
 # Of PML's tester, which also tests: what it is told of that does not change the embeddings.
 UNUSED = {

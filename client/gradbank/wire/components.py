@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradbank.component import Spec
 from gradbank.errors import InvalidComponent
+from gradbank.spec import Spec
 from gradbank.v1 import component_pb2 as v1
 from gradbank.v1 import tensor_pb2
 from gradbank.wire.tensors import inline, read_inline

@@ -4,7 +4,8 @@ import dataclasses
 import inspect
 import re
 
-from gradbank.component import Component, argument_fields, components, default_method, default_of, is_sent
+from gradbank.arguments import argument_fields, default_method, default_of, is_sent
+from gradbank.component import Component, components
 from gradbank.distances import Distance
 from gradbank.losses.base import Loss
 from gradbank.miners.base import Miner

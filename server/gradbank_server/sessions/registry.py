@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbank.component import Spec, same
 from gradbank.errors import InvalidRequest, LimitExceeded, SessionConflict, SessionNotFound
 from gradbank.losses.base import Loss
+from gradbank.spec import Spec, same
 from gradbank_server.sessions.session import Clock, Run, Session, banks_of, here
 from gradbank_server.storage import Storage
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from gradbank.checks import check_finite
-from gradbank.component import Spec
 from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded, NonFiniteError
+from gradbank.spec import Spec
 from gradbank_server.sessions.batch import Answer
 from gradbank_server.sessions.learner import is_out_of_memory
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gradbank.bank import Bank
-from gradbank.component import Spec
 from gradbank.errors import (
     GradbankError,
     InvalidRequest,
@@ -20,6 +19,7 @@ from gradbank.errors import (
 from gradbank.losses.base import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
+from gradbank.spec import Spec
 from gradbank_server.sessions.arguments import Signature
 from gradbank_server.sessions.batch import Answer, Batch, OptimizerSpec, Outcome
 from gradbank_server.sessions.learner import Learner, Update

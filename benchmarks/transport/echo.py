@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbank.component import component
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 
 
 @component

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import gradbank.remote as sync
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.remote.ladder import Via
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats

@@ -24,7 +24,8 @@ from gradbank.engine import (
     widened,
 )
 from gradbank.locks import lock_of
-from gradbank.losses.base import BaseMetricLossFunction, Loss, Staged
+from gradbank.losses.base import BaseMetricLossFunction
+from gradbank.losses.loss import Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.miners.triplets import TripletMarginMiner
 from gradbank.mismatch import Mismatch

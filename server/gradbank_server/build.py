@@ -18,7 +18,7 @@ import gradbank.miners  # noqa: F401  (with the losses, these register every com
 from gradbank.arguments import argument_fields
 from gradbank.component import Component, component_named, components
 from gradbank.errors import InvalidComponent, InvalidRequest, LimitExceeded
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.spec import Spec
 from gradbank.suggestion import did_you_mean
 from gradbank_server.sessions import is_out_of_memory

@@ -9,7 +9,7 @@ import pytest
 
 from gradbank import losses, miners
 from gradbank.component import components
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.losses.pair import PairLoss
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from gradbank.arguments import argument_fields
 from gradbank.component import Component, components
 from gradbank.distances import Distance
 from gradbank.errors import GradbankError, InternalError
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.miners import BaseMiner
 from gradbank.reducers import BaseReducer
 from gradbank.regularizers import BaseRegularizer

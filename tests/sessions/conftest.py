@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank_server.build import build_loss
 from gradbank_server.sessions import Answer, Batch, Limits, Session, Sessions
 from gradbank_server.storage import MemoryStorage

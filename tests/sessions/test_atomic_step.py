@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradbank import losses
 from gradbank.errors import GradbankError, LimitExceeded
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank_server.build import build_loss
 from gradbank_server.sessions import (
     Answer,

@@ -1,7 +1,7 @@
 """Every loss, by name."""
 
 from gradbank.losses.angular import AngularLoss
-from gradbank.losses.base import BaseMetricLossFunction, Loss
+from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.losses.centers import SoftTripleLoss, SubCenterArcFaceLoss
 from gradbank.losses.classification import ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss
 from gradbank.losses.contrastive import (
@@ -13,6 +13,7 @@ from gradbank.losses.contrastive import (
 from gradbank.losses.generic import EmbeddingRegularizerMixin, GenericPairLoss, WeightRegularizerMixin
 from gradbank.losses.histogram import HistogramLoss
 from gradbank.losses.instance import InstanceLoss, NPairsLoss
+from gradbank.losses.loss import Loss
 from gradbank.losses.manifold import ManifoldLoss
 from gradbank.losses.n_pair import NPairLoss
 from gradbank.losses.norms import LargeMarginSoftmaxLoss, SphereFaceLoss

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradbank.component import foundation
 from gradbank.engine import Indices, LabelledPairs, References, as_pairs, every_pair
-from gradbank.losses.base import BaseMetricLossFunction, Loss
+from gradbank.losses.base import BaseMetricLossFunction
+from gradbank.losses.loss import Loss
 from gradbank.reducers import LossDict
 from gradbank.regularizers import Regularizer
 

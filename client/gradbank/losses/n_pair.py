@@ -8,7 +8,7 @@ from gradbank.checks import check_batch
 from gradbank.component import component
 from gradbank.distances import DotProductSimilarity
 from gradbank.engine import full_precision, widened
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.losses.softmax import NTXentLoss
 
 

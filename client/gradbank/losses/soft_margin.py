@@ -24,7 +24,7 @@ from gradbank.engine import (
     widened,
 )
 from gradbank.engine.differences import Differences, Edges
-from gradbank.losses.base import Staged
+from gradbank.losses.loss import Staged
 from gradbank.losses.pair import PairLoss
 from gradbank.reducers import MeanReducer, Reducer
 

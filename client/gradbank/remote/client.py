@@ -20,7 +20,7 @@ from gradbank.errors import (
     ServerUnavailable,
     SessionNotFound,
 )
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.remote.ladder import Via, transport_to
 from gradbank.remote.loss import RemoteLoss

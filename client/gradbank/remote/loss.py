@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradbank.engine.surroundings import uncompiled
 from gradbank.errors import InvalidRequest, SessionConflict
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
 from gradbank.remote.answer import Answered, gradients_of

@@ -1,7 +1,7 @@
 """What losses that call another loss share."""
 
 from gradbank.component import foundation
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 
 
 @foundation

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradbank.component import Component, component
 from gradbank.engine import Indices, full_precision, widened
 from gradbank.learned import learned_at_once
-from gradbank.losses.base import Loss, Staged
+from gradbank.losses.loss import Loss, Staged
 from gradbank.miners.base import Miner
 from gradbank.mismatch import Mismatch
 from gradbank.overrides import is_ours, refuse_uncalled

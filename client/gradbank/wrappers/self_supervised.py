@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from gradbank.checks import check_batch
 from gradbank.component import component, components
 from gradbank.engine import full_precision, widened
-from gradbank.losses.base import Staged
+from gradbank.losses.loss import Staged
 from gradbank.losses.pair import PairLoss
 from gradbank.wrappers.base import BaseLossWrapper
 

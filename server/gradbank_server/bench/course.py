@@ -14,7 +14,7 @@ import torch
 import gradbank
 from gradbank import losses
 from gradbank.errors import LimitExceeded
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.remote.client import Client
 from gradbank.remote.ladder import Via
 from gradbank.remote.loss import RemoteLoss

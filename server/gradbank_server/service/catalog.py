@@ -7,7 +7,7 @@ import re
 from gradbank.arguments import argument_fields, default_method, default_of, is_sent
 from gradbank.component import Component, components
 from gradbank.distances import Distance
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.miners.base import Miner
 from gradbank.reducers import Reducer
 from gradbank.regularizers import Regularizer

@@ -9,7 +9,7 @@ from torch import Tensor
 from gradbank.checks import check_batch, check_finite
 from gradbank.engine import widened
 from gradbank.errors import InvalidRequest
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.spec import Spec
 from gradbank_server.sessions.batch import Batch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradbank.errors import InvalidRequest, LimitExceeded, SessionConflict, SessionNotFound
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.spec import Spec, same
 from gradbank_server.sessions.session import Clock, Run, Session, banks_of, here
 from gradbank_server.storage import Storage

@@ -16,7 +16,7 @@ from gradbank.errors import (
     SessionConflict,
     SessionNotFound,
 )
-from gradbank.losses.base import Loss
+from gradbank.losses.loss import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
 from gradbank.spec import Spec

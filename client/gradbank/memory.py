@@ -176,9 +176,7 @@ class CrossBatchMemory(Loss, Recorder):
             NonFiniteError: NaN or infinity among the embeddings.
         """
         with lock_of(self):  # or a batch of another thread would enter the same slots
-            staged = self.stage(embeddings, labels, indices_tuple, enqueue_mask, enqueue_idx)
-            staged.commit()
-        return staged.loss
+            return self.stage(embeddings, labels, indices_tuple, enqueue_mask, enqueue_idx).carried_out()
 
     def stage(
         self,

@@ -23,6 +23,11 @@ class Staged(NamedTuple):
     loss: Tensor
     commit: Callable[[], None]
 
+    def carried_out(self) -> Tensor:
+        """The loss, once the call has happened."""
+        self.commit()
+        return self.loss
+
 
 @foundation
 class Loss(Component):

@@ -94,9 +94,7 @@ class DynamicSoftMarginLoss(PairLoss):
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar; the arguments are those of every loss of pairs, of which labels may be left out."""
-        staged = self.stage(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        staged.commit()
-        return staged.loss
+        return self.stage(embeddings, labels, indices_tuple, ref_emb, ref_labels).carried_out()
 
     def stage(
         self,

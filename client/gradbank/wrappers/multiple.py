@@ -80,9 +80,7 @@ class MultipleLosses(Loss):
         Raises:
             ValueError: indices in addition to miners, or whatever one of the losses refuses.
         """
-        staged = self.stage(embeddings, labels, indices_tuple)
-        staged.commit()
-        return staged.loss
+        return self.stage(embeddings, labels, indices_tuple).carried_out()
 
     def stage(self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Indices | None = None) -> Staged:
         if self.miners and indices_tuple is not None:

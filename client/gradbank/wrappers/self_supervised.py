@@ -38,9 +38,7 @@ class SelfSupervisedLoss(BaseLossWrapper):
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """The loss of two `(B, D)` views of the same samples, a scalar."""
-        staged = self.stage(embeddings, ref_emb)
-        staged.commit()
-        return staged.loss
+        return self.stage(embeddings, ref_emb).carried_out()
 
     def stage(self, embeddings: Tensor, ref_emb: Tensor | None = None, labels: Tensor | None = None) -> Staged:
         distance = getattr(self.loss, "distance", None)
@@ -85,9 +83,7 @@ class SelfSupervisedLossWrapper(SelfSupervisedLoss):
         Raises:
             ValueError: neither labels nor another view, or both.
         """
-        staged = self.stage(embeddings, labels, ref_emb)
-        staged.commit()
-        return staged.loss
+        return self.stage(embeddings, labels, ref_emb).carried_out()
 
     def stage(  # type: ignore[override]
         self, embeddings: Tensor, labels: Tensor | None = None, ref_emb: Tensor | None = None

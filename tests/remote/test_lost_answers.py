@@ -232,7 +232,7 @@ def test_what_arrives_after_it_was_given_up_does_not_stop_the_trainer(server: Se
         there = client.open(name, memory())
         there(*batch(1))
         lost(proxy, UP, there, 2)
-        epoch, session = there.producer.epoch, server.service.sessions[name]
+        epoch, session = there.producer.tenure.epoch, server.service.sessions[name]
 
         def deliver() -> None:
             transport.deliver = None

@@ -107,7 +107,7 @@ def test_steps_behind_a_refused_one_are_sent_under_a_new_epoch_if_their_stream_e
         assert_same(future.result(), leaf, here, seed)
     refused = there.submit(torch.full((12, 16), torch.nan), batch(0)[1])
     behind = submitted(there, 2, 3)
-    steps, epoch = there.producer._flight._steps, there.producer.epoch
+    steps, epoch = there.producer._flight._steps, there.producer.tenure.epoch
     receive, answers = steps.receive, iter([True, False])  # type: ignore[union-attr]
 
     def cut(timeout: float) -> Any:
@@ -120,7 +120,7 @@ def test_steps_behind_a_refused_one_are_sent_under_a_new_epoch_if_their_stream_e
         refused.result()
     for future, leaf, seed in (*behind, *submitted(there, 4)):
         assert_same(future.result(), leaf, here, seed)
-    assert there.producer.epoch == epoch + 1
+    assert there.producer.tenure.epoch == epoch + 1
     assert anyway.stats(name).steps == 5
     assert anyway.stats(name).bank_rows == len(here)
 

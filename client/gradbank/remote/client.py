@@ -27,6 +27,7 @@ from gradbank.remote.loss import RemoteLoss
 from gradbank.remote.producer import Producer
 from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats, StatsWatch
 from gradbank.remote.stream import end_beside
+from gradbank.remote.tenure import Tenure
 from gradbank.remote.transport import SLOWEST_BYTES_PER_S, Transport, left_until
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import LONGEST_S, component_message, state_message
@@ -129,9 +130,9 @@ class Client:
         header = session_pb2.CreateSessionRequest(name=name, loss=asked, state=named)
         deadline += sum(len(part) for part in payload) / SLOWEST_BYTES_PER_S
         created = transport.create_session(header, payload, left_until(deadline))
-        producer = Producer(self._checked, name, rank, secrets.token_bytes(16), time.time_ns(), self.timeout)
-        producer.attach(None if known is None else known.producer, left_until(deadline))
-        remote = RemoteLoss(producer, loss, created.created, wire)
+        tenure = Tenure(self._checked, name, rank, secrets.token_bytes(16), time.time_ns())
+        tenure.attach(left_until(deadline), None if known is None else known.producer.tenure)
+        remote = RemoteLoss(Producer(self._checked, tenure, self.timeout), loss, created.created, wire)
         replaced, self._open[name, rank] = self._open.get((name, rank)), remote
         if replaced is not None:
             replaced.retire()

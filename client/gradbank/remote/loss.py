@@ -41,7 +41,7 @@ class RemoteLoss(nn.Module):
 
     def __init__(self, producer: Producer, loss: Loss, created: bool, wire: torch.dtype | None) -> None:
         super().__init__()
-        self.producer, self.created, self.name, self.wire = producer, created, producer.session, wire
+        self.producer, self.created, self.name, self.wire = producer, created, producer.tenure.session, wire
         self.timings: dict[str, float] = {}
         self._untold: step_pb2.TrainerTimings | None = None  # of the last step, for the server's statistics
         self._signature = inspect.signature(loss.forward)
@@ -159,7 +159,7 @@ class RemoteLoss(nn.Module):
                 "thaw it with requires_grad_(), or host what is frozen as a loss of its own"
             )
         made = known or asked
-        self.producer.configure(made.spec())
+        self.producer.tenure.configure(made.spec(), self.producer.timeout)
         self._optimizer = made
         return made
 
@@ -215,7 +215,7 @@ class RemoteLoss(nn.Module):
         """A copy of the hosted loss as it is on the server, weights and bank included, that computes here."""
         self.flush()
         copy = self.hosted.rebuilt()
-        copy.take_state(self.producer.pull())
+        copy.take_state(self.producer.tenure.pull(self.producer.timeout))
         return copy
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -292,7 +292,7 @@ class RemoteLoss(nn.Module):
 
     def extra_repr(self) -> str:
         rounded = "" if self.wire is None else f", in {self.wire} on the wire"
-        return f"{self.name!r} at rank {self.producer.rank}{rounded}: {self.hosted}"
+        return f"{self.name!r} at rank {self.producer.tenure.rank}{rounded}: {self.hosted}"
 
 
 class _Call(NamedTuple):

@@ -1,7 +1,6 @@
 """One trainer of one session: it numbers the steps, and sends a step again until it is answered."""
 
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -17,15 +16,15 @@ from gradbank.errors import (
     InvalidUpdate,
     LimitExceeded,
     ServerUnavailable,
-    SessionNotFound,
     StepConflict,
 )
 from gradbank.remote.doubts import Doubts
 from gradbank.remote.flight import Flight
+from gradbank.remote.tenure import Tenure
 from gradbank.remote.ticket import News, Ticket
 from gradbank.remote.transport import Transport, left_until
 from gradbank.v1 import session_pb2, step_pb2
-from gradbank.wire import WINDOW, error_of, state_of
+from gradbank.wire import WINDOW, error_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _LOOKS_EVERY_S = 1.0  # who waits for another thread: Ctrl-C may come just before that tells the others
@@ -37,7 +36,7 @@ T = TypeVar("T")
 
 
 class Producer:
-    """A rank of a session, attached under a nonce of its own.
+    """The steps of a trainer that holds a rank of a session.
 
     The server carries a step out once, however often it is sent: so one whose answer was lost is sent again, with the
     same number and bytes, until it is answered or time is up. Several may be in flight; they are answered in order, and
@@ -49,56 +48,19 @@ class Producer:
 
     Args:
         transport: gives the transport, or raises if this process may not use it.
-        incarnation: greater than that of any trainer that held the rank before.
+        tenure: the rank, attached.
         timeout: seconds that a step may take, all tries together.
     """
 
-    def __init__(
-        self,
-        transport: Callable[[], Transport],
-        session: str,
-        rank: int,
-        nonce: bytes,
-        incarnation: int,
-        timeout: float,
-    ) -> None:
-        self.session, self.rank, self.timeout = session, rank, timeout
-        self.transport, self._nonce, self._incarnation = transport, nonce, incarnation
+    def __init__(self, transport: Callable[[], Transport], tenure: Tenure, timeout: float) -> None:
+        self.transport, self.tenure, self.timeout = transport, tenure, timeout
         self._process = os.getpid()
-        self._renewed = b""
         self._lock = threading.RLock()  # taken by itself: a Condition that is interrupted as it is taken stays taken
         self._changed = threading.Condition(self._lock)
         self._busy = False  # whether a thread waits for the server
         self._closed = 0  # how often, for it can be used again
         self._flight = Flight(self._lock)
         self._doubts = Doubts()
-        self.epoch = self.last_seq = self.max_step_bytes = 0
-
-    def attach(self, before: "Producer | None" = None, timeout: float | None = None) -> None:
-        """Becomes the session's producer of this rank; asking again changes nothing.
-
-        Args:
-            before: that which had it until now by the same client, whatever the clock says.
-            timeout: seconds that this may take; None is as long as any call.
-
-        Raises:
-            Fenced: a newer trainer holds it.
-            SessionNotFound: the session is gone.
-        """
-        known = b"" if before is None else before._nonce
-        held = self._attached(self._nonce, known, self.timeout if timeout is None else timeout)
-        self.epoch, self.last_seq, self.max_step_bytes = held.epoch, held.last_seq, held.max_step_bytes
-
-    def _attached(self, nonce: bytes, previous_nonce: bytes, timeout: float) -> session_pb2.AttachSessionResponse:
-        request = session_pb2.AttachSessionRequest(
-            session=self.session,
-            rank=self.rank,
-            incarnation=self._incarnation,
-            nonce=nonce,
-            previous_nonce=previous_nonce,
-        )
-        held: session_pb2.AttachSessionResponse = self.transport().call("AttachSession", request, timeout)
-        return held
 
     def deadline(self, timeout: float | None = None) -> float:
         """When a call that begins now is to be over, as `time.monotonic` will say."""
@@ -117,17 +79,20 @@ class Producer:
         """
         transport = self.transport()  # before the lock, which a fork may have copied while it was held
         step.payload_bytes = sum(len(part) for part in parts)
-        if step.payload_bytes > self.max_step_bytes:  # the server would say so too, once it has been sent
+        if step.payload_bytes > self.tenure.max_step_bytes:  # the server would say so too, once it has been sent
             raise LimitExceeded(
                 f"the step's tensors take {step.payload_bytes:,} bytes, and the server takes "
-                f"{self.max_step_bytes:,} a step; send smaller batches, or start it with a larger --max-step-bytes"
+                f"{self.tenure.max_step_bytes:,} a step; send smaller batches, or start it with a larger "
+                "--max-step-bytes"
             )
         while True:
             with self._lock:
                 again = self._doubts.asked_again(step, parts, news)
                 first = self._before(step, news, again is not None)
                 if first is None:
-                    ticket = Ticket(self._numbered(step, news) if again is None else again, parts, news)
+                    ticket = Ticket(
+                        self.tenure.numbered(step, len(self._flight), news) if again is None else again, parts, news
+                    )
                     self._send(ticket, deadline)
                     return ticket
             self._alone(first, transport, deadline)
@@ -160,7 +125,7 @@ class Producer:
             return
         with self._lock:
             self._give_up(error)
-            if ticket is not None and ticket.outcome is not None and ticket.step.seq == self.last_seq:
+            if ticket is not None and ticket.outcome is not None and ticket.step.seq == self.tenure.last_seq:
                 self._doubts.put_first(ticket)
                 ticket.parts = []
 
@@ -168,7 +133,7 @@ class Producer:
         """What is to be done before a step can be sent."""
         if self._doubts and not again:
             return self._read if self._flight else self._settle_doubts
-        if self._renewed and not self._flight:
+        if self.tenure.renewed and not self._flight:
             return self._begin_epoch
         most = 1 if news.events or self._doubts else WINDOW
         ready = len(self._flight) < most and self._flight.takes(step)
@@ -184,7 +149,7 @@ class Producer:
                 if self._busy:
                     told = self._changed.wait(min(left_until(deadline), _LOOKS_EVERY_S))
                     if not told and not left_until(deadline):
-                        late = DeadlineExceeded(f"no step of session {self.session!r} was answered in time")
+                        late = DeadlineExceeded(f"no step of session {self.tenure.session!r} was answered in time")
                         self._give_up(late)
                         raise late
                     return
@@ -216,7 +181,7 @@ class Producer:
                 self._flight.halt()
                 self._refuse(ticket, error_of(output.error))
             try:
-                self._flight.renumber(self.last_seq, deadline)
+                self._flight.renumber(self.tenure.last_seq, deadline)
             except ServerUnavailable:
                 self._renumber_anew(deadline)
         except BaseException as error:
@@ -232,25 +197,24 @@ class Producer:
         with self._lock:
             self._flight.drop()
             self._adopt(held, self._doubts)
-            self._flight.number(self.last_seq, self.epoch)
+            self._flight.number(self.tenure.last_seq, self.tenure.epoch)
 
     def _attached_anew(self, deadline: float) -> session_pb2.AttachSessionResponse:
         """A new epoch: nothing that was sent before can be carried out from now on."""
-        self._renewed = self._renewed or secrets.token_bytes(16)  # the same one, should this have to be asked again
-        held = self._retried(lambda: self._attached(self._renewed, self._nonce, left_until(deadline)), deadline)
-        if held.epoch != self.epoch + 1:  # which is what a session that knows the nonce makes of it
-            raise SessionNotFound(f"session {self.session!r} ended, and another has its name now: open it again")
+        held = self._retried(lambda: self.tenure.attached_anew(left_until(deadline)), deadline)
+        self.tenure.check_renewed(held)
         return held
 
     def _adopt(self, held: session_pb2.AttachSessionResponse, doubts: Doubts) -> None:
         """Goes on from there: all at once, whenever Ctrl-C comes."""
-        self.max_step_bytes = held.max_step_bytes
-        nonce, known = (self._renewed, b""), (held.epoch, held.last_seq)
-        (self.epoch, self.last_seq), (self._nonce, self._renewed), self._doubts = known, nonce, doubts
+        own = self.tenure
+        own.max_step_bytes = held.max_step_bytes
+        nonce, known = (own.renewed, b""), (held.epoch, held.last_seq)
+        (own.epoch, own.last_seq), (own.nonce, own.renewed), self._doubts = known, nonce, doubts
 
     def _note(self, ticket: Ticket) -> None:
         """What is to be remembered of a step that was carried out."""
-        self.last_seq = ticket.step.seq
+        self.tenure.last_seq = ticket.step.seq
         ticket.was_carried_out()
         self._doubts.remove(ticket)
 
@@ -290,16 +254,6 @@ class Producer:
             if ticket.error is not None:
                 ticket.parts = []
 
-    def _numbered(self, step: step_pb2.StepInput, news: News) -> step_pb2.StepInput:
-        """The step as it will be sent."""
-        numbered = step_pb2.StepInput()
-        numbered.CopyFrom(step)
-        numbered.session, numbered.rank, numbered.epoch = self.session, self.rank, self.epoch
-        numbered.seq = self.last_seq + len(self._flight) + 1
-        numbered.answered_seq = self.last_seq
-        numbered.weight_events.extend(news.events)
-        return numbered
-
     def _settle_doubts(self, transport: Transport, deadline: float) -> None:
         """Finds out, for good, which of the steps that were never answered were carried out."""
         if self._flight or not self._doubts:
@@ -307,33 +261,22 @@ class Producer:
         held = self._attached_anew(deadline)
         with self._lock:
             for ticket in self._doubts:
-                if self.last_seq < ticket.step.seq <= held.last_seq:
+                if self.tenure.last_seq < ticket.step.seq <= held.last_seq:
                     ticket.was_carried_out()
             self._adopt(held, Doubts())
 
     def _begin_epoch(self, transport: Transport, deadline: float) -> None:
         """Goes on in the epoch that was asked for without an answer, which the server may be in. What is in doubt can
         be asked for again in that one too."""
-        if self._flight or not self._renewed:
+        if self._flight or not self.tenure.renewed:
             return  # another thread has
         held = self._attached_anew(deadline)
         with self._lock:
             for ticket in self._doubts:
                 ticket.step.epoch = held.epoch
             if self._doubts:  # which of them were carried out is found out as they are asked for
-                held.last_seq = self.last_seq
+                held.last_seq = self.tenure.last_seq
             self._adopt(held, self._doubts)
-
-    def configure(self, optimizer: session_pb2.Optimizer) -> None:
-        """Gives the session's weights an optimizer."""
-        request = session_pb2.ConfigureOptimizerRequest(session=self.session, optimizer=optimizer)
-        self.transport().call("ConfigureOptimizer", request, self.timeout)
-
-    def pull(self) -> dict[str, Tensor]:
-        """The session's state: weights and bank."""
-        request = session_pb2.PullStateRequest(session=self.session)
-        state, payload = self.transport().pull_state(request, self.timeout)
-        return {name: value.clone() for name, value in state_of(state, payload).items()}  # to be kept, each by itself
 
     def _retried(self, call: Callable[[], T], deadline: float) -> T:
         """What `call` gives, once the server can be reached."""
@@ -355,8 +298,8 @@ class Producer:
                 if left <= pause:
                     waited = time.monotonic() - begun
                     raise ServerUnavailable(
-                        f"session {self.session!r} did not answer for {waited:.3g} s: {error}. If the step was carried "
-                        "out, the server still has the answer: calling again with the same batch is safe"
+                        f"session {self.tenure.session!r} did not answer for {waited:.3g} s: {error}. If the step was "
+                        "carried out, the server still has the answer: calling again with the same batch is safe"
                     ) from None
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 

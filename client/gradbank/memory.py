@@ -8,26 +8,13 @@ from torch import Tensor
 
 from gradbank.bank import SAVED_BY_PML, STATE, Bank
 from gradbank.checks import check_batch, check_counts, check_finite
-from gradbank.component import Component, component, components
-from gradbank.engine import (
-    ChosenPairs,
-    Indices,
-    JoinedPairs,
-    LabelledPairs,
-    ListedPairs,
-    Pairs,
-    References,
-    as_pairs,
-    check_indices,
-    every_pair,
-    named_weight,
-    widened,
-)
+from gradbank.comparison import compared, compares
+from gradbank.component import component, components
+from gradbank.engine import Indices, widened
 from gradbank.locks import lock_of
 from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.losses.loss import Loss, Staged
 from gradbank.miners.base import Miner
-from gradbank.miners.triplets import TripletMarginMiner
 from gradbank.mismatch import Mismatch
 from gradbank.overrides import is_ours, refuse_uncalled
 from gradbank.recorder import Recorder
@@ -73,7 +60,7 @@ class CrossBatchMemory(Loss, Recorder):
             )
 
     def __post_init__(self) -> None:
-        if not _compares(type(self.loss)):
+        if not compares(type(self.loss)):
             raise ValueError(
                 "CrossBatchMemory needs a loss that compares embeddings with references, got "
                 f"{type(self.loss).__name__}"
@@ -91,7 +78,7 @@ class CrossBatchMemory(Loss, Recorder):
     @staticmethod
     def supported_losses() -> list[str]:
         """The names of all losses that it takes, those of one's own included that are components."""
-        return [name for name, each in components().items() if _compares(each)]
+        return [name for name, each in components().items() if compares(each)]
 
     @classmethod
     def check_loss_support(cls, loss_name: str) -> None:
@@ -198,7 +185,10 @@ class CrossBatchMemory(Loss, Recorder):
             embeddings, labels = embeddings[~mask], labels[~mask]
         own = self.bank.slots_of(entering) if mask is None else None
         loss = self.loss.at_once(
-            lambda rows, others: self._compared(rows, labels, others, own, indices_tuple), embeddings, references, self
+            lambda rows, others: compared(self.loss, self.miner, rows, labels, others, own, indices_tuple),
+            embeddings,
+            references,
+            self,
         )
         return Staged(loss, lambda: self.bank.enter(entering))
 
@@ -221,52 +211,6 @@ class CrossBatchMemory(Loss, Recorder):
         check_finite(embeddings)
         if labels.is_floating_point() and bool((labels != labels.to(torch.int64)).any()):
             raise ValueError("labels that enter a memory must be whole numbers below 2^63: it keeps them as int64")
-
-    def _compared(
-        self, embeddings: Tensor, labels: Tensor, references: References, own: Tensor | None, indices: Indices | None
-    ) -> Any:
-        assert references.labels is not None
-        loss, shape = self.loss, (len(embeddings), len(references))
-        once = not loss.counts_repeats
-        pairs: Pairs = LabelledPairs(labels, references.labels, own)
-        miner, takes_interval = self.miner, loss.takes_interval and indices is None
-        # what a miner chooses from: each anchor's own row is a positive, as in PML; to the loss it is not
-        seen = LabelledPairs(labels, references.labels)
-        if (
-            takes_interval
-            and isinstance(miner, TripletMarginMiner)
-            and not miner.overrides("interval")
-            and miner.distance.measures_as(loss.distance)
-        ):
-            pairs.interval = seen.interval = miner.interval
-            miner.distance.record(embeddings, references.pieces)
-            if miner.collect_stats:
-                miner.watch(embeddings, references, seen)
-        elif miner is not None:
-            chosen = miner.chosen_of(embeddings, references, seen)
-            if miner.collect_stats and isinstance(chosen, Pairs):
-                miner.watch(embeddings, references, chosen)
-            if not isinstance(chosen, Pairs):
-                a, p, n = chosen
-                if own is not None:
-                    a, p, n = (index[p != own[a]] for index in (a, p, n))
-                if indices is None and loss.use_of_indices == "pairs":
-                    return loss.compare_listed(embeddings, references, (a, p, n), labels)
-                chosen = ListedPairs((a, p, a, n), shape, once)
-            pairs = ChosenPairs(pairs, chosen)
-        if indices is not None and own is not None:
-            a1, p, a2, n = as_pairs(indices, embeddings.device)
-            for kind, index in (("positive", p), ("negative", n)):
-                check_indices(kind, index, len(embeddings))
-            # the batch's rows are where they entered the queue
-            pairs = JoinedPairs(pairs, ListedPairs((a1, own[p], a2, own[n]), shape, once), once)
-        if loss.use_of_indices == "weights" and self.miner is None and indices is None:
-            pairs = LabelledPairs(labels, references.labels, None if loss.sees_own else own)
-        elif loss.use_of_indices == "weights":
-            listed = every_pair(pairs, len(embeddings), references)
-            weight = named_weight(tuple(listed), embeddings, anchors_only=True)
-            pairs = LabelledPairs(labels, references.labels, None if loss.sees_own else own, anchor_weight=weight)
-        return loss.compare(embeddings, references, pairs)
 
     def _put(self, name: str, value: Any) -> None:
         last = self.bank._last
@@ -314,11 +258,6 @@ class CrossBatchMemory(Loss, Recorder):
             self.bank.load(own)
         except ValueError as error:
             rest[-1].append(f"{prefix.removesuffix('.') or 'the memory'}: {error}")  # what torch raises at the end
-
-
-def _compares(loss: type[Component]) -> bool:
-    """Whether a loss compares with references, and remembers nothing, to which only a call of it would see."""
-    return issubclass(loss, BaseMetricLossFunction) and loss.takes_references and loss.stage is Loss.stage
 
 
 def enqueue_mask_of(positions: Tensor, batch: int) -> Tensor:

@@ -2,12 +2,11 @@
 
 import inspect
 import time
-import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradbank.engine.surroundings import uncompiled
 from gradbank.errors import InvalidRequest, SessionConflict
@@ -16,6 +15,7 @@ from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
 from gradbank.remote.answer import Answered, gradients_of
 from gradbank.remote.future import StepFuture
+from gradbank.remote.hosted import Hosted
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import Producer
 from gradbank.remote.request import Inputs, request_of
@@ -24,7 +24,7 @@ from gradbank.v1 import step_pb2
 from gradbank.wire import seconds_of, seconds_of_both, torch_dtype
 
 
-class RemoteLoss(nn.Module):
+class RemoteLoss(Hosted):
     """A loss hosted by a server; call it as you would call the loss itself.
 
     Its weights and its bank are the server's: they are not among this module's parameters nor in its `state_dict`, and
@@ -40,16 +40,14 @@ class RemoteLoss(nn.Module):
     """
 
     def __init__(self, producer: Producer, loss: Loss, created: bool, wire: torch.dtype | None) -> None:
-        super().__init__()
-        self.producer, self.created, self.name, self.wire = producer, created, producer.tenure.session, wire
-        self.timings: dict[str, float] = {}
-        self._untold: step_pb2.TrainerTimings | None = None  # of the last step, for the server's statistics
-        self._signature = inspect.signature(loss.forward)
-        # in a tuple, so that its parameters and buffers are not this module's: they live on the server
-        self._hosted, self._statistics = (loss,), Statistics(loss)
+        super().__init__(loss, producer.tenure.session)
+        self._signature, self._statistics = inspect.signature(loss.forward), Statistics(loss)
         self._optimizer: RemoteOptimizer | None = None
-        self._trains = any(weight.requires_grad for weight in loss.parameters())
-        self._warned: set[str] = set()
+        self._untold: step_pb2.TrainerTimings | None = None  # of the last step, for the server's statistics
+        self.producer, self.created, self.wire = producer, created, wire
+        self.timings: dict[str, float] = {}
+        # in a tuple, so that its parameters and buffers are not this module's: they live on the server
+        self._hosted = (loss,)
 
     @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -168,12 +166,6 @@ class RemoteLoss(nn.Module):
         """Whether there is an optimizer here, of which each step tells the server."""
         return self._optimizer is not None
 
-    @property
-    def hosted(self) -> Loss:
-        """What the server was asked to host, as it was here when it was opened, with the statistics that it and its
-        parts collect of the step whose result came last: `loss_fn.hosted.distance.final_avg_query_norm`."""
-        return self._hosted[0]
-
     def flush(self, timeout: float | None = None) -> None:
         """Has the server carry out what the optimizer still has to tell it, without waiting for the next batch.
 
@@ -218,9 +210,6 @@ class RemoteLoss(nn.Module):
         copy.take_state(self.producer.tenure.pull(self.producer.timeout))
         return copy
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the server computes."""
-
     def close(self) -> None:
         """Ends this trainer's stream of steps; the session lives on, and calling the loss opens another."""
         self.producer.close()
@@ -230,65 +219,6 @@ class RemoteLoss(nn.Module):
         if self._optimizer is not None:
             self._optimizer.retired = True
         self.close()
-
-    def _warn(self, what: str) -> None:
-        """Warns, once."""
-        if what in self._warned:
-            return
-        self._warned.add(what)
-        frame, level = inspect.currentframe(), 0
-        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradbank", "torch"):
-            frame, level = frame.f_back, level + 1
-        warnings.warn(what, UserWarning, stacklevel=level + 1)  # where the user's code calls
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._trains or any(isinstance(each, CrossBatchMemory) for each in self.hosted.modules()):
-            self._warn(
-                f"the state_dict of a hosted loss is empty: weights and queue of {self.name!r} are the server's, and "
-                "loss_fn.local().state_dict() has them"
-            )
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def requires_grad_(self, requires_grad: bool = True) -> "RemoteLoss":
-        """Refused where it would freeze or thaw weights, for they are the server's.
-
-        Raises:
-            InvalidRequest: it would.
-        """
-        if any(weight.requires_grad != requires_grad for weight in self.hosted.parameters()):
-            raise InvalidRequest(
-                f"the weights of {self.name!r} are the server's: freeze them with requires_grad_(False) before "
-                "client.open, or leave optimizer.step out"
-            )
-        return self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        hosted = self.__dict__.get("_hosted")  # the last that its constructor needs
-        known = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if hosted is not None and not known and hasattr(hosted[0], name):
-            kind = type(hosted[0]).__name__
-            raise AttributeError(
-                f"{name!r} of the hosted {kind} is the server's, and cannot be set here: set it before client.open. "
-                "loss_fn.local() is a copy with its weights and bank, which can be opened under another name"
-            )
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name not in dir(self.hosted):
-                raise
-            kind = type(self.hosted).__name__
-            raise AttributeError(
-                f"a hosted loss has no {name!r}: the {kind}'s is the server's, and loss_fn.local() is a copy"
-            ) from None
-
-    def __reduce_ex__(self, protocol: object) -> Any:
-        raise TypeError(
-            f"the hosted loss {self.name!r} is a connection, and can be neither copied nor pickled: keep it outside "
-            "the module that is, or take loss_fn.local(), which is a loss with its weights and bank"
-        )
 
     def extra_repr(self) -> str:
         rounded = "" if self.wire is None else f", in {self.wire} on the wire"

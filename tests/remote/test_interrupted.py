@@ -12,12 +12,10 @@ import gradbank
 from gradbank import losses
 from gradbank.errors import InvalidRequest, InvalidUpdate
 from gradbank.remote.flight import Flight
-from gradbank.remote.optimizer import GRADIENTS_KEPT
 from gradbank.remote.ticket import NO_NEWS
 from gradbank.v1 import step_pb2
 from gradbank.wire import describe
 from gradbank_server.service import Server
-from gradbank_server.sessions import learner
 from gradbank_server.settings import ServerSettings
 
 
@@ -137,10 +135,6 @@ def test_closing_a_client_closes_every_loss_and_then_tells_what_failed(server: o
     with gradbank.connect(server.address) as again:  # type: ignore[attr-defined]
         assert again.stats(f"{name}-good").optimizer_steps == 1
         assert again.stats(f"{name}-bad").optimizer_steps == 0
-
-
-def test_client_and_server_agree_on_how_late_a_backward_may_be() -> None:
-    assert learner.GRADIENTS_KEPT == GRADIENTS_KEPT
 
 
 def test_a_queue_takes_no_references_from_any_client(embedded: gradbank.Client, name: str) -> None:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from gradbank.errors import InvalidRequest
 from gradbank.optimizers import optimizer_named
+from gradbank.protocol import GRADIENTS_KEPT
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import argument_messages
-
-GRADIENTS_KEPT = 4  # as many as the server keeps of a rank
 
 
 class RemoteOptimizer(torch.optim.Optimizer):

@@ -18,13 +18,14 @@ from gradbank.errors import (
     ServerUnavailable,
     StepConflict,
 )
+from gradbank.protocol import WINDOW
 from gradbank.remote.doubts import Doubts
 from gradbank.remote.flight import Flight
 from gradbank.remote.tenure import Tenure
 from gradbank.remote.ticket import News, Ticket
 from gradbank.remote.transport import Transport, left_until
 from gradbank.v1 import session_pb2, step_pb2
-from gradbank.wire import WINDOW, error_of
+from gradbank.wire import error_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _LOOKS_EVERY_S = 1.0  # who waits for another thread: Ctrl-C may come just before that tells the others

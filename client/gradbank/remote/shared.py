@@ -14,8 +14,9 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from gradbank.errors import DeadlineExceeded, GradbankError, InternalError, LimitExceeded, ServerUnavailable
+from gradbank.protocol import WINDOW
 from gradbank.v1 import shared_pb2, step_pb2
-from gradbank.wire import PACKET_BYTES, WINDOW, assembled, error_of, gradient_bytes
+from gradbank.wire import PACKET_BYTES, assembled, error_of, gradient_bytes
 
 T = TypeVar("T")
 

@@ -10,7 +10,6 @@ from gradbank.errors import InvalidRequest
 MESSAGE_BYTES = 4 * 2**20  # the largest message either side takes; bounds what a peer can make the other hold
 PACKET_BYTES = 2**16  # the largest message beside shared memory
 LONGEST_S = 10 * 365 * 24 * 3600.0  # longer than anything takes; beyond it clocks and locks lose count
-WINDOW = 4  # steps of a producer that may be in flight at once
 CHUNK_BYTES = 2**20  # the largest part of a payload in a message
 
 

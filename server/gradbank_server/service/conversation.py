@@ -8,8 +8,9 @@ from contextlib import closing
 from google.protobuf.message import DecodeError
 
 from gradbank.errors import GradbankError, InvalidRequest, LimitExceeded
+from gradbank.protocol import WINDOW
 from gradbank.v1 import shared_pb2, step_pb2
-from gradbank.wire import PACKET_BYTES, WINDOW, assembled, gradient_bytes
+from gradbank.wire import PACKET_BYTES, assembled, gradient_bytes
 from gradbank_server.service.ahead import Ahead
 from gradbank_server.service.gate import Gate
 from gradbank_server.service.room import Budget, Room

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from gradbank.errors import InvalidRequest, InvalidUpdate
 from gradbank.optimizers import optimizer_named
+from gradbank.protocol import GRADIENTS_KEPT
 from gradbank_server.sessions.batch import Backward, OptimizerSpec, OptimizerStep, WeightEvent, ZeroGradient
-
-GRADIENTS_KEPT = 4  # of each rank: how many steps may be taken before the backward pass of the first is told
 
 
 def is_out_of_memory(error: Exception) -> bool:

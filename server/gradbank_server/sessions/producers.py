@@ -4,10 +4,10 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from gradbank.errors import Fenced, StepConflict
+from gradbank.protocol import WINDOW
 from gradbank_server.sessions.batch import Answer
 from gradbank_server.storage import ProducerRecord
 
-WINDOW = 4  # steps that may be under way at once
 ANSWERS_KEPT = WINDOW + 1  # fewer than the window, and a retry could find its answer gone
 
 

@@ -79,6 +79,12 @@ def average(scores: Tensor, labels: Tensor, avg_of_avgs: bool, return_per_class:
     return means.tolist() if return_per_class else float(means.mean())
 
 
+def relevant_of(labels: Tensor, label_counts: LabelCounts, ref_includes_query: bool, comparison: Comparison) -> Tensor:
+    """`(Q,)`: R of each query, given how many references match each label."""
+    unique, counts = (torch.as_tensor(each, device=labels.device) for each in label_counts)
+    return relevant_per_label((unique, counts), ref_includes_query, comparison)[ids_among(unique, labels)]
+
+
 def nothing(labels: int, return_per_class: bool) -> float | list[float]:
     """What stands for a mean where no query has a match among the references."""
     return [nan] * labels if return_per_class else nan
@@ -106,10 +112,8 @@ def calculation(name: str) -> Callable[..., float | list[float]]:
         if not bool(not_lone_query_mask.any()):
             return nothing(len(label_counts[0]), self.return_per_class)
         knn_labels, labels = knn_labels[not_lone_query_mask], query_labels[not_lone_query_mask]
-        unique, counts = (torch.as_tensor(each, device=labels.device) for each in label_counts)
-        relevant = relevant_per_label((unique, counts), ref_includes_query, self.label_comparison_fn)
-        matches = matching(self.label_comparison_fn, labels[:, None], knn_labels)
-        scores = score(matches, relevant[ids_among(unique, labels)])
+        relevant = relevant_of(labels, label_counts, ref_includes_query, self.label_comparison_fn)
+        scores = score(matching(self.label_comparison_fn, labels[:, None], knn_labels), relevant)
         return average(scores, labels, self.avg_of_avgs, self.return_per_class)
 
     def calculate_by_rank(

@@ -5,11 +5,10 @@ of each query's neighbours, nearest first, and `gt_labels` is `(Q, 1)`; labels o
 give the mean over the queries, the mean of each label's mean (`avg_of_avgs`), or a list of those (`return_per_class`).
 """
 
-import torch
 from torch import Tensor
 
 from gradbank.evaluation import metrics
-from gradbank.evaluation.labels import EQUALITY, Comparison, Counts, distinct, ids_among, matching, relevant_per_label
+from gradbank.evaluation.labels import EQUALITY, Comparison, Counts, distinct, matching
 
 
 def precision_at_k(
@@ -42,7 +41,7 @@ def r_precision(
 ) -> float | list[float]:
     """The part of the R nearest references that match, R being how many do at all."""
     matches = matching(label_comparison_fn, gt_labels, knn_labels)
-    relevant = _relevant(gt_labels, ref_includes_query, label_counts, label_comparison_fn)
+    relevant = metrics.relevant_of(gt_labels[:, 0], label_counts, ref_includes_query, label_comparison_fn)
     return maybe_get_avg_of_avgs(metrics.r_precision(matches, relevant), gt_labels, avg_of_avgs, return_per_class)
 
 
@@ -58,7 +57,7 @@ def mean_average_precision(
 ) -> float | list[float]:
     """The precision at each match among all K, or among the R nearest (`at_r`), summed, over R."""
     matches = matching(label_comparison_fn, gt_labels, knn_labels)
-    relevant = _relevant(gt_labels, ref_includes_query, label_counts, label_comparison_fn)
+    relevant = metrics.relevant_of(gt_labels[:, 0], label_counts, ref_includes_query, label_comparison_fn)
     score = metrics.mean_average_precision_at_r if at_r else metrics.mean_average_precision
     return maybe_get_avg_of_avgs(score(matches, relevant), gt_labels, avg_of_avgs, return_per_class)
 
@@ -101,10 +100,3 @@ def try_getting_not_lone_labels(
 def nan_accuracy(unique_labels: Tensor, return_per_class: bool) -> float | list[float]:
     """What stands for a metric where no query has a match."""
     return metrics.nothing(len(unique_labels), return_per_class)
-
-
-def _relevant(gt_labels: Tensor, ref_includes_query: bool, label_counts: Counts, comparison: Comparison) -> Tensor:
-    """`(Q,)`: how many references match each query."""
-    unique, counts = (torch.as_tensor(each, device=gt_labels.device) for each in label_counts)
-    relevant = relevant_per_label((unique, counts), ref_includes_query, comparison)
-    return relevant[ids_among(unique, gt_labels[:, 0])]

@@ -3,7 +3,6 @@
 Commands import what they need when they run: `gradbank health`, which containers ask every few seconds, needs no torch.
 """
 
-import errno
 import math
 import os
 import signal
@@ -16,32 +15,22 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import structlog
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from gradbank_server.printed import described, duration, listed, started, times
 from gradbank_server.settings import ServerSettings, unknown_variables
+from gradbank_server.terminal import console, failed, refused, told
 
 app = App(
     name="gradbank",
     help="Metric-learning losses and memory banks, served over gRPC: a batch goes up, loss and gradients come back.",
     version=lambda: version("gradbank"),
     default_parameter=Parameter(negative_iterable=()),
-    error_formatter=lambda error: f"gradbank: {_told(error)}",
+    error_formatter=lambda error: f"gradbank: {told(error)}",
 )
 
-
-class _Console(Console):
-    """One that leaves it to the command what it means that nobody reads on."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-
-# off a terminal, a table is as wide as it needs to be: somebody's grep is reading
-console = _Console() if sys.stdout and sys.stdout.isatty() else _Console(width=200)
 
 _LONGEST_S = 10 * 365 * 24 * 3600.0  # as in `gradbank.wire`, which imports torch
 _HERE = ("127.0.0.1", "localhost", "[::1]")  # as in `gradbank.remote.channel`, which does too
@@ -69,7 +58,7 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
     try:
         settings = settings or ServerSettings()
     except ValidationError as error:
-        return _failed(_refused(error))
+        return failed(refused(error))
     configure(settings.log_format, settings.log_level)
     for name, meant in unknown_variables(os.environ).items():
         structlog.get_logger().warning("no setting has this name", variable=name, did_you_mean=meant)
@@ -90,7 +79,7 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
         server = Server(settings, give_up)
         server.start()
     except (GradbankError, OSError) as error:
-        return _failed(error)
+        return failed(error)
     with suppress(OSError):  # a server serves, whether or not there is room to say so
         console.print(started(server), highlight=False, markup=False, soft_wrap=True)
         console.file.flush()
@@ -99,11 +88,11 @@ def serve(*, settings: Annotated[ServerSettings | None, Parameter(name="*")] = N
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
     server.stop()
     if lost.is_set():
-        _failed(f"{server.service.device} failed, and this process cannot use it any more: start the server again")
+        failed(f"{server.service.device} failed, and this process cannot use it any more: start the server again")
         sys.stderr.flush()
         os._exit(_LOST_DEVICE)  # what it left on the device could keep the process
     if server.computes:
-        _failed("a step outlasted --drain-seconds, and was given up")
+        failed("a step outlasted --drain-seconds, and was given up")
         sys.stderr.flush()
         os._exit(1)  # its thread would keep the process
     return 0
@@ -128,12 +117,12 @@ def demo(
     from gradbank_server.demo import run
 
     if steps is not None and steps < 1:
-        return _failed(f"--steps must be at least 1, got {steps}")
+        return failed(f"--steps must be at least 1, got {steps}")
     try:
         check_drawable(picture)  # before the time is spent
         return run(steps, picture, cache)
     except (GradbankError, ImportError) as error:
-        return _failed(error)
+        return failed(error)
 
 
 @app.command
@@ -157,7 +146,7 @@ def bench(
     from gradbank_server.bench.picture import check_drawable, draw
 
     if batch < 8 or dimension < 1 or bank < 0 or steps < 1 or 0 < bank < batch:
-        return _failed("a batch has at least 8 rows of at least 1 number, a bank at least the batch's, and steps 1")
+        return failed("a batch has at least 8 rows of at least 1 number, a bank at least the batch's, and steps 1")
     workload = Workload(batch, dimension, bank, steps)
     try:
         if picture is not None:
@@ -165,7 +154,7 @@ def bench(
         with _ended_by_sigterm():
             course, server = measured(address, timeout, workload, via)
     except (GradbankError, RuntimeError) as error:  # torch's own, where there is no room here
-        return _failed(error)
+        return failed(error)
     console.print(f"{workload}\n{address}: {server}\n", highlight=False)
     console.print(times(course))
     console.print(f"\n{course.advice()}", highlight=False)
@@ -173,7 +162,7 @@ def bench(
         try:
             draw(picture, course, f"{workload}\n{address}: {server}")
         except OSError as error:
-            return _failed(f"the picture cannot be saved: {error}")
+            return failed(f"the picture cannot be saved: {error}")
         console.print(f"\nsaved {picture}", highlight=False)
     return 0
 
@@ -185,7 +174,7 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     if not timeout > 0:
-        return _failed(f"--timeout must be above 0 seconds, got {timeout}")
+        return failed(f"--timeout must be above 0 seconds, got {timeout}")
     # no proxy leads to this machine, where a container asks itself
     here = address.rpartition(":")[0] in _HERE or address.startswith("unix:")
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", int(not here))]) as channel:
@@ -231,7 +220,7 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
                     duration(stats.age_s if math.isnan(stats.idle_s) else stats.idle_s),
                 )
     except GradbankError as error:
-        return _failed(error)
+        return failed(error)
     console.print(table if table.row_count else f"no sessions at {address}")
     return 0
 
@@ -254,9 +243,9 @@ def close(
             if not client.close_session(name):
                 known = [session.name for session in client.sessions()]
                 told = did_you_mean(name, known) if known else ""
-                return _failed(f"no session at {address} is called {name!r}{told}")
+                return failed(f"no session at {address} is called {name!r}{told}")
     except GradbankError as error:
-        return _failed(error)
+        return failed(error)
     console.print(f"closed {name}", highlight=False, markup=False)
     return 0
 
@@ -279,9 +268,9 @@ def catalog(
         _find_beside(settings)
         import_components(settings.components)
     except ValidationError as error:
-        return _failed(_refused(error))
+        return failed(refused(error))
     except GradbankError as error:
-        return _failed(error)
+        return failed(error)
     infos = {info.name: ComponentInfo.of(info) for info in component_infos()}
     if name is None:
         for kind in sorted({info.kind for info in infos.values()}):
@@ -292,7 +281,7 @@ def catalog(
             console.print()
         return 0
     if name not in infos:
-        return _failed(f"no component is named {name!r}{did_you_mean(name, infos)}")
+        return failed(f"no component is named {name!r}{did_you_mean(name, infos)}")
     console.print(described(infos[name]), markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -311,22 +300,3 @@ def _find_beside(settings: ServerSettings) -> None:
     """Lets the packages named lie in the folder where the command was given; what is installed comes first."""
     if settings.components and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-
-
-def _refused(error: ValidationError) -> str:
-    where = {str(each["loc"][0]): (each["msg"], each["input"]) for each in error.errors()}
-    return "; ".join(
-        f"--{name.replace('_', '-')} (GRADBANK_{name.upper()}): {said}, got {given!r}"
-        for name, (said, given) in where.items()
-    )
-
-
-def _told(error: CycloptsError) -> str:
-    """What is wrong with a command's words, or with the settings that they and the environment make."""
-    cause = error.__cause__
-    return _refused(cause) if isinstance(cause, ValidationError) else str(error)
-
-
-def _failed(error: object) -> int:
-    Console(stderr=True).print(f"gradbank: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-    return 2

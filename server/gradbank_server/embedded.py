@@ -22,6 +22,7 @@ from gradbank_server.service.steps import Arrived
 from gradbank_server.settings import ServerSettings
 
 T = TypeVar("T")
+Answered = tuple[step_pb2.StepOutput, Tensor]
 
 _METHODS: dict[str, Callable[[Service, Any], Any]] = {
     "AttachSession": Service.attach_session,
@@ -77,19 +78,7 @@ class EmbeddedTransport:
         return self._guarded(lambda: EmbeddedWatch(self._service, request, lambda: self._closed))
 
     def steps(self, timeout: float) -> "EmbeddedSteps":
-        return EmbeddedSteps(self)
-
-    def step(self, step: step_pb2.StepInput, payload: Iterable[memoryview]) -> tuple[step_pb2.StepOutput, Tensor]:
-        def stepped() -> tuple[step_pb2.StepOutput, Tensor]:
-            self._service.check_step(step)
-            output, data = self._service.step(Arrived.of(step, assembled(payload), time.perf_counter()))
-            return output, assembled(data)
-
-        return self._guarded(stepped)
-
-    def failed(self, step: step_pb2.StepInput, error: InternalError) -> step_pb2.StepOutput:
-        """What is to be told of a fault of the step."""
-        return self._service.failed(step, error)
+        return EmbeddedSteps(self._service, self._guarded)
 
     def close(self) -> None:
         self._closed = True
@@ -124,11 +113,15 @@ class EmbeddedWatch:
 
 
 class EmbeddedSteps:
-    """Steps of an embedded server, each carried out when it is sent: there is no stream that could break."""
+    """Steps of an embedded server, each carried out when it is sent: there is no stream that could break.
 
-    def __init__(self, transport: EmbeddedTransport) -> None:
-        self._transport = transport
-        self._answers: deque[tuple[step_pb2.StepOutput, Tensor]] = deque()
+    Args:
+        guarded: makes a call that may fail in any way.
+    """
+
+    def __init__(self, service: Service, guarded: Callable[[Callable[[], Answered]], Answered]) -> None:
+        self._service, self._guarded = service, guarded
+        self._answers: deque[Answered] = deque()
 
     def takes(self, step: step_pb2.StepInput) -> bool:
         return True
@@ -137,16 +130,21 @@ class EmbeddedSteps:
         """There is nothing to prepare."""
 
     def send(self, step: step_pb2.StepInput, payload: Iterable[memoryview], timeout: float) -> None:
+        def stepped() -> Answered:
+            self._service.check_step(step)
+            output, data = self._service.step(Arrived.of(step, assembled(payload), time.perf_counter()))
+            return output, assembled(data)
+
         try:
-            answer = self._transport.step(step, payload)
+            answer = self._guarded(stepped)
         except InternalError as error:
-            output = self._transport.failed(step, error)
+            output = self._service.failed(step, error)
             if not output.carried_out:
                 raise
             answer = output, assembled([])
         self._answers.append(answer)
 
-    def receive(self, timeout: float) -> tuple[step_pb2.StepOutput, Tensor]:
+    def receive(self, timeout: float) -> Answered:
         return self._answers.popleft()
 
     def close(self) -> None:

@@ -27,9 +27,9 @@ class Tile:
         distance: Distance,
         queries: Tensor,
         rows: Tensor,
-        squares: Tensor | None = None,
-        shared: bool = True,
-        kept: bool = False,
+        squares: Tensor | None,
+        shared: bool,
+        kept: bool,
     ) -> None:
         self.distance, self.queries, self.rows, self.shared, self.kept = distance, queries, rows, shared or kept, kept
         self.gathers = queries.requires_grad

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gradbank.component import Component, argument_fields
+from gradbank.arguments import argument_fields
+from gradbank.component import Component
 from gradbank.errors import (
     Fenced,
     ForkedClient,

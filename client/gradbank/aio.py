@@ -12,18 +12,20 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 import gradbank.remote as sync
 from gradbank.losses.loss import Loss
+from gradbank.remote.hosted import L_co
 from gradbank.remote.ladder import Via
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.stats import ComponentInfo, ServerInfo, SessionInfo, SessionStats
 
 T = TypeVar("T")
+L = TypeVar("L", bound=Loss)
 
 
 async def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
@@ -31,7 +33,7 @@ async def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Cl
     return Client(await asyncio.to_thread(sync.connect, address, timeout, via))
 
 
-class RemoteLoss:
+class RemoteLoss(Generic[L_co]):
     """A loss hosted by a server, whose calls are awaited.
 
     Calls that are awaited together are carried out in the order in which they were made, up to four in flight.
@@ -40,7 +42,7 @@ class RemoteLoss:
         remote: the `gradbank.RemoteLoss` whose calls these are.
     """
 
-    def __init__(self, remote: sync.RemoteLoss) -> None:
+    def __init__(self, remote: sync.RemoteLoss[L_co]) -> None:
         self.remote = remote
         self._sending: ThreadPoolExecutor | None = None
 
@@ -87,7 +89,7 @@ class RemoteLoss:
         return self.remote.timings
 
     @property
-    def hosted(self) -> Loss:
+    def hosted(self) -> L_co:
         return self.remote.hosted
 
     async def optimizer(self, name: str, **options: Any) -> RemoteOptimizer:
@@ -102,7 +104,7 @@ class RemoteLoss:
     async def flush(self) -> None:
         await self._in_order(self.remote.flush)
 
-    async def local(self) -> Loss:
+    async def local(self) -> L_co:
         return await self._in_order(self.remote.local)
 
     async def close(self) -> None:
@@ -131,7 +133,7 @@ class Client:
         """How steps go to the server: "local", "shm", "unix" or "tcp"."""
         return self._client.via
 
-    async def open(self, name: str, loss: Loss, rank: int = 0, wire: torch.dtype | None = None) -> RemoteLoss:
+    async def open(self, name: str, loss: L, rank: int = 0, wire: torch.dtype | None = None) -> RemoteLoss[L]:
         return RemoteLoss(await asyncio.to_thread(self._client.open, name, loss, rank, wire))
 
     async def sessions(self) -> list[SessionInfo]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,11 +86,11 @@ def check_not_learned(cls: type, arguments: dict[str, Any]) -> None:
 
 def held(value: Any) -> Any:
     """An argument as the component holds it: what contains modules is a module."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     if not any(isinstance(item, nn.Module) for item in items):
         return value
     try:
-        return nn.ModuleDict(value) if isinstance(value, dict) else nn.ModuleList(value)
+        return nn.ModuleDict(value) if isinstance(value, Mapping) else nn.ModuleList(value)
     except (KeyError, TypeError) as error:  # a name that no attribute can have, or modules mixed with something else
         raise ValueError(f"components are given in a list, or by names: {error.args[0]!s}") from None
 

@@ -18,6 +18,24 @@ GradbankError
 
 from typing import ClassVar
 
+__all__ = [
+    "DeadlineExceeded",
+    "Fenced",
+    "ForkedClient",
+    "GradbankError",
+    "InternalError",
+    "InvalidComponent",
+    "InvalidRequest",
+    "InvalidUpdate",
+    "LimitExceeded",
+    "NonFiniteError",
+    "ServerUnavailable",
+    "SessionConflict",
+    "SessionNotFound",
+    "StepConflict",
+    "error_classes",
+]
+
 
 class GradbankError(Exception):
     """Any failure of gradbank.

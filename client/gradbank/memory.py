@@ -162,8 +162,7 @@ class CrossBatchMemory(Loss, Recorder):
             ValueError: a shape that does not fit, more rows than slots, or arguments that exclude each other.
             NonFiniteError: NaN or infinity among the embeddings.
         """
-        with lock_of(self):  # or a batch of another thread would enter the same slots
-            return self.stage(embeddings, labels, indices_tuple, enqueue_mask, enqueue_idx).carried_out()
+        return self.carried_out(embeddings, labels, indices_tuple, enqueue_mask, enqueue_idx)
 
     def stage(
         self,

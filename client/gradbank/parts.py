@@ -1,13 +1,14 @@
 """What a component may be made of: the modules among its arguments, as they are annotated."""
 
 import types
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-_CONTAINERS = (list, tuple, dict)
-_HELD = (*_CONTAINERS, nn.ModuleList, nn.ModuleDict)  # as a component has them
+_CONTAINERS = (list, tuple, dict, Sequence, Mapping)  # as arguments are annotated
+_HELD = (list, tuple, Mapping, nn.ModuleList, nn.ModuleDict)  # as a component has them
 
 
 class Part(NamedTuple):
@@ -27,7 +28,7 @@ def check_part(cls: type, name: str, value: Any) -> None:
     if part is None or value is None:
         return
     if part.is_many and isinstance(value, _HELD):
-        given = list(value.values() if isinstance(value, dict | nn.ModuleDict) else value)
+        given = list(value.values() if isinstance(value, Mapping | nn.ModuleDict) else value)
     else:
         given = [value]
     for each in given:

@@ -15,6 +15,16 @@ from gradbank.recorder import Recorder
 from gradbank.reducers import DivisorReducer, LossDict, MeanReducer, Reducer
 from gradbank.reducers.kept import part_of_each
 
+__all__ = [
+    "BaseRegularizer",
+    "CenterInvariantRegularizer",
+    "LpRegularizer",
+    "RegularFaceRegularizer",
+    "Regularizer",
+    "SparseCentersRegularizer",
+    "ZeroMeanRegularizer",
+]
+
 TILE = 2**22
 """How many similarities between rows are held at a time."""
 

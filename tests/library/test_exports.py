@@ -25,6 +25,7 @@ PACKAGES = (
     "gradbank.wire",
     "gradbank.wrappers",
 )
+MODULES = ("gradbank.errors", "gradbank.regularizers")  # that users import from
 WITHOUT_PAPER = (
     "BaseLossWrapper",
     "BaseMetricLossFunction",
@@ -64,6 +65,18 @@ def test_exports_are_what_the_package_holds(name: str) -> None:
     assert held <= set(package.__all__)
     assert all(hasattr(package, each) for each in package.__all__)
     assert len(set(package.__all__)) == len(package.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_that_users_import_from_export_what_they_define(name: str) -> None:
+    module = importlib.import_module(name)
+    defined = {
+        each
+        for each, value in vars(module).items()
+        if getattr(value, "__module__", "") == name and not each.startswith("_")
+    }
+    assert defined <= set(module.__all__)
+    assert all(getattr(module, each).__module__ == name for each in module.__all__)
 
 
 def test_every_package_is_known_to_these_tests() -> None:

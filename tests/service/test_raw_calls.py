@@ -50,6 +50,15 @@ def test_a_retry_may_know_more_of_other_steps(plain: Wire) -> None:
     assert refused(plain, step, payload)[0] == "FAILED_PRECONDITION", "all else is what was asked"
 
 
+def test_a_step_that_says_more_than_the_server_knows_is_refused(plain: Wire) -> None:
+    """A field of a newer version would be left undone otherwise, and the trainer told that all was well."""
+    step, payload = plain.step(*batch())
+    step.MergeFromString(bytes([0xF8, 0x7F, 1]))  # field 2047 is 1
+    code, message = refused(plain, step, payload)
+    assert code == "INVALID_ARGUMENT"
+    assert "run the same version of gradbank on both sides" in message
+
+
 def test_a_step_whose_answer_fits_no_message_is_not_carried_out(plain: Wire) -> None:
     large = plain.step(*batch(1024, 1600, torch.float16))
     code, told = refused(plain, *large)

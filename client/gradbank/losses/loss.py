@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradbank.component import Component, foundation
 from gradbank.engine.surroundings import uncompiled
+from gradbank.locks import lock_of
 from gradbank.reducers.kept import part_of_all
 from gradbank.regularizers import Regularizer
 
@@ -22,11 +23,6 @@ class Staged(NamedTuple):
 
     loss: Tensor
     commit: Callable[[], None]
-
-    def carried_out(self) -> Tensor:
-        """The loss, once the call has happened."""
-        self.commit()
-        return self.loss
 
 
 @foundation
@@ -65,6 +61,13 @@ class Loss(Component):
     def stage(self, *args: Any, **kwargs: Any) -> Staged:
         """The call, without its effects; a loss that remembers something overrides this one."""
         return Staged(self(*args, **kwargs), lambda: None)
+
+    def carried_out(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`stage`, and then its effects; by one thread at a time, or what they remember would be of one of them."""
+        with lock_of(self):
+            staged = self.stage(*args, **kwargs)
+            staged.commit()
+        return staged.loss
 
     def regularized(self, loss: Any, embeddings: Tensor) -> Any:
         """`loss` with the cost of the `(B, D)` embeddings added, if the loss has a regularizer."""

@@ -94,7 +94,7 @@ class DynamicSoftMarginLoss(PairLoss):
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar; the arguments are those of every loss of pairs, of which labels may be left out."""
-        return self.stage(embeddings, labels, indices_tuple, ref_emb, ref_labels).carried_out()
+        return self.carried_out(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     def stage(
         self,

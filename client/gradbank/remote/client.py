@@ -6,7 +6,7 @@ import time
 import weakref
 from contextlib import suppress
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ from gradbank.remote.tenure import Tenure
 from gradbank.remote.transport import SLOWEST_BYTES_PER_S, Transport, left_until
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2
 from gradbank.wire import LONGEST_S, component_message, state_message
+
+L = TypeVar("L", bound=Loss)
 
 
 def connect(address: str, timeout: float = 30.0, via: Via = "auto") -> "Client":
@@ -76,7 +78,9 @@ class Client:
         # one that is dropped ends its connection too, which is a place at the server
         self._dropped = weakref.finalize(self, _end, transport, os.getpid())
         self._dropped.atexit = False
-        self._open: dict[tuple[str, int], RemoteLoss] = {}  # by session and rank, which one of them holds at a time
+        self._open: dict[
+            tuple[str, int], RemoteLoss[Any]
+        ] = {}  # by session and rank, which one of them holds at a time
 
     @property
     def via(self) -> str:
@@ -86,7 +90,7 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.address!r}, via={self.via!r})"
 
-    def open(self, name: str, loss: Loss, rank: int = 0, wire: torch.dtype | None = None) -> RemoteLoss:
+    def open(self, name: str, loss: L, rank: int = 0, wire: torch.dtype | None = None) -> RemoteLoss[L]:
         """`loss`, hosted by the server under `name`: call it as you would call `loss`.
 
         The first to open a name creates the session, from the loss as it is: weights and a bank that is not empty

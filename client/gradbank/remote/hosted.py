@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from torch import nn
 
@@ -10,24 +10,31 @@ from gradbank.errors import InvalidRequest
 from gradbank.losses.loss import Loss
 from gradbank.memory import CrossBatchMemory
 
+if TYPE_CHECKING:  # a `RemoteLoss` of which it is not said is that of any loss
+    import typing_extensions
 
-class Hosted(nn.Module):
+    L_co = typing_extensions.TypeVar("L_co", bound=Loss, covariant=True, default=Loss)
+else:
+    L_co = TypeVar("L_co", bound=Loss, covariant=True)  # what is hosted
+
+
+class Hosted(nn.Module, Generic[L_co]):
     """A loss whose weights and bank are a server's, under the name of a session.
 
     Attributes:
         name: the session's.
     """
 
-    _hosted: tuple[Loss]  # the last that a constructor sets: from then on its attributes are the server's
+    _hosted: tuple[L_co]  # the last that a constructor sets: from then on its attributes are the server's
 
-    def __init__(self, loss: Loss, name: str) -> None:
+    def __init__(self, loss: L_co, name: str) -> None:
         super().__init__()
         self.name = name
         self._trains = any(weight.requires_grad for weight in loss.parameters())
         self._warned: set[str] = set()
 
     @property
-    def hosted(self) -> Loss:
+    def hosted(self) -> L_co:
         """What the server was asked to host, as it was here when it was opened, with the statistics that it and its
         parts collect of the step whose result came last: `loss_fn.hosted.distance.final_avg_query_norm`."""
         return self._hosted[0]

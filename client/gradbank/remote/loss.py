@@ -3,19 +3,18 @@
 import inspect
 import time
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradbank.engine.surroundings import uncompiled
 from gradbank.errors import InvalidRequest, SessionConflict
-from gradbank.losses.loss import Loss
 from gradbank.memory import CrossBatchMemory
 from gradbank.recorder import Statistics
 from gradbank.remote.answer import Answered, gradients_of
 from gradbank.remote.future import StepFuture
-from gradbank.remote.hosted import Hosted
+from gradbank.remote.hosted import Hosted, L_co
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import Producer
 from gradbank.remote.request import Inputs, request_of
@@ -24,7 +23,7 @@ from gradbank.v1 import step_pb2
 from gradbank.wire import seconds_of, seconds_of_both, torch_dtype
 
 
-class RemoteLoss(Hosted):
+class RemoteLoss(Hosted[L_co]):
     """A loss hosted by a server; call it as you would call the loss itself.
 
     Its weights and its bank are the server's: they are not among this module's parameters nor in its `state_dict`, and
@@ -39,7 +38,7 @@ class RemoteLoss(Hosted):
             which is left out of a submitted step that may have been answered before it was asked for.
     """
 
-    def __init__(self, producer: Producer, loss: Loss, created: bool, wire: torch.dtype | None) -> None:
+    def __init__(self, producer: Producer, loss: L_co, created: bool, wire: torch.dtype | None) -> None:
         super().__init__(loss, producer.tenure.session)
         self._signature, self._statistics = inspect.signature(loss.forward), Statistics(loss)
         self._optimizer: RemoteOptimizer | None = None
@@ -48,6 +47,10 @@ class RemoteLoss(Hosted):
         self.timings: dict[str, float] = {}
         # in a tuple, so that its parameters and buffers are not this module's: they live on the server
         self._hosted = (loss,)
+
+    if TYPE_CHECKING:  # a module's gives anything
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,7 +206,7 @@ class RemoteLoss(Hosted):
         with torch.no_grad():
             self(embeddings, labels, enqueue_mask=torch.ones(len(embeddings), dtype=torch.bool))
 
-    def local(self) -> Loss:
+    def local(self) -> L_co:
         """A copy of the hosted loss as it is on the server, weights and bank included, that computes here."""
         self.flush()
         copy = self.hosted.rebuilt()

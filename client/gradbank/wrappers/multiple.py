@@ -1,6 +1,6 @@
 """Several losses of one batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, cast
 
@@ -35,9 +35,9 @@ class MultipleLosses(Loss):
         TypeError: a component of another kind among the losses or miners.
     """
 
-    losses: list[nn.Module] | dict[str, nn.Module]
-    miners: list[nn.Module | None] | dict[str, nn.Module] | None = None
-    weights: list[float] | dict[str, float] | None = field(default=None, metadata={"weight": True})
+    losses: Sequence[nn.Module] | Mapping[str, nn.Module]
+    miners: Sequence[nn.Module | None] | Mapping[str, nn.Module] | None = None
+    weights: Sequence[float] | Mapping[str, float] | None = field(default=None, metadata={"weight": True})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,7 +68,7 @@ class MultipleLosses(Loss):
     @property
     def is_dict(self) -> bool:
         """Whether the losses have names."""
-        return isinstance(self.losses, dict | nn.ModuleDict)
+        return isinstance(self.losses, Mapping | nn.ModuleDict)
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Indices | None = None) -> Tensor:
         """The loss, a scalar.
@@ -80,7 +80,7 @@ class MultipleLosses(Loss):
         Raises:
             ValueError: indices in addition to miners, or whatever one of the losses refuses.
         """
-        return self.stage(embeddings, labels, indices_tuple).carried_out()
+        return self.carried_out(embeddings, labels, indices_tuple)
 
     def stage(self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Indices | None = None) -> Staged:
         if self.miners and indices_tuple is not None:
@@ -129,7 +129,7 @@ class MultipleLosses(Loss):
 
     def _check(self, what: str, given: Any) -> None:
         """Refuses miners or weights that do not belong to the losses."""
-        named = isinstance(given, dict | nn.ModuleDict)
+        named = isinstance(given, Mapping | nn.ModuleDict)
         if self.is_dict != named:
             form = "a dictionary" if self.is_dict else "a list"
             raise Mismatch(f"losses are {form}, so {what} must be one too, got {type(given).__name__}")
@@ -143,7 +143,7 @@ class MultipleLosses(Loss):
 
 def _check_kind(what: str, given: Any, kind: type[Component]) -> None:
     """Refuses a component of another kind; a module that is no component may be any."""
-    for each in given.values() if isinstance(given, dict | nn.ModuleDict) else given:
+    for each in given.values() if isinstance(given, Mapping | nn.ModuleDict) else given:
         if isinstance(each, Component) and not isinstance(each, kind):
             raise TypeError(f"MultipleLosses: {what} must each be a {kind.__name__}, got {type(each).__name__}")
 

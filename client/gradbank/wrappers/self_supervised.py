@@ -38,7 +38,7 @@ class SelfSupervisedLoss(BaseLossWrapper):
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """The loss of two `(B, D)` views of the same samples, a scalar."""
-        return self.stage(embeddings, ref_emb).carried_out()
+        return self.carried_out(embeddings, ref_emb)
 
     def stage(self, embeddings: Tensor, ref_emb: Tensor | None = None, labels: Tensor | None = None) -> Staged:
         distance = getattr(self.loss, "distance", None)
@@ -83,7 +83,7 @@ class SelfSupervisedLossWrapper(SelfSupervisedLoss):
         Raises:
             ValueError: neither labels nor another view, or both.
         """
-        return self.stage(embeddings, labels, ref_emb).carried_out()
+        return self.carried_out(embeddings, labels, ref_emb)
 
     def stage(  # type: ignore[override]
         self, embeddings: Tensor, labels: Tensor | None = None, ref_emb: Tensor | None = None

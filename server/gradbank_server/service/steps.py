@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import xxhash
+from google.protobuf.unknown_fields import UnknownFieldSet
 from torch import Tensor
 
 from gradbank.errors import GradbankError, InvalidRequest
@@ -105,9 +106,15 @@ def check_header(step: step_pb2.StepInput) -> None:
     """Refuses what no trainer can mean.
 
     Raises:
-        InvalidRequest: gradients in a dtype that they are not rounded to, an answer to a step that is to come, times
-            that no clock shows, a batch for a queue that it empties, or other tensors than embeddings without these.
+        InvalidRequest: what a newer trainer may mean, gradients in a dtype that they are not rounded to, an answer to a
+            step that is to come, times that no clock shows, a batch for a queue that it empties, or other
+            tensors than embeddings without these.
     """
+    if len(UnknownFieldSet(step)):
+        raise InvalidRequest(
+            "the step says something that this server does not know: it is older than the trainer; run the same "
+            "version of gradbank on both sides"
+        )
     if step.resets_queue and step.HasField("embeddings"):
         raise InvalidRequest("a step that resets the queue has no embeddings: send these in the next one")
     if not step.HasField("embeddings") and any(True for _ in tensors_of(step)):

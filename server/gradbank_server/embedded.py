@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from pydantic import ValidationError
 from torch import Tensor
 
+from gradbank.engine.precision import full_precision
 from gradbank.engine.surroundings import own_graph
 from gradbank.errors import GradbankError, InternalError, InvalidRequest, ServerUnavailable
 from gradbank.v1 import session_pb2, stats_pb2, step_pb2
@@ -90,7 +91,7 @@ class EmbeddedTransport:
             # the modes of the trainer's thread are not the server's, nor is its default device
             elsewhere = torch.get_default_device().type != "cpu"
             here = torch.device("cpu") if elsewhere else nullcontext()
-            with torch.inference_mode(False), here, own_graph():
+            with torch.inference_mode(False), here, full_precision(self._service.device), own_graph():
                 return call()
         except GradbankError:
             raise

@@ -1,7 +1,9 @@
 """The optimizer of a hosted loss in the hands of others: frameworks that wrap it, and loops that clear gradients."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +183,129 @@ def test_weights_get_what_they_would_get_here_of_passes(
         optimizer.step()
     assert not torch.equal(here.W, head().W)
     torch.testing.assert_close(there.local().W, here.W)
+
+
+def once(loss_fn: Any, optimizer: Any) -> None:
+    loss_fn(*data()[0]).backward()
+    optimizer.step()
+
+
+def zeroed_by_the_loss(loss_fn: Any, optimizer: Any) -> None:
+    for batch in data()[:2]:
+        loss_fn.zero_grad()
+        loss_fn(*batch).backward()
+        optimizer.step()
+
+
+def reloaded(loss_fn: Any, optimizer: Any) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+    once(loss_fn, optimizer)
+
+
+def carried_on_by_momentum(loss_fn: Any, optimizer: Any) -> None:
+    once(loss_fn, optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    once(loss_fn, optimizer)
+
+
+def zeroed_by_hand(loss_fn: Any, optimizer: Any) -> None:
+    once(loss_fn, optimizer)
+    optimizer.param_groups[0]["params"][0].grad.zero_()
+    rows, labels = data()[1]
+    leaf = rows.clone().requires_grad_()
+    torch.autograd.grad(loss_fn(leaf, labels), leaf)
+    optimizer.step()
+
+
+def before_autocast(loss_fn: Any, optimizer: Any) -> None:
+    once(loss_fn, optimizer)
+    with torch.autocast("cpu"):
+        loss_fn(*data()[1])
+
+
+def halved_in_between(loss_fn: Any, optimizer: Any) -> None:
+    for batch, factor in zip(data(), (0.5, 0.25, 1.0), strict=False):
+        loss_fn(*batch).backward()
+        optimizer.param_groups[0]["params"][0].grad.mul_(factor)
+    optimizer.step()
+
+
+def one_within_another(loss_fn: Any, optimizer: Any) -> None:
+    (first, labels), (second, _), (third, _), *_ = data()
+    within, leaf = loss_fn(first, labels), second.clone().requires_grad_()
+    leaf.register_hook(lambda gradient: within.backward())
+    (loss_fn(leaf, labels) + loss_fn(third, labels)).backward()
+    optimizer.step()
+
+
+def with_an_option_of_two(loss_fn: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["eps"] = (None, 100.0)
+    once(loss_fn, optimizer)
+
+
+def with_an_option_of_words(loss_fn: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["adjust_lr_fn"] = "match_rms_adamw"
+    once(loss_fn, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("loop", "kind", "options", "loss"),
+    [
+        (once, "SGD", {"lr": 0.1, "fused": True}, losses.LargeMarginSoftmaxLoss),
+        (once, "Adam", {"lr": 0.1, "fused": True}, losses.LargeMarginSoftmaxLoss),
+        (zeroed_by_the_loss, "SGD", {"lr": 0.1}, losses.CosFaceLoss),
+        (reloaded, "Muon", {}, losses.CosFaceLoss),
+        (reloaded, "Adafactor", {}, losses.CosFaceLoss),
+        (carried_on_by_momentum, "SGD", {"lr": 0.1, "momentum": 0.9}, losses.CosFaceLoss),
+        (zeroed_by_hand, "SGD", {"lr": 0.1, "momentum": 0.9}, losses.CosFaceLoss),
+        (before_autocast, "Adafactor", {"lr": 0.1}, losses.ProxyAnchorLoss),
+        (halved_in_between, "SGD", {"lr": 0.1}, losses.CosFaceLoss),
+        (one_within_another, "SGD", {"lr": 0.1}, losses.CosFaceLoss),
+        (with_an_option_of_two, "Adafactor", {"lr": 0.1}, losses.CosFaceLoss),
+        (with_an_option_of_words, "Muon", {}, losses.CosFaceLoss),
+    ],
+)
+@pytest.mark.parametrize("way", ["tcp", "local"])
+def test_an_optimizer_does_there_what_it_would_do_here(
+    server: Server, name: str, way: str, loop: Callable[[Any, Any], None], kind: str, options: dict[str, Any], loss: Any
+) -> None:
+    torch.manual_seed(0)
+    here = loss(4, 8)
+    first = here.rebuilt()
+    first.load_state_dict(here.state_dict())
+    with gradbank.connect(server.address if way == "tcp" else "local://") as client:
+        there = client.open(name, first)
+        loop(here, getattr(torch.optim, kind)(here.parameters(), **options))
+        loop(there, there.optimizer(kind, **options))
+        for found, wanted, before in zip(
+            there.local().parameters(), here.parameters(), first.parameters(), strict=True
+        ):
+            assert not torch.equal(found, before)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_several_backward_passes_at_once_are_refused_where_weights_are_learned(
+    client: gradbank.Client, name: str
+) -> None:
+    there = client.open(name, head())
+    there.optimizer("SGD", lr=0.1)
+    rows, labels = data()[0]
+    leaf = rows.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="one backward pass at a time: leave is_grads_batched out"):
+        torch.autograd.grad(there(leaf, labels), leaf, torch.ones(2), is_grads_batched=True)
+
+
+def test_an_optimizer_that_nobody_has_is_freed(client: gradbank.Client, name: str) -> None:
+    there = client.open(name, head())
+    held = weakref.ref(there.optimizer("SGD", lr=0.1))
+    there(*data()[0]).backward()
+    client.close_session(name)
+    there.close()
+    client._open.clear()
+    del there
+    gc.collect()
+    assert held() is None
 
 
 def test_what_is_the_servers_cannot_be_set_here(client: gradbank.Client, name: str) -> None:

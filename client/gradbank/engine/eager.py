@@ -97,6 +97,12 @@ def refuse_second_derivatives() -> None:
         raise RuntimeError("a loss computes its gradient, but no gradients of gradients: leave create_graph out")
 
 
+def is_batched(grad_output: Tensor) -> bool:
+    """Whether it is several at once: then it may not be looked at, nor written from."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(grad_output) or functorch.is_legacy_batchedtensor(grad_output))
+
+
 def scaled(gradients: Iterable[Tensor | None], grad_output: Tensor, owned: bool) -> list[Tensor | None]:
     """What a backward pass gives: each gradient, times what came down.
 
@@ -104,10 +110,7 @@ def scaled(gradients: Iterable[Tensor | None], grad_output: Tensor, owned: bool)
         owned: whether no gradient shares its memory with anything: then a backward pass that is the last writes to
             them, and may hand them on as they are.
     """
-    functorch = torch._C._functorch
-    # which may not be looked at, nor written from
-    batched = functorch.is_batchedtensor(grad_output) or functorch.is_legacy_batchedtensor(grad_output)
-    if owned and not batched and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if owned and not is_batched(grad_output) and not torch._C._autograd._get_current_graph_task_keep_graph():
         if grad_output.device.type == "cpu" and grad_output.item() == 1:
             return list(gradients)
         return [None if each is None else each.mul_(grad_output.to(each)) for each in gradients]

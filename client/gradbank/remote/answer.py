@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbank.engine import widened
-from gradbank.engine.eager import keep, kept, refuse_second_derivatives, scaled
+from gradbank.engine.eager import is_batched, keep, kept, refuse_second_derivatives, scaled
 from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.v1 import step_pb2
 from gradbank.wire import TensorReader
@@ -55,6 +55,10 @@ class Answered(torch.autograd.Function):
         of_token = None
         if ctx.seen is not None:
             optimizer, seq = ctx.seen
+            if is_batched(grad_output):
+                raise RuntimeError(
+                    "a hosted loss with learnable weights takes one backward pass at a time: leave is_grads_batched out"
+                )
             optimizer.saw(seq, float(grad_output))
             # the token counts: sums of scales may cancel. NaN of what is not finite, which an AMP scaler looks for
             of_token = (1 + 0 * grad_output).to(optimizer.token)

@@ -1,9 +1,10 @@
 """The optimizer of weights that live on the server, in the shape that torch's trainers and schedulers know."""
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         super().__init__([self.token], defaults)
         self.name, self.options = name, options
         self._since = _Since()
-        self.token.register_post_accumulate_grad_hook(self._land)  # type: ignore[no-untyped-call]  # torch's
+        # torch holds the hook where nobody sees through who looks for cycles
+        land = weakref.WeakMethod(self._land)
+        self.token.register_post_accumulate_grad_hook(lambda _: (land() or _nobody)())  # type: ignore[no-untyped-call]  # torch's
         self._kept: deque[int] = deque(maxlen=GRADIENTS_KEPT)  # steps whose weight gradients the server keeps
         self.events: list[step_pb2.WeightEvent] = []
         self.told = 0  # how many there were before these
@@ -91,19 +94,30 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 "backward through a hosted loss with learnable weights may be called once, and at most "
                 f"{GRADIENTS_KEPT - 1} losses later: the server keeps no more of their gradients"
             )
-        if self._since.landed and (self.token.grad is None or not self.token.grad):
-            self._forget()  # the gradient was set to None, or to 0, by someone else than zero_grad
-        # of this pass: another that noted something may have failed, or was asked for gradients of something else
-        task = torch._C._current_graph_task_id()
-        self._since.passing = [each for each in self._since.passing if each[0] == task] + [(task, seq, scale)]
+        since, now = self._since, 0.0 if self.token.grad is None else float(self.token.grad)
+        # what another pass noted may not have landed yet, if this one runs within it
+        passing = [each for each in since.passing if each.seq in self._kept]
+        since.passing = [*passing, _Pass(torch._C._current_graph_task_id(), seq, scale, since.counted, now)]
 
-    def _land(self, token: Tensor) -> None:
-        """The gradients of a backward pass reached the token."""
-        for _, seq, scale in self._since.passing:
-            self._kept.remove(seq)
-            self._since.seen += 1
-            self.events.append(step_pb2.WeightEvent(backward=step_pb2.Backward(seq=seq, scale=scale)))
-        self._since.passing, self._since.landed = [], True
+    def _land(self) -> None:
+        """The gradients of a backward pass reached the token, which has counted its losses."""
+        since, task = self._since, torch._C._current_graph_task_id()
+        landed = [each for each in since.passing if each.task == task]
+        if not landed:
+            return
+        since.passing = [each for each in since.passing if each.task != task]
+        counted, found = landed[0].counted, landed[0].found
+        if counted and counted == since.counted:  # else another pass landed within this one
+            if not found:
+                self._forget()  # the gradient was set to None, or to 0
+            else:  # or multiplied, which is not meant for those to come
+                since.factor *= found / counted
+        for each in landed:
+            self._kept.remove(each.seq)
+            backward = step_pb2.Backward(seq=each.seq, scale=each.scale / since.factor)
+            self.events.append(step_pb2.WeightEvent(backward=backward))
+        assert self.token.grad is not None  # it has just been added to
+        since.counted = float(self.token.grad)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Has the weights stepped, before the next batch's loss is computed.
@@ -121,21 +135,42 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.token.grad is None:
             return loss  # no backward pass since zero_grad: as in torch, nothing to do
-        seen, group = self._since.seen, self.param_groups[0]
-        scale = float(self.token.grad) / seen if seen else 1.0
-        given = {name: _plain(group[name]) for name in self.defaults}
-        options = {name: value for name, value in given.items() if value is not None}
+        since, group = self._since, self.param_groups[0]
+        scale = since.factor * float(self.token.grad) / since.counted if since.counted else 1.0
+        options = self._told(group)
         asked = step_pb2.OptimizerStep(gradient_scale=scale, options=argument_messages(options, self.name))
         self.events.append(step_pb2.WeightEvent(optimizer_step=asked))
         return loss
 
+    def _told(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options of a step: those that are numbers, and what else was set to something new.
+
+        Raises:
+            InvalidRequest: that is nothing that can be told.
+        """
+        options = {}
+        for name, default in self.defaults.items():
+            if name not in group:  # torch adds some to the defaults of all that load a state
+                continue
+            value = _plain(group[name])
+            if isinstance(value, bool | int | float) or value != _plain(default):
+                options[name] = value
+        try:
+            argument_messages(options, self.name)
+        except TypeError as error:
+            raise InvalidRequest(f"an option of the optimizer cannot be told to the server: {error}") from None
+        return options
+
     def zero_grad(self, set_to_none: bool = True) -> None:
+        if not set_to_none and self.token.grad is not None:
+            self.token.grad.zero_()  # a step goes on by momentum; the next pass has the server forget the rest
+            return
         self.token.grad = None
         self._forget()
 
     def _forget(self) -> None:
         """Has the server forget the gradients that it added up."""
-        self._since.seen, self._since.landed = 0, False
+        self._since.counted, self._since.factor = 0.0, 1.0
         if not (self.events and self.events[-1].HasField("zero_gradient")):
             self.events.append(step_pb2.WeightEvent(zero_gradient=True))
 
@@ -145,21 +180,38 @@ class _Since:
     """What came since the last `zero_grad`; apart, for frameworks wrap an optimizer in a copy of its attributes.
 
     Attributes:
-        seen: the number of losses whose backward passes reached the token.
-        landed: whether there was one.
-        passing: the task, step and scale of each loss of the backward pass that is under way.
+        counted: the token's gradient, as the last pass that reached it left it; 0 before the first.
+        factor: by how much what the server adds up is to be multiplied, on top of what the token's gradient says.
+        passing: the losses of backward passes that have not reached the token, and perhaps will not.
     """
 
-    seen: int = 0
-    landed: bool = False
-    passing: list[tuple[int, int, float]] = field(default_factory=list)
+    counted: float = 0.0
+    factor: float = 1.0
+    passing: list["_Pass"] = field(default_factory=list)
+
+
+class _Pass(NamedTuple):
+    """A loss that a backward pass came through.
+
+    Attributes:
+        task: torch's number of the pass.
+        seq, scale: of which step, and what it brought.
+        counted, found: what the token's gradient was left at, and what it was then.
+    """
+
+    task: int
+    seq: int
+    scale: float
+    counted: float
+    found: float
+
+
+def _nobody() -> None:
+    """Stands for an optimizer that is gone."""
 
 
 def _plain(value: Any) -> Any:
-    """An option as it can be told: a number, whoever made it, or a tuple of such; None for any other."""
+    """An option as it can be told: numbers are such, whoever made them."""
     if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
         return value.item()
-    if isinstance(value, tuple | list):
-        items = tuple(map(_plain, value))
-        return items if all(isinstance(item, int | float) for item in items) else None
-    return value if isinstance(value, bool | int | float) else None
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value

@@ -67,7 +67,9 @@ class Update:
         for weight, copy, gradient in zip(held["params"], copies, self.gradient):
             state = self.optimizer.state.get(weight, {})
             beside.state[copy] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-            copy.grad = None if gradient is None else gradient * scale  # as of a weight that no loss reached
+            if gradient is not None:  # else as of a weight that no loss reached
+                # laid out as the weight is, which a fused step takes for granted, and a gradient need not be
+                copy.grad = torch.empty_like(copy.data).copy_(gradient * scale)
         try:
             beside.step()
         except Exception as error:  # torch divides by zero, overflows, asserts
@@ -77,7 +79,8 @@ class Update:
         if not all(bool(copy.isfinite().all()) for copy in copies):
             raise InvalidUpdate(
                 f"the optimizer's step makes the weights infinite or NaN (gradient scale {scale}, {dict(options)}); "
-                "they are as they were, and the step was dropped. Look for a learning rate that is too high"
+                "they are as they were, and the step was dropped. Look for a learning rate that is too high, or for an "
+                "AMP scale under which the weights' gradients overflow"
             )
         for copy in copies:
             copy.grad = None

@@ -17,11 +17,10 @@ from typing import Annotated, Literal
 import structlog
 from cyclopts import App, Parameter
 from pydantic import ValidationError
-from rich.table import Table
 
-from gradbank_server.printed import described, duration, listed, started, times
+from gradbank_server.printed import described, duration, listed, ranges, started, times
 from gradbank_server.settings import ServerSettings, unknown_variables
-from gradbank_server.terminal import console, failed, refused, told
+from gradbank_server.terminal import console, failed, refused, show, table_of, told
 
 app = App(
     name="gradbank",
@@ -187,11 +186,11 @@ def health(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 2.0) -> i
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 why = f"no server answered within {timeout:g} s"
             with suppress(OSError):
-                console.print(f"{address}: {why}", style="red", highlight=False)
+                console.print(f"{address}: {why}", style="red", highlight=False, markup=False)
             return 1
     name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
     with suppress(OSError):  # the exit code is the answer
-        console.print(f"{address}: {name}")
+        console.print(f"{address}: {name}", markup=False)
     return 0 if status == health_pb2.HealthCheckResponse.SERVING else 1
 
 
@@ -201,7 +200,7 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
     import gradbank
     from gradbank.errors import GradbankError, SessionNotFound
 
-    table = Table("session", "loss", "ranks", "steps", "loss now", "bank rows", "ms per step", "idle", box=None)
+    table = table_of("session", "loss", "ranks", "steps", "loss now", "bank rows", "ms per step", "idle")
     try:
         with gradbank.connect(address, timeout) as client:
             for session in client.sessions():
@@ -212,7 +211,7 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
                 table.add_row(
                     session.name,
                     session.loss.title(),
-                    ",".join(map(str, session.ranks)),
+                    ranges(session.ranks),
                     f"{stats.steps:,}",
                     f"{stats.mean_loss:.4f}",
                     f"{stats.bank_rows:,} of {stats.bank_capacity:,}",
@@ -221,7 +220,10 @@ def sessions(*, address: Address = "127.0.0.1:50051", timeout: Timeout = 10.0) -
                 )
     except GradbankError as error:
         return failed(error)
-    console.print(table if table.row_count else f"no sessions at {address}")
+    if table.row_count:
+        show(table)
+    else:
+        console.print(f"no sessions at {address}", markup=False)
     return 0
 
 

@@ -71,6 +71,17 @@ def described(info: "ComponentInfo") -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, in words: "0-3,7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
 def duration(seconds: float) -> str:
     """How long, in the unit that fits."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):

@@ -7,6 +7,7 @@ import sys
 from cyclopts import CycloptsError
 from pydantic import ValidationError
 from rich.console import Console
+from rich.table import Column, Table
 
 
 class _Console(Console):
@@ -16,8 +17,22 @@ class _Console(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-# off a terminal, a table is as wide as it needs to be: somebody's grep is reading
+# off a terminal, a line is as long as it needs to be: somebody's grep is reading
 console = _Console() if sys.stdout and sys.stdout.isatty() else _Console(width=200)
+_WIDEST = 10_000
+
+
+def table_of(*headings: str) -> Table:
+    """A table that breaks what finds no room, rather than cut it off: names are copied from it."""
+    return Table(*(Column(heading, overflow="fold") for heading in headings), box=None)
+
+
+def show(table: Table) -> None:
+    """Prints a table; off a terminal a row is a line."""
+    if not console.is_terminal:
+        wide = console.options.update(max_width=_WIDEST)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table)
 
 
 def refused(error: ValidationError) -> str:

@@ -138,6 +138,28 @@ def test_a_session_that_ends_while_sessions_are_listed_is_left_out(
             client.close_session(f"{name}-{each}")
 
 
+def test_a_table_of_sessions_has_their_names_whole_wherever_it_is_printed(server: Server, name: str) -> None:
+    long, ranks = f"{name}-{'x' * 40}", [0, 1, 2, 7]
+    with gradbank.connect(server.address) as client:
+        for rank in ranks:
+            client.open(long, losses.CrossBatchMemory(losses.GeneralizedLiftedStructureLoss(), 16, 10**6), rank=rank)
+        command = [*GRADBANK, "sessions", "--address", server.address]
+        ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ascii_only)
+        client.close_session(long)
+    assert done.returncode == 0, done.stderr
+    (line,) = (each for each in done.stdout.splitlines() if long in each)
+    assert "CrossBatchMemory(GeneralizedLiftedStructureLoss)" in line
+    assert "0-2,7" in line
+
+
+def test_an_address_is_printed_as_it_is_written() -> None:
+    command = [*GRADBANK, "health", "--address", "unix:///tmp/[/b]s.sock", "--timeout", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "unix:///tmp/[/b]s.sock: " in done.stdout
+
+
 def test_a_package_that_ends_python_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "exits.py").write_text("import sys\n\nsys.exit(3)\n")
     command = [*GRADBANK, "serve", "--port", "0", "--components", "exits"]

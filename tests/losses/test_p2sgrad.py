@@ -106,18 +106,14 @@ def test_closed_form_is_as_exact_in_float32() -> None:
     torch.testing.assert_close([each.double() for each in found], wanted, rtol=1e-4, atol=1e-7)
 
 
-def test_weights_follow_a_wider_batch_but_no_narrower_one() -> None:
+def test_weights_are_as_wide_as_they_were_whatever_the_batch() -> None:
     ours, _ = both(4, 6, torch.float32)
     embeddings, labels = batch_of(5, 4, 6)
-    for dtype, wanted in (
-        (torch.float16, torch.float32),
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float64),
-    ):
+    for dtype in (torch.float16, torch.float64, torch.float32):
         ours.zero_grad()
         leaf = embeddings.to(dtype, copy=True).requires_grad_()
         ours(leaf, labels).backward()
-        assert ours.weight.dtype == ours.weight.grad.dtype == wanted
+        assert ours.weight.dtype == ours.weight.grad.dtype == torch.float32
         assert leaf.grad is not None
         assert leaf.grad.dtype == dtype
 

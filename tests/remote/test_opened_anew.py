@@ -30,6 +30,16 @@ def test_a_loss_that_is_opened_anew_starts_without_gradients(anyway: gradbank.Cl
     torch.testing.assert_close(again.local().W, (here.W - 0.1 * here.W.grad).detach())
 
 
+def test_the_place_of_a_loss_that_was_opened_anew_is_waited_for() -> None:
+    batch = torch.randn(8, 4), torch.arange(8) // 2
+    with (
+        Server(ServerSettings(port=0, metrics_port=-1, max_streams=1, drain_seconds=1)) as running,
+        gradbank.connect(running.address) as client,
+    ):
+        for _ in range(150):
+            assert client.open("kept", losses.NTXentLoss())(*batch).isfinite()
+
+
 def test_a_closed_client_leaves_no_connection_of_a_loss_that_it_forgot(tmp_path: Path) -> None:
     settings = ServerSettings(port=0, metrics_port=-1, shared_memory=True, max_streams=2, drain_seconds=1)
     batch, kept = (torch.randn(8, 4), torch.arange(8) // 2), []

@@ -173,6 +173,25 @@ def test_memory_is_shared_up_to_the_budget_and_is_free_again_once_its_trainer_is
         second(rows, labels)
 
 
+def test_what_the_server_rounded_up_may_be_asked_for_again(name: str) -> None:
+    with (
+        serving(max_step_bytes=16384) as running,
+        gradbank.connect(running.address, timeout=20, via="shm") as client,
+    ):
+        there, here = client.open(name, losses.NTXentLoss()), losses.NTXentLoss()
+        rows, labels = torch.randn(8, 16), torch.arange(8) // 2
+        assert torch.equal(there(rows, labels), here(rows, labels))
+        for future in [there.submit(rows, labels) for _ in range(3)]:
+            assert torch.equal(future.result(), here(rows, labels))
+
+
+def test_a_server_whose_places_are_taken_offers_shared_memory_nonetheless(name: str) -> None:
+    with serving(max_streams=1) as running, gradbank.connect(running.address, timeout=20, via="tcp") as client:
+        client.open(name, losses.NTXentLoss())(torch.randn(8, 16), torch.arange(8) // 2)
+        with pytest.raises(LimitExceeded, match="all 1 streams are taken"):
+            gradbank.connect(running.address, timeout=20, via="shm")
+
+
 def test_what_does_not_fit_the_budget_goes_another_way_unless_one_insists(name: str) -> None:
     rows, labels = torch.randn(8, 4), torch.arange(8) % 2
     with serving(max_shared_bytes=2**17) as running, gradbank.connect(running.address, timeout=20) as client:

@@ -2,6 +2,7 @@
 
 import queue
 import secrets
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from gradbank import losses
 from gradbank.v1 import session_pb2, session_pb2_grpc, step_pb2, step_pb2_grpc
 from gradbank.wire import component_message, describe
 from gradbank_server.service import Server
+from gradbank_server.settings import ServerSettings
 
 
 class Stream:
@@ -82,3 +84,16 @@ def plain(server: Server, name: str) -> Iterator[Wire]:
         made = Wire(channel, f"{name}-plain", losses.NTXentLoss())
         yield made
         made.end()
+
+
+@pytest.fixture
+def own() -> Iterator[Server]:
+    """A server whose counters no other test moves."""
+    with Server(ServerSettings(port=0, metrics_port=0, drain_seconds=5)) as running:
+        yield running
+
+
+def metrics(server: Server) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5) as response:
+        lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}

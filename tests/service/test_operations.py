@@ -21,11 +21,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import gradbank
 from gradbank import losses
-from gradbank.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, ServerUnavailable, SessionNotFound
+from gradbank.errors import DeadlineExceeded, LimitExceeded, ServerUnavailable, SessionNotFound
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 
-OUTSIDE = ("client_encode", "network", "client_decode")  # phases of a step that the server does not see
+from .conftest import metrics
+
 SERVICES = [f"gradbank.v1.{name}Service" for name in ("Session", "Step", "Stats", "Catalog")]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -37,19 +38,6 @@ def batch(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 
 def memory() -> losses.CrossBatchMemory:
     return losses.CrossBatchMemory(losses.NTXentLoss(), 16, 64)
-
-
-@pytest.fixture
-def own() -> Iterator[Server]:
-    """A server whose counters no other test moves."""
-    with Server(ServerSettings(port=0, metrics_port=0, drain_seconds=5)) as running:
-        yield running
-
-
-def metrics(server: Server) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5) as response:
-        lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
 
 # -- health, reflection, metrics --------------------------------------------------------------------------------------
@@ -78,33 +66,6 @@ def test_reflection_can_be_left_out() -> None:
         with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
             next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=5))
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-
-
-def test_metrics_count_what_happens(own: Server) -> None:
-    with gradbank.connect(own.address, timeout=10) as client:
-        there, arc = client.open("run", memory()), client.open("arc", losses.ArcFaceLoss(4, 16))
-        for seed in range(3):
-            there(*batch(seed))
-        arc(*batch())
-        with pytest.raises(InvalidRequest):
-            there(batch()[0] * float("nan"), batch()[1])
-        found = metrics(own)
-        rows, weights = client.stats("run"), client.stats("arc")
-    assert found['gradbank_steps_total{loss="CrossBatchMemory(NTXentLoss)",outcome="ok"}'] == 3
-    assert found['gradbank_steps_total{loss="CrossBatchMemory(NTXentLoss)",outcome="rejected"}'] == 1
-    assert found['gradbank_steps_total{loss="ArcFaceLoss",outcome="ok"}'] == 1
-    assert found['gradbank_step_seconds_count{phase="compute"}'] == 4
-    # a trainer tells of a step with the next one
-    assert [found[f'gradbank_step_seconds_count{{phase="{p}"}}'] for p in OUTSIDE] == [2, 2, 2]
-    assert all(rows.mean_seconds[phase] > 0 and weights.mean_seconds[phase] == 0 for phase in OUTSIDE)
-    assert found["gradbank_received_bytes_total"] == rows.received_bytes + weights.received_bytes == 4 * 8 * (64 + 8)
-    assert found["gradbank_sessions"] == 2
-    assert found["gradbank_bank_rows"] == rows.bank_rows == 24
-    assert found["gradbank_bank_bytes"] == rows.bank_bytes
-    assert found["gradbank_weight_bytes"] == weights.weight_bytes == 4 * 16 * 4
-    (build,) = (name for name in found if name.startswith("gradbank_build_info"))
-    assert f'version="{gradbank.__version__}"' in build
-    assert "run" not in " ".join(found), "no session is a label: there is no end to them"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
-from gradbank.errors import GradbankError, InvalidRequest, ServerUnavailable
+from gradbank.errors import DeadlineExceeded, GradbankError, InvalidRequest, LimitExceeded, ServerUnavailable
 from gradbank.remote.channel import GrpcTransport
 from gradbank.remote.shared import SharedSteps
 from gradbank.remote.transport import Steps, Transport, left_until
@@ -51,6 +51,8 @@ def _climbed(first: GrpcTransport, told: stats_pb2.GetServerResponse, deadline: 
         try:
             SharedSteps(told.shared_memory_socket, told.boot_id, left_until(deadline)).close()
         except GradbankError as error:
+            if via == "shm" and isinstance(error, LimitExceeded | DeadlineExceeded):
+                raise  # it is offered, and another time there may be room
             if via == "shm":
                 raise InvalidRequest(
                     f"{first.address} offers shared memory, but not to this process: {error}"

@@ -35,7 +35,8 @@ class RemoteLoss(Hosted[L_co]):
         created: whether opening it created the session; if not, its bank and weights are those it had.
         timings: where the seconds of the last step went. Of the server: `queue` (until the session's turn), `decode`,
             `compute` and `encode`; here: `client_encode` and `client_decode`; and `network`, all that lies between,
-            which is left out of a submitted step that may have been answered before it was asked for.
+            which is left out of a submitted step that had others before it, or may have been answered before it was
+            asked for.
     """
 
     def __init__(self, producer: Producer, loss: L_co, created: bool, wire: torch.dtype | None) -> None:
@@ -121,6 +122,7 @@ class RemoteLoss(Hosted[L_co]):
         answered = time.perf_counter()
         # who did something else for longer than he waits now may have found the answer there
         waited = deadline is not None or asked - call.sent <= answered - asked
+        alone = ticket.step.seq == ticket.step.answered_seq + 1  # or it waited for others on its way
         embeddings, ref_emb = call.inputs
         gradients = gradients_of(output, data)
         self._statistics.write(output.statistics)
@@ -134,7 +136,9 @@ class RemoteLoss(Hosted[L_co]):
             made: Tensor = Answered.apply(loss, seen, gradients, embeddings, ref_emb, token)  # type: ignore[no-untyped-call]  # torch's
         self._untold = step_pb2.TrainerTimings(
             client_encode_s=call.encode_s,
-            network_s=max(answered - call.sent - sum(seconds_of(output.timings).values()), 0.0) if waited else None,
+            network_s=max(answered - call.sent - sum(seconds_of(output.timings).values()), 0.0)
+            if waited and alone
+            else None,
             client_decode_s=time.perf_counter() - answered,
         )
         self.timings = seconds_of_both(self._untold, output.timings)
@@ -168,6 +172,12 @@ class RemoteLoss(Hosted[L_co]):
     def learns(self) -> bool:
         """Whether there is an optimizer here, of which each step tells the server."""
         return self._optimizer is not None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zeroes the gradients of the weights on the server, as `zero_grad` of their optimizer does."""
+        super().zero_grad(set_to_none)
+        if self._optimizer is not None:
+            self._optimizer.zero_grad(set_to_none)
 
     def flush(self, timeout: float | None = None) -> None:
         """Has the server carry out what the optimizer still has to tell it, without waiting for the next batch.

@@ -28,6 +28,7 @@ from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import error_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_FREED_WITHIN_S = 1.0
 _LOOKS_EVERY_S = 1.0  # who waits for another thread: Ctrl-C may come just before that tells the others
 _CLOSED = "the loss was closed before the step was answered"
 _INTERRUPTED = "the wait for its answer was interrupted; asking for the same batch again is safe"
@@ -281,17 +282,18 @@ class Producer:
 
     def _retried(self, call: Callable[[], T], deadline: float) -> T:
         """What `call` gives, once the server can be reached."""
-        begun, pause, closed, retried = time.monotonic(), _FIRST_PAUSE_S, self._closed, False
+        begun, pause, closed, broken = time.monotonic(), _FIRST_PAUSE_S, self._closed, False
         while True:
             self.transport()  # or the client was closed meanwhile
             try:
                 return call()
             except (ServerUnavailable, LimitExceeded) as error:
-                # the place of a stream that broke is taken until its step is computed
-                if isinstance(error, LimitExceeded) and not retried:
+                left, full = left_until(deadline), isinstance(error, LimitExceeded)
+                # a stream has its place until the server sees that it ended, and one that broke until its step is
+                # computed
+                if full and not broken and (left <= pause or time.monotonic() - begun > _FREED_WITHIN_S):
                     raise
-                retried = True
-                left = left_until(deadline)
+                broken = broken or not full
                 with self._lock:
                     self._changed.wait(min(pause, left))  # which ends if the loss is closed
                 if self._closed > closed:

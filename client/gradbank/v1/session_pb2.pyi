@@ -111,7 +111,7 @@ class Session(_message.Message):
     name: _builtins.str
     """Its name."""
     steps: _builtins.int
-    """Steps with embeddings that were carried out since it was created."""
+    """Steps that compared embeddings since it was created; rows that only enter a queue are not counted."""
     @_builtins.property
     def loss(self) -> _component_pb2.Component:
         """What it computes."""

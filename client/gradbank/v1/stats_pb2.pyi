@@ -66,7 +66,7 @@ class SessionStats(_message.Message):
     session: _builtins.str
     """The session's name."""
     steps: _builtins.int
-    """Steps carried out."""
+    """Steps that compared embeddings; rows that only enter a queue are not counted."""
     replayed: _builtins.int
     """Steps that were sent again and answered from store."""
     rejected: _builtins.int

@@ -528,7 +528,9 @@ class Timings(_message.Message):
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     ENCODE_S_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
-    """Waiting for the session's turn, behind steps of other trainers or of this one; decoding is not part of it."""
+    """Waiting for the session's turn, behind steps of other trainers; and of this one, if it was large enough to be read
+    meanwhile. Decoding is not part of it.
+    """
     decode_s: _builtins.float
     """Bytes to tensors."""
     compute_s: _builtins.float

@@ -61,7 +61,8 @@ class Conversation:
     def _make_rooms(self, asked: shared_pb2.Rooms) -> None:
         self._leave_rooms()
         limit = self._service.settings.max_step_bytes
-        if max(asked.steps, asked.answers) > 2 * limit:  # gradients of half precision are twice as long
+        # gradients of half precision are twice as long, and who asks again asks for what was made of it
+        if max(asked.steps, asked.answers) > _rounded(2 * limit):
             raise LimitExceeded(f"rooms of {asked.steps:,} and {asked.answers:,} bytes, where a step takes {limit:,}")
         if not 1 <= asked.slots <= WINDOW:
             raise InvalidRequest(f"rooms have 1 to {WINDOW} slots, got {asked.slots}")

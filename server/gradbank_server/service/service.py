@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from gradbank import __version__
-from gradbank.errors import GradbankError, InternalError, InvalidRequest, LimitExceeded, SessionNotFound
+from gradbank.errors import (
+    GradbankError,
+    InternalError,
+    InvalidRequest,
+    LimitExceeded,
+    SessionNotFound,
+    StepConflict,
+)
 from gradbank.v1 import catalog_pb2, session_pb2, stats_pb2, step_pb2
 from gradbank.wire import (
     argument_messages,
@@ -44,6 +51,7 @@ from gradbank_server.storage import MemoryStorage
 log = structlog.get_logger()
 
 Payload = list[memoryview]
+_BESIDE_ROWS = 64  # bytes of a bank's cursor and the like
 _LOOKS_EVERY_S = 0.5  # whether what is watched, or who watches it, is still there
 M = TypeVar("M", step_pb2.Timings, step_pb2.TrainerTimings)
 
@@ -76,7 +84,8 @@ class Service:
         """How long the state of a request to create a session is; refused if no session could hold it."""
         size = state_bytes(header.state)
         limit = self.settings.max_session_bytes
-        if size > limit:
+        # in float64 it is twice what a session is counted as, which is looked at once it is there
+        if size > 2 * limit + _BESIDE_ROWS:
             raise LimitExceeded(f"the session's state takes {size:,} bytes, and a session may take {limit:,}")
         return size
 
@@ -150,7 +159,9 @@ class Service:
                 raise arrived.refused
             return self._stepped(self.sessions[step.session], arrived)
         except GradbankError as error:
-            self.metrics.stepped(self._title(step.session), "rejected")
+            # what was sent behind a refused step is refused for its number, and sent again under another
+            outcome = "conflict" if isinstance(error, StepConflict) else "rejected"
+            self.metrics.stepped(self._title(step.session), outcome)
             self._note_limit(error, session=step.session, rank=step.rank)
             # no name for what is told: a frame that its own exception leads to is freed when Python gets to it
             told = error_message(refusal(error, self.settings.components))
@@ -204,10 +215,12 @@ class Service:
             "encode": time.perf_counter() - computed,
         }
         output.timings.CopyFrom(step_pb2.Timings(**{f"{phase}_s": spent for phase, spent in seconds.items()}))
-        if step.HasField("trainer_timings") and not replayed:
+        if step.HasField("trainer_timings"):
             seconds |= seconds_of(step.trainer_timings)
+        outcome = "replayed" if replayed else "ok" if arrived.batch.compares else "told"
+        if outcome != "ok":
+            seconds = {}  # no mean of a step's time is to have them in it
         session.timed(seconds, step.payload_bytes, output.payload_bytes)
-        outcome = "replayed" if replayed else "ok" if step.HasField("embeddings") else "told"
         self.metrics.stepped(session.spec.title(), outcome)
         self.metrics.timed(seconds, step.payload_bytes, output.payload_bytes)
         return output, data

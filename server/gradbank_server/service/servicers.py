@@ -159,9 +159,9 @@ class StepServicer:
             payload = assembled([memoryview(request.payload)])
             arrived = Arrived.of(request.step, payload, time.perf_counter())
             output, data = self._service.answered(arrived)
-            if output.HasField("error"):
-                raise error_of(output.error)
-            return step_pb2.StepResponse(step=output, payload=b"".join(data))
+        if output.HasField("error"):
+            _abort(context, error_of(output.error))  # which is counted already, as a step
+        return step_pb2.StepResponse(step=output, payload=b"".join(data))
 
     def _arriving(self, requests: Iterator[Frame | InvalidRequest], context: grpc.ServicerContext) -> Iterator[Arrived]:
         """Whole steps; one that is refused by its header is read to its end, but not kept."""

@@ -15,6 +15,7 @@ from gradbank.errors import (
     LimitExceeded,
     SessionConflict,
     SessionNotFound,
+    StepConflict,
 )
 from gradbank.losses.loss import Loss
 from gradbank.memory import CrossBatchMemory
@@ -139,7 +140,7 @@ class Session:
                 refusal = refusal_of(error)
                 if refusal is None:
                     raise
-                self.tally.rejected += 1
+                self.tally.rejected += not isinstance(refusal, StepConflict)  # which is nothing of the batch's
                 try:
                     if refusal is error:
                         raise

@@ -25,20 +25,24 @@ class Metrics:
     def __init__(self, sessions: Sessions | None = None, device: str = "cpu") -> None:
         self.registry = CollectorRegistry()
         self._steps = Counter(
-            "gradbank_steps", "Steps, by loss and outcome (ok, replayed, rejected, failed; told: without a batch).",
+            "gradbank_steps",
+            "Steps, by loss and outcome (ok, replayed, rejected, failed; told: nothing to compare; conflict: not the "
+            "next number, as of what was sent behind a refused one).",
             ["loss", "outcome"],
             registry=self.registry,
         )  # fmt: skip
         self._seconds = Histogram(
-            "gradbank_step_seconds", "Where the time of a step went, by phase.", ["phase"], buckets=_SECONDS,
-            registry=self.registry,
+            "gradbank_step_seconds", "Where the time of a step that compares went, by phase.", ["phase"],
+            buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._refusals = Counter(
             "gradbank_refusals", "Calls and streams that were refused, by error; steps are counted by outcome.",
             ["error"], registry=self.registry,
         )  # fmt: skip
-        self._received = Counter("gradbank_received_bytes", "Bytes of tensors received.", registry=self.registry)
-        self._sent = Counter("gradbank_sent_bytes", "Bytes of tensors sent.", registry=self.registry)
+        self._received = Counter(
+            "gradbank_received_bytes", "Bytes received, of steps' tensors.", registry=self.registry
+        )
+        self._sent = Counter("gradbank_sent_bytes", "Bytes sent, of steps' tensors.", registry=self.registry)
         self.registry.register(_SessionGauges(sessions, device))
 
         self._of: dict[

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradbank.component import Component
 from gradbank.engine import (
     ChosenPairs,
+    EveryPair,
     Indices,
     JoinedPairs,
     LabelledPairs,
@@ -17,9 +19,11 @@ from gradbank.engine import (
     check_indices,
     every_pair,
     named_weight,
+    triplets_of,
 )
 from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.losses.loss import Loss
+from gradbank.losses.triplet import TripletLoss
 from gradbank.miners.base import Miner
 from gradbank.miners.triplets import TripletMarginMiner
 
@@ -69,20 +73,41 @@ def compared(
             a, p, n = chosen
             if own is not None:
                 a, p, n = (index[p != own[a]] for index in (a, p, n))
+            given = None if indices is None or own is None else _in_queue(indices, own)
             if indices is None and loss.use_of_indices == "pairs":
                 return loss.compare_listed(embeddings, references, (a, p, n), labels)
+            if given is not None and isinstance(loss, TripletLoss):  # as pairs they would be more than were chosen
+                triplets = tuple(map(torch.cat, zip((a, p, n), _as_triplets(given), strict=True)))
+                return loss.compare_listed(embeddings, references, triplets, labels)
             chosen = ListedPairs((a, p, a, n), shape, once)
         pairs = ChosenPairs(pairs, chosen)
     if indices is not None and own is not None:
-        a1, p, a2, n = as_pairs(indices, embeddings.device)
-        for kind, index in (("positive", p), ("negative", n)):
-            check_indices(kind, index, len(embeddings))
-        # the batch's rows are where they entered the queue
-        pairs = JoinedPairs(pairs, ListedPairs((a1, own[p], a2, own[n]), shape, once), once)
+        listed = ListedPairs(as_pairs(_in_queue(indices, own), embeddings.device), shape, once)
+        pairs = JoinedPairs(pairs, listed, once)
     if loss.use_of_indices == "weights" and miner is None and indices is None:
         pairs = LabelledPairs(labels, references.labels, None if loss.sees_own else own)
     elif loss.use_of_indices == "weights":
-        listed = every_pair(pairs, len(embeddings), references)
-        weight = named_weight(tuple(listed), embeddings, anchors_only=True)
+        named = tuple(every_pair(pairs, len(embeddings), references))
+        weight = named_weight(named, embeddings, anchors_only=True)
         pairs = LabelledPairs(labels, references.labels, None if loss.sees_own else own, anchor_weight=weight)
     return loss.compare(embeddings, references, pairs)
+
+
+def _in_queue(indices: Indices, own: Tensor) -> Indices:
+    """Pairs or triplets within a batch, as those of the batch with a queue.
+
+    Args:
+        own: `(B,)` where the batch's rows entered the queue.
+
+    Raises:
+        ValueError: an index outside the batch.
+    """
+    a1, p, a2, n = as_pairs(indices, own.device)
+    for kind, index in (("positive", p), ("negative", n)):
+        check_indices(kind, index, len(own))
+    return (a1, own[p], own[n]) if len(indices) == 3 else (a1, own[p], a2, own[n])
+
+
+def _as_triplets(indices: Indices) -> Indices:
+    """Triplets, or pairs joined on equal anchors."""
+    return indices if len(indices) == 3 else triplets_of(EveryPair(*indices))

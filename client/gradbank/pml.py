@@ -51,6 +51,8 @@ def _converted(obj: nn.Module, where: str, known: dict[int, Component]) -> Compo
     arguments = {}
     for each in argument_fields(made):
         found = _found(obj, each.name, where)
+        if each.name == "collect_stats" and not found:
+            continue  # as one is that was never asked
         if found is not _ABSENT:
             arguments[each.name] = _value(found, f"{where}.{each.name}", known)
     try:

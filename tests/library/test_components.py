@@ -134,7 +134,7 @@ def test_components_nested_too_deeply_are_refused() -> None:
     spec = Spec("MeanReducer", {})
     for _ in range(20):
         spec = Spec("LpRegularizer", {"reducer": spec})
-    with pytest.raises(InvalidComponent, match="8 deep"):
+    with pytest.raises(InvalidComponent, match="16 deep"):
         spec_of(component_message(spec))
 
 

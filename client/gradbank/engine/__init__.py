@@ -31,7 +31,7 @@ from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
 from gradbank.engine.room import room, whole
 from gradbank.engine.separable import Separable
-from gradbank.engine.statistics import Running, Statistic
+from gradbank.engine.statistics import EveryPair, Running, Statistic
 from gradbank.engine.sums import Each, Number, Sum
 from gradbank.engine.sweep import sweep
 from gradbank.engine.thresholds import Buckets, first_not_above
@@ -45,6 +45,7 @@ __all__ = [
     "ChosenPairs",
     "Declaration",
     "Each",
+    "EveryPair",
     "Gathered",
     "Hinge",
     "Indices",

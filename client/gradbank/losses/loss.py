@@ -10,6 +10,7 @@ from torch import Tensor
 from gradbank.component import Component, foundation
 from gradbank.engine.surroundings import uncompiled
 from gradbank.locks import lock_of
+from gradbank.mismatch import Mismatch
 from gradbank.reducers.kept import part_of_all
 from gradbank.regularizers import Regularizer
 
@@ -81,7 +82,10 @@ class Loss(Component):
         """`loss` with the weighted cost of some rows added to it, or to its parts if it was not reduced."""
         if regularizer is None:
             return loss
-        cost = regularizer(rows) * weight
+        cost = regularizer(rows)
+        if not isinstance(cost, Tensor):
+            raise Mismatch(f"the {name}_regularizer gives its parts: give it a reducer that makes one number of them")
+        cost = cost * weight
         if isinstance(loss, Tensor):
             return loss + cost
         return {**loss, f"{name}_reg_loss": part_of_all(cost)}

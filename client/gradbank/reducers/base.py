@@ -121,11 +121,23 @@ class Reducer(Recorder):
                 pair or triplet of such lists), their `reduction_type` and, if the loss has one, a `divisor`.
             embeddings: `(B, D)`, and labels: `(B,)` or None: what the indices point at.
         """
-        parts = [self.of(name)._reduced(part, embeddings, labels) for name, part in loss_dict.items()]
+        reducers = {name: self.of(name) for name in loss_dict}
+        parts = [
+            each.called(name, loss_dict[name], embeddings, labels)
+            if each is not self
+            else self._reduced(loss_dict[name], embeddings, labels)
+            for name, each in reducers.items()
+        ]
         made = self._together(parts, embeddings, labels)
         if self.collects:
             self._record(loss_dict, embeddings, labels)
         return made
+
+    def called(self, name: str, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Any:
+        """What it makes of a part of a loss as the reducer within another: by a `forward` of its own, if it has one."""
+        if self._is_own("forward") or self.takes_every_part:
+            return self({name: part}, embeddings, labels)
+        return self._reduced(part, embeddings, labels)
 
     def _together(self, parts: list[Tensor], embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """The sum of the parts: of numbers, or of what a reducer of one's own keeps of the losses."""

@@ -1,17 +1,19 @@
 """Reducers with others inside, by anchor or by part of the loss, and the one that leaves the parts as they are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradbank.component import component
 from gradbank.overrides import is_ours
 from gradbank.reducers.base import Reducer, Tally, is_nothing
 from gradbank.reducers.kept import Kept, LossDict, Ratio, add_up
 from gradbank.reducers.means import MeanReducer
+
+_PART = "loss"  # what PML calls the anchors' means
 
 
 @component
@@ -35,6 +37,7 @@ class PerAnchorReducer(Reducer):
     def __post_init__(self) -> None:
         if self.aggregation_func is not None and not callable(self.aggregation_func):
             raise TypeError(f"aggregation_func must be a function, got {self.aggregation_func!r}")
+        _check_reduces("PerAnchorReducer", [self.reducer])
 
     @property
     def needs_list(self) -> bool:
@@ -45,24 +48,24 @@ class PerAnchorReducer(Reducer):
         return super().collects or self.reducer.collects
 
     def tallies(self) -> list[tuple[Reducer, Tally]]:
-        within = [(PerAnchorReducer(inner, self.aggregation_func), tally) for inner, tally in self.reducer.tallies()]
+        tallies = self.reducer.of(_PART).tallies()
+        within = [(PerAnchorReducer(inner, self.aggregation_func), tally) for inner, tally in tallies]
         return [*super().tallies(), *within]
 
     def combine(self, kept: Kept) -> Ratio:
         times = kept.counts if kept.kind == "element" else torch.ones_like(kept.counts)
         means = kept.sums / kept.counts.clamp(min=1)
-        return self.reducer.combine(
-            add_up(self.reducer, "element", means, times, None, len(means), kept.labels, kept.divisor)
-        )
+        inner = self.reducer.of(_PART)
+        return inner.combine(add_up(inner, "element", means, times, None, len(means), kept.labels, kept.divisor))
 
-    def _reduced(self, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Tensor:
+    def _reduced(self, part: Mapping[str, Any], embeddings: Tensor, labels: Tensor | None) -> Any:
         losses, kind = part["losses"], part["reduction_type"]
         if not self.needs_list or is_nothing(losses) or kind == "already_reduced":
             return super()._reduced(part, embeddings, labels)
         if kind != "element":
             losses = self._aggregated(losses, part["indices"][0], len(embeddings))
             part = {"losses": losses, "indices": torch.arange(len(losses), device=losses.device)}
-        return self.reducer._reduced({**part, "reduction_type": "element"}, embeddings, labels)
+        return self.reducer.called(_PART, {**part, "reduction_type": "element"}, embeddings, labels)
 
     def _aggregated(self, losses: Tensor, anchor: Tensor, size: int) -> Tensor:
         counts = torch.bincount(anchor, minlength=size)
@@ -89,6 +92,13 @@ class MultipleReducers(Reducer):
     reducers: dict[str, Reducer]
     default_reducer: Reducer = field(default_factory=MeanReducer)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.reducers, Mapping | nn.ModuleDict):
+            raise TypeError(
+                f"reducers are given by the names of the parts of a loss, got a {type(self.reducers).__name__}"
+            )
+        _check_reduces("MultipleReducers", [*dict(self.reducers.items()).values(), self.default_reducer])
+
     @property
     def needs_list(self) -> bool:
         own = super().needs_list or not is_ours(type(self), "sub_loss_reduction")
@@ -109,7 +119,15 @@ class MultipleReducers(Reducer):
 
     def of(self, part: str) -> Reducer:
         known: dict[str, Reducer] = dict(self.reducers.items())
-        return known.get(part, self.default_reducer)
+        found = known.get(part, self.default_reducer)
+        return found if found.needs_list else found.of(part)  # one that sees every loss is called
+
+
+def _check_reduces(within: str, reducers: Iterable[Any]) -> None:
+    """Refuses, by TypeError, what gives no number to a reducer around it."""
+    for each in reducers:
+        if each is None or isinstance(each, DoNothingReducer):
+            raise TypeError(f"{within} takes what makes one number of losses, got {type(each).__name__}")
 
 
 @component

@@ -29,7 +29,11 @@ class ClassWeightedReducer(Reducer):
     weights: Tensor
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, Tensor) and self.weights.ndim != 1:
+        if not isinstance(self.weights, Tensor):
+            raise TypeError(
+                f"weights must be a tensor, got {type(self.weights).__name__}: torch.tensor(...) makes it one"
+            )
+        if self.weights.ndim != 1:
             raise ValueError(f"weights must be (C,), one for each class, got shape {tuple(self.weights.shape)}")
 
     def combine(self, kept: Kept) -> Ratio:

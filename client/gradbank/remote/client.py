@@ -123,6 +123,7 @@ class Client:
         rank = int(rank)
         if wire not in (None, torch.bfloat16, torch.float16):
             raise InvalidRequest(f"wire must be torch.bfloat16, torch.float16 or None, got {wire!r}")
+        _refuse_tied(loss)
         known, deadline = self._open.get((name, rank)), time.monotonic() + self.timeout
         if known is not None:
             with suppress(Fenced, SessionNotFound):  # nobody is left to tell
@@ -234,6 +235,21 @@ def _end(transport: Transport, process: int) -> None:
     """Ends a connection in the process that it belongs to: in a forked child it is still the parent's."""
     if os.getpid() == process:
         end_beside(transport.close)
+
+
+def _refuse_tied(loss: Loss) -> None:
+    """Refuses what learns at two places of a loss at once.
+
+    Raises:
+        InvalidRequest: a server builds each place anew, and would learn two of it.
+    """
+    places: dict[int, str] = {}
+    for name, weight in loss.named_parameters(remove_duplicate=False):
+        if weight.requires_grad and places.setdefault(id(weight), name) != name:
+            raise InvalidRequest(
+                f"{places[id(weight)]} and {name} are one here, and a server would learn two of them: host a loss that "
+                "has it at one place"
+            )
 
 
 def _state_to_send(loss: Loss) -> dict[str, torch.Tensor]:

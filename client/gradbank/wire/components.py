@@ -11,7 +11,7 @@ from gradbank.v1 import component_pb2 as v1
 from gradbank.v1 import tensor_pb2
 from gradbank.wire.tensors import inline, read_inline
 
-_MAX_DEPTH = 8
+_MAX_DEPTH = 16  # of components, lists and dictionaries; protobuf reads some 30
 
 
 def component_message(spec: Spec) -> v1.Component:
@@ -55,7 +55,7 @@ def spec_of(
         InvalidComponent: an argument without a value, or components nested too deeply.
     """
     if depth > _MAX_DEPTH:
-        raise InvalidComponent(f"components may be nested {_MAX_DEPTH} deep, and these are deeper")
+        raise InvalidComponent(f"what a loss is made of may be nested {_MAX_DEPTH} deep, and {message.name} is deeper")
     return Spec(message.name, argument_values(message.arguments, message.name, depth, tensors))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
+from numbers import Number
 from typing import Any, cast
 
 import numpy as np
@@ -64,6 +65,9 @@ class MultipleLosses(Loss):
         ):
             self.weights = self.weights.tolist()
         self._check("weights", self.weights)
+        for each in self.weights.values() if isinstance(self.weights, Mapping) else self.weights:
+            if not isinstance(each, Number | Tensor):
+                raise TypeError(f"weights must be numbers, got {each!r}")
 
     @property
     def is_dict(self) -> bool:
@@ -88,12 +92,18 @@ class MultipleLosses(Loss):
         losses = cast("dict[Any, Loss]", self.losses)
         commits: list[Callable[[], None]] = []
 
+        # the second view of a `SelfSupervisedLoss`, which gets a gradient too
+        views = labels if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim > 1 else None
+
         def whole(inputs: tuple[Tensor, ...]) -> Tensor:
             rows, total = inputs[0], torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
+            others = labels if views is None else inputs[1]
             weights = cast("dict[Any, float]", self.weights)  # read here, where leaves stand in for what is learned
             for key in self._keys():
-                chosen = self.get_indices_tuple(key, rows, labels, indices_tuple)
-                staged = _staged(losses[key], rows, labels, chosen)
+                chosen = self.get_indices_tuple(key, rows, others, indices_tuple)
+                staged = _staged(losses[key], rows, others, chosen)
+                if not isinstance(staged.loss, Tensor):
+                    raise Mismatch(f"losses[{key!r}] gives its parts, and MultipleLosses adds numbers: reduce them")
                 total = total + staged.loss * weights[key]
                 commits.append(staged.commit)
             with full_precision(rows.device):
@@ -102,10 +112,11 @@ class MultipleLosses(Loss):
 
         # the gradients of half precision are added up, and multiplied by what backward brings, before they are rounded
         rows = widened(embeddings) if embeddings.is_floating_point() else embeddings
+        given = (rows,) if views is None else (rows, widened(views))
         if all(is_ours(type(each)) or isinstance(each, nn.ModuleList | nn.ModuleDict) for each in self.modules()):
-            loss = learned_at_once(self, whole, (rows,))
+            loss = learned_at_once(self, whole, given)
         else:  # what those of one's own are made of may be anybody's, and get a gradient
-            loss = whole((rows,))
+            loss = whole(given)
 
         def commit() -> None:
             for each in commits:
@@ -144,6 +155,8 @@ class MultipleLosses(Loss):
 def _check_kind(what: str, given: Any, kind: type[Component]) -> None:
     """Refuses a component of another kind; a module that is no component may be any."""
     for each in given.values() if isinstance(given, Mapping | nn.ModuleDict) else given:
+        if each is None and kind is Loss:
+            raise TypeError(f"MultipleLosses: {what} must each be a {kind.__name__}, got None")
         if isinstance(each, Component) and not isinstance(each, kind):
             raise TypeError(f"MultipleLosses: {what} must each be a {kind.__name__}, got {type(each).__name__}")
 

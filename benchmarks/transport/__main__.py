@@ -27,11 +27,12 @@ from served import served
 from shared_floor import SharedFloor
 
 import gradbank
+from gradbank.protocol import WINDOW
 from gradbank.remote.future import StepFuture
 from gradbank.remote.ladder import Via
 from gradbank.remote.stream import GrpcSteps
 from gradbank.v1 import step_pb2
-from gradbank.wire import WINDOW, describe
+from gradbank.wire import describe
 
 PAYLOADS = "64x128,256x512,1024x1024"
 _SLICE_S = 0.3

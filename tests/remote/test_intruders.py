@@ -73,7 +73,7 @@ def test_nobody_can_cut_the_memory_short_or_write_answers(place: str) -> None:
 def test_a_trainer_that_writes_while_its_step_is_under_way_gets_what_was_there_at_one_moment(
     shm: gradbank.Client, place: str, name: str
 ) -> None:
-    held = shm.open(name, losses.NTXentLoss()).producer
+    held = shm.open(name, losses.NTXentLoss()).producer.tenure
     rows, labels = torch.full((512, 64), 3.0), torch.arange(512) % 4
     (first, data), (second, more) = describe(rows), describe(labels)
     step = step_pb2.StepInput(

@@ -233,7 +233,8 @@ def test_more_calls_than_a_server_takes_are_refused_by_name() -> None:
 def test_a_refusal_that_quotes_a_long_argument_arrives(client: gradbank.Client, name: str) -> None:
     kept = losses.MultipleLosses([losses.NTXentLoss() for _ in range(200)], weights=[0.125] * 200)
     client.open(name, kept)
-    other = losses.MultipleLosses([losses.NTXentLoss() for _ in range(200)], weights=[0.25] * 199 + ["x" * 20_000])
+    other = losses.MultipleLosses([losses.NTXentLoss() for _ in range(200)], weights=[0.25] * 200)
+    other.weights[-1] = "x" * 20_000  # which is looked at where it is built
     with pytest.raises((SessionConflict, InvalidComponent, InvalidRequest)) as caught:
         client.open(name, other)
     assert len(str(caught.value)) < 2000

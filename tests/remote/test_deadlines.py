@@ -1,6 +1,7 @@
 """Whatever the server does, a call is over when its time is, and one that cannot be is refused at once."""
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from torch import Tensor
 import gradbank
 from gradbank import losses
 from gradbank.errors import DeadlineExceeded, GradbankError, InvalidRequest, ServerUnavailable
+from gradbank.remote.channel import GrpcTransport
 from gradbank.remote.ticket import NO_NEWS
 from gradbank_server.service import Server
+from gradbank_server.sessions import Session
 from gradbank_server.settings import ServerSettings
 
 from .conftest import DOWN, wait_until
@@ -59,6 +62,73 @@ def test_a_connection_that_fell_silent_is_given_up_with_the_call(proxy: Any, nam
         seconds(lambda: there(*batch(1)), DeadlineExceeded)
         there.producer.timeout = 10
         assert torch.equal(there(*batch(1)), here(*batch(1)))
+
+
+def test_what_else_is_under_way_outlives_the_deadline_of_a_step(server: Server, name: str) -> None:
+    with gradbank.connect(server.address, timeout=20, via="tcp") as client:
+        slow, other = (client.open(f"{name}-{each}", losses.NTXentLoss()) for each in ("slow", "other"))
+        for each in (slow, other):
+            each(*batch(0))
+        slow.producer.timeout = 1
+        made: list[Any] = []
+        with server.service.sessions[other.name]._turn:
+            future = other.submit(*batch(1))
+            threads = [threading.Thread(target=lambda: made.append(other.local()))]
+            threads[0].start()
+            with server.service.sessions[slow.name]._turn:
+                seconds(lambda: slow(*batch(1)), DeadlineExceeded)
+        threads[0].join()
+        assert future.result().isfinite()
+        assert len(made) == 1
+        assert client.stats(other.name).replayed == 0
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_ctrl_c_while_another_connection_is_taken_leaves_one_that_works(server: Server, name: str, step: int) -> None:
+    """At each line of what takes it."""
+    codes = {GrpcTransport._renew.__code__, GrpcTransport._go_on.__code__}
+    with gradbank.connect(server.address, timeout=20, via="tcp") as client:
+        there = client.open(name, losses.NTXentLoss())
+        there(*batch(0))
+        there.producer.timeout, lines = 1, iter(range(100))
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            if frame.f_code in codes and event == "line" and next(lines) == step:
+                raise KeyboardInterrupt
+            return trace if frame.f_code in codes or event == "call" else None
+
+        with server.service.sessions[name]._turn:
+            sys.settrace(trace)
+            try:
+                with pytest.raises((DeadlineExceeded, KeyboardInterrupt)):
+                    there(*batch(1))
+            finally:
+                sys.settrace(None)
+        there.producer.timeout = 10
+        assert torch.equal(there(*batch(1)), losses.NTXentLoss()(*batch(1)))
+        assert client.stats(name).steps == 2
+
+
+def test_bringing_a_loss_here_is_one_call(server: Server, name: str) -> None:
+    with gradbank.connect(server.address, timeout=20) as client:
+        head = client.open(name, losses.ArcFaceLoss(4, D))
+        optimizer = head.optimizer("SGD", lr=0.1)
+        head(*batch(0)).backward()
+        optimizer.step()
+        head.producer.timeout = 1
+        turn, over = server.service.sessions[name]._turn, threading.Event()
+        carried_out = Session.step
+
+        def slowly(self: Session, *arguments: Any) -> Any:  # and then nothing else is
+            made = carried_out(self, *arguments)
+            threading.Thread(target=lambda: [turn.acquire(), over.wait(10), turn.release()]).start()
+            time.sleep(0.6)
+            return made
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Session, "step", slowly)
+            assert 0.6 < seconds(head.local, DeadlineExceeded) < 1.5
+        over.set()
 
 
 def test_opening_a_loss_anew_is_one_call(server: Server, name: str) -> None:

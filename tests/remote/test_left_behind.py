@@ -13,6 +13,7 @@ from torch import Tensor
 import gradbank
 from gradbank import losses
 from gradbank.errors import LimitExceeded, SessionNotFound
+from gradbank.remote.stream import GrpcSteps
 from gradbank_server.service import Server
 
 from .conftest import serving, wait_until
@@ -38,7 +39,8 @@ def test_steps_go_on_where_a_call_was_interrupted_with_a_lock_of_grpcs(nearby: S
         threading.Thread(target=hold, daemon=True).start()
         taken.wait(10)
         try:
-            client._transport._renew()  # type: ignore[attr-defined]  # as it does after Ctrl-C inside gRPC
+            transport: Any = client._transport
+            transport._renew(transport._now)  # as it does after Ctrl-C inside gRPC
             assert torch.equal(there(*batch(1)), here(*batch(1)))
             assert client.stats(name).steps == 2
         finally:
@@ -90,17 +92,27 @@ def test_a_client_that_is_dropped_gives_its_place_back(name: str, via: Any) -> N
 
 @pytest.mark.parametrize("via", ["tcp", "unix"])
 def test_a_client_that_is_dropped_leaves_no_thread(nearby: Server, name: str, via: Any) -> None:
-    def watching() -> int:
-        return sum(thread.name == "gradbank-watch" for thread in threading.enumerate())
-
-    before = watching()
     for turn in range(4):
+        before = set(threading.enumerate())
         client = gradbank.connect(nearby.address, timeout=20, via=via)
         assert client.open(f"{name}-{turn}", losses.NTXentLoss())(*batch()).isfinite()
-        assert watching() > before
+        watching = [thread for thread in set(threading.enumerate()) - before if thread.name == "gradbank-watch"]
+        assert watching
         del client
         gc.collect()
-        wait_until(lambda: watching() <= before)
+        wait_until(lambda watching=watching: not any(thread.is_alive() for thread in watching))
+
+
+@pytest.mark.parametrize("via", ["tcp", "unix"])
+def test_a_client_that_is_dropped_in_the_midst_of_a_lock_is_no_wait(nearby: Server, name: str, via: Any) -> None:
+    """Python looks for cycles wherever it allocates, in the thread that watches the stream too."""
+    client = gradbank.connect(nearby.address, timeout=20, via=via)
+    there = client.open(name, losses.NTXentLoss())
+    there(*batch())
+    steps = there.producer._flight._steps
+    assert isinstance(steps, GrpcSteps)
+    with steps._watch._lock:
+        steps.__del__()
 
 
 FORKS = """

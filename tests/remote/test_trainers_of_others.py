@@ -1,6 +1,7 @@
 """The optimizer of a hosted loss in the hands of others: frameworks that wrap it, and loops that clear gradients."""
 
 import gc
+import math
 import subprocess
 import sys
 import weakref
@@ -239,6 +240,30 @@ def one_within_another(loss_fn: Any, optimizer: Any) -> None:
     optimizer.step()
 
 
+def one_within_another_from_zero(loss_fn: Any, optimizer: Any) -> None:
+    once(loss_fn, optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    one_within_another(loss_fn, optimizer)
+
+
+def past_an_overflow(loss_fn: Any, optimizer: Any) -> None:
+    for batch, scale in zip(data(), (1024.0, math.inf, 1024.0, 1024.0), strict=False):
+        optimizer.zero_grad(set_to_none=False)
+        (scale * loss_fn(*batch)).backward()
+        gradient = optimizer.param_groups[0]["params"][0].grad
+        if gradient.isfinite().all():
+            gradient.div_(scale)
+            optimizer.step()
+
+
+def turned_in_between(loss_fn: Any, optimizer: Any) -> None:
+    loss_fn(*data()[0]).backward()
+    optimizer.param_groups[0]["params"][0].grad.neg_()
+    once_more = data()[1]
+    loss_fn(*once_more).backward()
+    optimizer.step()
+
+
 def with_an_option_of_two(loss_fn: Any, optimizer: Any) -> None:
     optimizer.param_groups[0]["eps"] = (None, 100.0)
     once(loss_fn, optimizer)
@@ -262,6 +287,9 @@ def with_an_option_of_words(loss_fn: Any, optimizer: Any) -> None:
         (before_autocast, "Adafactor", {"lr": 0.1}, losses.ProxyAnchorLoss),
         (halved_in_between, "SGD", {"lr": 0.1}, losses.CosFaceLoss),
         (one_within_another, "SGD", {"lr": 0.1}, losses.CosFaceLoss),
+        (one_within_another_from_zero, "SGD", {"lr": 0.1}, losses.CosFaceLoss),
+        (past_an_overflow, "SGD", {"lr": 0.1, "momentum": 0.9}, losses.CosFaceLoss),
+        (turned_in_between, "SGD", {"lr": 0.1}, losses.CosFaceLoss),
         (with_an_option_of_two, "Adafactor", {"lr": 0.1}, losses.CosFaceLoss),
         (with_an_option_of_words, "Muon", {}, losses.CosFaceLoss),
     ],

@@ -52,11 +52,16 @@ def test_a_retry_may_know_more_of_other_steps(plain: Wire) -> None:
 
 def test_a_step_that_says_more_than_the_server_knows_is_refused(plain: Wire) -> None:
     """A field of a newer version would be left undone otherwise, and the trainer told that all was well."""
-    step, payload = plain.step(*batch())
-    step.MergeFromString(bytes([0xF8, 0x7F, 1]))  # field 2047 is 1
-    code, message = refused(plain, step, payload)
-    assert code == "INVALID_ARGUMENT"
-    assert "run the same version of gradbank on both sides" in message
+    field = bytes([0xF8, 0x7F, 1])  # number 2047 is 1
+    event = step_pb2.WeightEvent(backward=step_pb2.Backward(seq=1))
+    for part in ("step", "embeddings", "event", "backward"):
+        step, payload = plain.step(*batch())
+        step.weight_events.append(event)
+        of = {"step": step, "embeddings": step.embeddings, "event": step.weight_events[0]}
+        of.get(part, step.weight_events[0].backward).MergeFromString(field)
+        code, message = refused(plain, step, payload)
+        assert code == "INVALID_ARGUMENT"
+        assert "run the same version of gradbank on both sides" in message, part
 
 
 def test_a_step_whose_answer_fits_no_message_is_not_carried_out(plain: Wire) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -22,17 +23,16 @@ T = TypeVar("T")
 _HERE = ("127.0.0.1", "localhost", "[::1]")
 
 
-class GrpcTransport:
-    """A channel to `host:port`, or to a socket at `unix:///path`."""
+class _Connection:
+    """A channel and what calls over it.
+
+    Attributes:
+        left: set once nothing more is to go over it.
+    """
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self.via = "unix" if address.startswith("unix:") else "tcp"
-        self._connect()
-
-    def _connect(self) -> None:
-        self._channel = grpc.insecure_channel(
-            self.address,
+        self.channel = grpc.insecure_channel(
+            address,
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -43,16 +43,25 @@ class GrpcTransport:
                 ("grpc.max_reconnect_backoff_ms", 2_000),
                 ("grpc.use_local_subchannel_pool", 1),  # so that closing this client closes its connection
                 # no proxy leads to this machine, and elsewhere http_proxy and no_proxy are gRPC's to read
-                ("grpc.enable_http_proxy", int(self.address.rpartition(":")[0] not in _HERE)),
+                ("grpc.enable_http_proxy", int(address.rpartition(":")[0] not in _HERE)),
             ],
         )
-        self._left = threading.Event()  # set once nothing more is to go over this channel
-        self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
-        self._stats = stats_pb2_grpc.StatsServiceStub(self._channel)
-        self._stubs = (self._sessions, self._stats, catalog_pb2_grpc.CatalogServiceStub(self._channel))
+        self.left = threading.Event()
+        self.sessions = session_pb2_grpc.SessionServiceStub(self.channel)
+        self.stats = stats_pb2_grpc.StatsServiceStub(self.channel)
+        self.stubs = (self.sessions, self.stats, catalog_pb2_grpc.CatalogServiceStub(self.channel))
+
+
+class GrpcTransport:
+    """A connection to `host:port`, or to a socket at `unix:///path`."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.via = "unix" if address.startswith("unix:") else "tcp"
+        self._now = _Connection(address)
 
     def call(self, method: str, request: Message, timeout: float) -> Any:
-        call = next(getattr(stub, method) for stub in self._stubs if hasattr(stub, method))
+        call = next(getattr(stub, method) for stub in self._now.stubs if hasattr(stub, method))
         return self._answer(lambda: call(request, timeout=timeout))
 
     def create_session(
@@ -63,13 +72,13 @@ class GrpcTransport:
             for part in chunks(payload):
                 yield session_pb2.CreateSessionRequest(payload=b"".join(part))
 
-        return self._answer(lambda: self._sessions.CreateSession(messages(), timeout=timeout))
+        return self._answer(lambda: self._now.sessions.CreateSession(messages(), timeout=timeout))
 
     def pull_state(
         self, request: session_pb2.PullStateRequest, timeout: float
     ) -> tuple[list[session_pb2.NamedTensor], Tensor]:
         begun = time.monotonic()
-        parts = self._arriving(lambda: self._sessions.PullState(request), timeout)
+        parts = self._arriving(lambda: self._now.sessions.PullState(request), timeout)
         first = next(parts)
         state = list(first.state)
         size = state_bytes(state)
@@ -82,13 +91,15 @@ class GrpcTransport:
 
     def watch(self, request: stats_pb2.WatchStatsRequest, timeout: float) -> "Arriving":
         between = max(0.0, request.interval_s)  # the server refuses others, which are no time to wait
-        return self._arriving(lambda: self._stats.WatchStats(request), between + timeout)
+        return self._arriving(lambda: self._now.stats.WatchStats(request), between + timeout)
 
     def steps(self, timeout: float) -> Steps:
-        return self._answer(lambda: GrpcSteps(self._channel, self._left, self._renew))
+        now = self._now
+        renew, go_on = partial(self._renew, now), partial(self._go_on, now)
+        return self._answer(lambda: GrpcSteps(now.channel, now.left, renew, go_on))
 
     def close(self) -> None:
-        self._channel.close()
+        self._now.channel.close()
 
     def _answer(self, call: Callable[[], T]) -> T:
         try:
@@ -98,15 +109,20 @@ class GrpcTransport:
         except ValueError as error:  # grpc's own, on a channel that was closed
             raise ServerUnavailable(f"the connection to {self.address} was closed ({error})") from None
         except BaseException:
-            self._renew()
+            self._renew(self._now)
             raise
 
-    def _renew(self) -> None:
-        """Goes on over another channel: Ctrl-C inside gRPC can leave a lock of its taken, which all that goes over that
-        channel would wait for."""
-        self._left.set()
-        end_beside(self._channel.close)
-        self._connect()
+    def _renew(self, old: _Connection) -> None:
+        """Goes on over another connection: Ctrl-C inside gRPC can leave a lock of its taken, for which all would wait that
+        goes over the old one."""
+        self._go_on(old)
+        old.left.set()
+        end_beside(old.channel.close)
+
+    def _go_on(self, old: _Connection) -> None:
+        """Has what begins from now on go over another connection; what is under way keeps the old one."""
+        if self._now is old:  # and not left already
+            self._now = _Connection(self.address)
 
     def _arriving(self, begin: Callable[[], Any], timeout: float) -> "Arriving":
         return Arriving(self._answer(begin), self.address, timeout)

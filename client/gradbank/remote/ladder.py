@@ -22,7 +22,8 @@ def transport_to(address: str, timeout: float, via: Via) -> Transport:
 
     Raises:
         InvalidRequest: an address of no known form, or a way that the server does not offer to this process.
-        ServerUnavailable: no server answers there in time.
+        ServerUnavailable: no server listens there.
+        DeadlineExceeded: it does not answer in time.
     """
     if via not in ("auto", "shm", "unix", "tcp"):
         raise InvalidRequest(f"via must be auto, shm, unix or tcp, got {via!r}")

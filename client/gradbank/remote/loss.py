@@ -19,6 +19,7 @@ from gradbank.remote.optimizer import RemoteOptimizer
 from gradbank.remote.producer import Producer
 from gradbank.remote.request import Inputs, request_of
 from gradbank.remote.ticket import NO_NEWS, News, Ticket
+from gradbank.remote.transport import left_until
 from gradbank.v1 import step_pb2
 from gradbank.wire import seconds_of, seconds_of_both, torch_dtype
 
@@ -215,12 +216,14 @@ class RemoteLoss(Hosted[L_co]):
             )
         with torch.no_grad():
             self(embeddings, labels, enqueue_mask=torch.ones(len(embeddings), dtype=torch.bool))
+        self._untold = None  # these are no times of a step
 
     def local(self) -> L_co:
         """A copy of the hosted loss as it is on the server, weights and bank included, that computes here."""
-        self.flush()
+        deadline = self.producer.deadline()
+        self.flush(left_until(deadline))
         copy = self.hosted.rebuilt()
-        copy.take_state(self.producer.tenure.pull(self.producer.timeout))
+        copy.take_state(self.producer.tenure.pull(left_until(deadline)))
         return copy
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ from gradbank.protocol import GRADIENTS_KEPT
 from gradbank.v1 import session_pb2, step_pb2
 from gradbank.wire import argument_messages
 
+_MOST_PASSING = 64  # losses of passes that never reached the weights, as of gradients of the embeddings alone
+
 
 class RemoteOptimizer(torch.optim.Optimizer):
     """Steps a hosted loss's weights. `step` and `zero_grad` cost no round trip: they ride on the next batch.
@@ -89,15 +91,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises:
             InvalidRequest: the second one, or one that comes too late.
         """
+        self._check_kept(seq)
+        since, now = self._since, 0.0 if self.token.grad is None else float(self.token.grad)
+        # what another pass noted may not have landed yet, if this one runs within it
+        passing = [each for each in since.passing if each.seq in self._kept]
+        own = _Pass(torch._C._current_graph_task_id(), seq, scale, since.landings, now)
+        since.passing = [*passing, own][-_MOST_PASSING:]
+
+    def _check_kept(self, seq: int) -> None:
         if seq not in self._kept:
             raise InvalidRequest(
                 "backward through a hosted loss with learnable weights may be called once, and at most "
                 f"{GRADIENTS_KEPT - 1} losses later: the server keeps no more of their gradients"
             )
-        since, now = self._since, 0.0 if self.token.grad is None else float(self.token.grad)
-        # what another pass noted may not have landed yet, if this one runs within it
-        passing = [each for each in since.passing if each.seq in self._kept]
-        since.passing = [*passing, _Pass(torch._C._current_graph_task_id(), seq, scale, since.counted, now)]
 
     def _land(self) -> None:
         """The gradients of a backward pass reached the token, which has counted its losses."""
@@ -106,13 +112,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not landed:
             return
         since.passing = [each for each in since.passing if each.task != task]
-        counted, found = landed[0].counted, landed[0].found
-        if counted and counted == since.counted:  # else another pass landed within this one
-            if not found:
+        found = landed[0].found
+        # unless another pass landed within this one, after it was looked at
+        if since.landings == landed[0].landings and since.counted not in (None, found):
+            if not found or not since.counted:
                 self._forget()  # the gradient was set to None, or to 0
             else:  # or multiplied, which is not meant for those to come
-                since.factor *= found / counted
+                since.factor *= found / since.counted
+        since.landings += 1
         for each in landed:
+            self._check_kept(each.seq)
             self._kept.remove(each.seq)
             backward = step_pb2.Backward(seq=each.seq, scale=each.scale / since.factor)
             self.events.append(step_pb2.WeightEvent(backward=backward))
@@ -136,7 +145,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self.token.grad is None:
             return loss  # no backward pass since zero_grad: as in torch, nothing to do
         since, group = self._since, self.param_groups[0]
-        scale = since.factor * float(self.token.grad) / since.counted if since.counted else 1.0
+        found = float(self.token.grad)
+        ratio = found / since.counted if since.counted and found != since.counted else 1.0
+        scale = since.factor * ratio
         options = self._told(group)
         asked = step_pb2.OptimizerStep(gradient_scale=scale, options=argument_messages(options, self.name))
         self.events.append(step_pb2.WeightEvent(optimizer_step=asked))
@@ -170,7 +181,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Has the server forget the gradients that it added up."""
-        self._since.counted, self._since.factor = 0.0, 1.0
+        self._since.counted, self._since.factor = None, 1.0
         if not (self.events and self.events[-1].HasField("zero_gradient")):
             self.events.append(step_pb2.WeightEvent(zero_gradient=True))
 
@@ -180,12 +191,14 @@ class _Since:
     """What came since the last `zero_grad`; apart, for frameworks wrap an optimizer in a copy of its attributes.
 
     Attributes:
-        counted: the token's gradient, as the last pass that reached it left it; 0 before the first.
+        landings: how many passes reached the token.
+        counted: its gradient, as the last of them left it; None where none has since it was zeroed.
         factor: by how much what the server adds up is to be multiplied, on top of what the token's gradient says.
         passing: the losses of backward passes that have not reached the token, and perhaps will not.
     """
 
-    counted: float = 0.0
+    landings: int = 0
+    counted: float | None = None
     factor: float = 1.0
     passing: list["_Pass"] = field(default_factory=list)
 
@@ -196,13 +209,14 @@ class _Pass(NamedTuple):
     Attributes:
         task: torch's number of the pass.
         seq, scale: of which step, and what it brought.
-        counted, found: what the token's gradient was left at, and what it was then.
+        landings: how many passes had reached the token then.
+        found: what its gradient was.
     """
 
     task: int
     seq: int
     scale: float
-    counted: float
+    landings: int
     found: float
 
 

@@ -170,7 +170,7 @@ class Producer:
     def _read(self, transport: Transport, deadline: float) -> None:
         """Settles the oldest step in flight, or all of them if that fails. What goes wrong is in the tickets."""
         try:
-            answer = self._retried(lambda: self._flight.answer(transport, deadline), deadline)
+            answer = self._retried(lambda: self._flight.answer(transport, deadline), deadline, places=True)
             with self._lock:
                 if answer is None or self._flight.oldest is not answer[0]:
                     return  # the loss was closed meanwhile
@@ -280,8 +280,12 @@ class Producer:
                 held.last_seq = self.tenure.last_seq
             self._adopt(held, self._doubts)
 
-    def _retried(self, call: Callable[[], T], deadline: float) -> T:
-        """What `call` gives, once the server can be reached."""
+    def _retried(self, call: Callable[[], T], deadline: float, places: bool = False) -> T:
+        """What `call` gives, once the server can be reached.
+
+        Args:
+            places: whether a place for it may be that of what ended just now.
+        """
         begun, pause, closed, broken = time.monotonic(), _FIRST_PAUSE_S, self._closed, False
         while True:
             self.transport()  # or the client was closed meanwhile
@@ -291,7 +295,8 @@ class Producer:
                 left, full = left_until(deadline), isinstance(error, LimitExceeded)
                 # a stream has its place until the server sees that it ended, and one that broke until its step is
                 # computed
-                if full and not broken and (left <= pause or time.monotonic() - begun > _FREED_WITHIN_S):
+                patience = left if broken else min(left, begun + _FREED_WITHIN_S - time.monotonic())
+                if full and not (places and patience > pause):
                     raise
                 broken = broken or not full
                 with self._lock:

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -24,11 +24,18 @@ class GrpcSteps:
 
     Args:
         left: set once the channel is not to be used: a call that was interrupted there may have left a lock taken.
-        interrupted: called when this one may have, or nothing came over it in time.
+        interrupted: called when this one may have.
+        late: called when nothing came over it in time.
     """
 
-    def __init__(self, channel: grpc.Channel, left: threading.Event, interrupted: Callable[[], None]) -> None:
-        self._left, self._interrupted, self._process = left, interrupted, os.getpid()
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        left: threading.Event,
+        interrupted: Callable[[], object],
+        late: Callable[[], object],
+    ) -> None:
+        self._left, self._interrupted, self._late, self._process = left, interrupted, late, os.getpid()
         self._requests: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         steps: Any = channel.stream_stream("/gradbank.v1.StepService/Steps", response_deserializer=response_frame)
         self._call = steps(_encoded(self._requests))
@@ -59,7 +66,7 @@ class GrpcSteps:
                 return self._answer()
             except grpc.RpcError as error:
                 if self._watch.ended and time.monotonic() >= deadline:  # and not that of an answer before
-                    self._interrupted()  # what lies between may have let the connection die without a word
+                    self._late()  # what lies between may have let the connection die without a word
                     raise DeadlineExceeded(f"no answer came within {timeout:.3g} s") from None
                 raise error_of(error) from None
             except GradbankError:
@@ -126,8 +133,8 @@ class _Watch:
     def __init__(self, end: Callable[[], object]) -> None:
         self._end, self.ended = end, False
         self._until, self._wakes, self._closed = math.inf, math.inf, False
-        self._lock = threading.Lock()  # taken by itself: a Condition that is interrupted as it is taken stays taken
-        self._changed = threading.Condition(self._lock)
+        self._lock = threading.Lock()
+        self._woken: queue.SimpleQueue[None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="gradbank-watch", daemon=True).start()
 
     @contextmanager
@@ -136,7 +143,7 @@ class _Watch:
         with self._lock:
             self._until = time_s
             if time_s < self._wakes:  # else the thread looks again before that, and need not be woken
-                self._changed.notify()
+                self._woken.put(None)
         try:
             yield
         finally:
@@ -144,17 +151,19 @@ class _Watch:
                 self._until = math.inf
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._changed.notify()
+        """Without the lock, for Python may drop what has this in the midst of what has taken it."""
+        self._closed = True
+        self._woken.put(None)
 
     def _run(self) -> None:
-        with self._lock:
-            while not self._closed:
+        while not self._closed:
+            with self._lock:
                 now = time.monotonic()
                 if self._until <= now:
                     self.ended = True
                     self._end()
                     return
                 self._wakes = min(self._until, now + _LONGEST_WAIT_S) if self._until < math.inf else math.inf
-                self._changed.wait(None if self._wakes == math.inf else self._wakes - now)
+                wait_s = None if self._wakes == math.inf else self._wakes - now
+            with suppress(queue.Empty):
+                self._woken.get(timeout=wait_s)

@@ -215,11 +215,11 @@ class Service:
             "encode": time.perf_counter() - computed,
         }
         output.timings.CopyFrom(step_pb2.Timings(**{f"{phase}_s": spent for phase, spent in seconds.items()}))
-        if step.HasField("trainer_timings"):
-            seconds |= seconds_of(step.trainer_timings)
         outcome = "replayed" if replayed else "ok" if arrived.batch.compares else "told"
         if outcome != "ok":
             seconds = {}  # no mean of a step's time is to have them in it
+        if step.HasField("trainer_timings") and not replayed:  # of the step before
+            seconds |= seconds_of(step.trainer_timings)
         session.timed(seconds, step.payload_bytes, output.payload_bytes)
         self.metrics.stepped(session.spec.title(), outcome)
         self.metrics.timed(seconds, step.payload_bytes, output.payload_bytes)

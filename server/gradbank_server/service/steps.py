@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import xxhash
+from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from torch import Tensor
 
@@ -110,7 +111,7 @@ def check_header(step: step_pb2.StepInput) -> None:
             step that is to come, times that no clock shows, a batch for a queue that it empties, or other
             tensors than embeddings without these.
     """
-    if len(UnknownFieldSet(step)):
+    if any(len(UnknownFieldSet(each)) for each in (step, *tensors_of(step), *_told(step))):
         raise InvalidRequest(
             "the step says something that this server does not know: it is older than the trainer; run the same "
             "version of gradbank on both sides"
@@ -126,6 +127,15 @@ def check_header(step: step_pb2.StepInput) -> None:
         raise InvalidRequest(f"trainer_timings must be from 0 to {LONGEST_S:,.0f} seconds")
     if step.gradient_dtype not in (0, tensor_pb2.DTYPE_BFLOAT16, tensor_pb2.DTYPE_FLOAT16):
         raise InvalidRequest(f"gradient_dtype must be bfloat16 or float16, got {step.gradient_dtype}")
+
+
+def _told(step: step_pb2.StepInput) -> Iterator[Message]:
+    """The weight events of a step, and what they say."""
+    for event in step.weight_events:
+        yield event
+        kind = event.WhichOneof("event")
+        if kind in ("backward", "optimizer_step"):
+            yield getattr(event, kind)
 
 
 def answer_message(answer: Answer, rounded: int) -> tuple[step_pb2.StepOutput, list[memoryview]]:

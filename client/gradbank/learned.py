@@ -70,6 +70,8 @@ def _learns_in_tiles(whole: nn.Module) -> bool:
     for part in whole.modules():
         if any(each is not None and each.requires_grad for each in part._buffers.values()):
             return True
+        if any(hasattr(type(part), name) for name in _FORMULAS) and any(_one_by_one(part)):
+            return True
         learns = isinstance(part, Distance) and (part.parameters_made or part._modules)  # if it has what it could learn
         if learns and (any(each.requires_grad for each in part.parameters()) or any(_others(part))):
             return True
@@ -91,12 +93,19 @@ def _others(whole: nn.Module) -> Iterator[Place]:
                 held = part.__dict__.get(name)
                 if isinstance(held, Tensor) and held.requires_grad:
                     yield part.__dict__, name, held
-            for name in _arguments(type(part)):  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
-                held = part.__dict__.get(name)
-                if isinstance(held, list | dict):  # of what is learned one by one
-                    for key, each in held.items() if isinstance(held, dict) else enumerate(held):
-                        if isinstance(each, Tensor) and each.requires_grad:
-                            yield held, key, each
+            yield from _one_by_one(part)
+
+
+def _one_by_one(part: nn.Module) -> Iterator[Place]:
+    """What is learned of the arguments of a component that are lists or dictionaries."""
+    if not isinstance(part, Component):
+        return
+    for name in _arguments(type(part)):  # type: ignore[arg-type]  # mypy asks a class for its instances' hash
+        held = part.__dict__.get(name)
+        if isinstance(held, list | dict):
+            for key, each in held.items() if isinstance(held, dict) else enumerate(held):
+                if isinstance(each, Tensor) and each.requires_grad:
+                    yield held, key, each
 
 
 def _detach_new(whole: nn.Module, before: list[Place]) -> None:

@@ -1,7 +1,7 @@
 """A queue of past embeddings to compare each batch with."""
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class CrossBatchMemory(Loss, Recorder):
     memory_size: int = 1024
     miner: Miner | None = None
 
+    remembers: ClassVar[bool] = True
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if is_ours(cls, "forward") and is_ours(cls, "stage"):
@@ -91,10 +93,11 @@ class CrossBatchMemory(Loss, Recorder):
     def reset_queue(self) -> None:
         """Empties the queue, which is then of the size that `memory_size` and `embedding_size` say."""
         check_counts(self, "embedding_size", "memory_size")
-        if (self.bank.capacity, self.bank.dimension) == (self.memory_size, self.embedding_size):
-            self.bank.reset()
-        else:
-            self.bank = Bank(self.memory_size, self.embedding_size)
+        with lock_of(self):
+            if (self.bank.capacity, self.bank.dimension) == (self.memory_size, self.embedding_size):
+                self.bank.reset()
+            else:
+                self.bank = Bank(self.memory_size, self.embedding_size)
 
     def __len__(self) -> int:
         """How many rows the queue holds."""
@@ -212,9 +215,10 @@ class CrossBatchMemory(Loss, Recorder):
             raise ValueError("labels that enter a memory must be whole numbers below 2^63: it keeps them as int64")
 
     def _put(self, name: str, value: Any) -> None:
-        last = self.bank._last
-        self.bank.load({**self.bank.state(), name: torch.as_tensor(value)})
-        self.bank._last = last
+        with lock_of(self):
+            last = self.bank._last
+            self.bank.load({**self.bank.state(), name: torch.as_tensor(value)})
+            self.bank._last = last
 
     def _mask(
         self, embeddings: Tensor, indices: Indices | None, mask: Tensor | None, positions: Tensor | None

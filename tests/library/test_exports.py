@@ -35,6 +35,7 @@ WITHOUT_PAPER = (
     "MultipleLosses",
     "PairLoss",
     "SelfSupervisedLossWrapper",
+    "Staged",
     "WeightRegularizerMixin",
 )
 

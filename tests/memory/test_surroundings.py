@@ -28,14 +28,16 @@ def queue(size: int = 32) -> losses.CrossBatchMemory:
 
 
 def test_threads_that_share_a_queue_enter_all_their_rows() -> None:
+    """Whichever way each of them comes to it."""
     made, numbers = queue(4096), iter(range(1000))
 
-    def steps() -> None:
+    def steps(loss_fn: Any) -> None:
         for _ in range(20):
             rows, _ = batch(0)
-            made(rows, torch.full((8,), next(numbers)))
+            loss_fn(rows, torch.full((8,), next(numbers)))
 
-    threads = [threading.Thread(target=steps) for _ in range(4)]
+    ways = (made, made, losses.MultipleLosses([made]), losses.MultipleLosses([made, losses.NTXentLoss()]))
+    threads = [threading.Thread(target=steps, args=(each,)) for each in ways]
     for thread in threads:
         thread.start()
     for thread in threads:

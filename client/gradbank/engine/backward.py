@@ -34,7 +34,7 @@ def _from_gathered(
         of_query, *of_row = (kept * gradient.to(kept.dtype)[:, None] for kept in running.kept)
         done += of_query
         for output, each in zip(running.given, of_row):
-            into.chain(output, each)
+            into.chain(output, each, block.embeddings, block.rows)
     if of_positives is None:
         return done
     assert block.positives is not None
@@ -76,7 +76,7 @@ def _from_sweep(block: Block, of_positives: Tensor | None, of_leaves: Mapping[st
             leaf = s.detach().requires_grad_()
             of_s, others = _spread(spread, leaf, leaves, negatives)
         for output, each in zip(rows_given, others):
-            into.chain(output, each)
+            into.chain(output, each, block.embeddings, block.rows)
         into.add_to_parameters(others[len(rows_given) :])
         of_s = torch.zeros_like(s) if of_s is None else of_s
         if of_positives is not None:

@@ -53,13 +53,18 @@ class Gradients:
             if more is not None:
                 self._of_parameters[i] = more.detach().clone() if total is None else total.add_(more)
 
-    def chain(self, output: Tensor, gradient: Tensor | None) -> None:
-        """Backpropagates the gradient of something that the parameters went into."""
-        if gradient is not None and output.requires_grad and self.parameters:
-            made = torch.autograd.grad(
-                output, self.parameters, gradient.to(output.dtype), allow_unused=True, retain_graph=True
-            )
-            self.add_to_parameters(made)
+    def chain(self, output: Tensor, gradient: Tensor | None, embeddings: Tensor, rows: slice) -> None:
+        """Backpropagates the gradient of something that the parameters, or a block's embeddings, went into."""
+        if gradient is None or not output.requires_grad:
+            return
+        wanted = [*self.parameters, *([] if self.rows[0] is None else [embeddings])]
+        if not wanted:
+            return
+        made = torch.autograd.grad(output, wanted, gradient.to(output.dtype), allow_unused=True, retain_graph=True)
+        self.add_to_parameters(made[: len(self.parameters)])
+        for each in made[len(self.parameters) :]:
+            if each is not None:
+                self.add(0, rows, each)
 
     def wanted(self) -> list[Tensor | None]:
         """Those that were wanted, in the order of the inputs; None for a parameter that nothing came to."""

@@ -11,7 +11,7 @@ from gradbank.distances import Distance
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Elementwise, Linear, Sloped
 from gradbank.engine.negatives import Masked, Negatives
-from gradbank.engine.statistics import Running, Statistic
+from gradbank.engine.statistics import Running, Statistic, seen_by
 from gradbank.engine.tile import Tile
 
 
@@ -36,7 +36,7 @@ class LogSumExp(Statistic):
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         if _is_plain(self.f):
             return Gathered(_of_negatives(s, negatives, self.f.slope) + self.f.intercept)
-        return Gathered(_of_negatives(self.f(s), negatives, 1.0))
+        return Gathered(_of_negatives(self.f(seen_by(self.f, s, Masked(negatives))), negatives, 1.0))
 
 
 class _RunningLogSumExp(Running):
@@ -59,7 +59,7 @@ class _RunningLogSumExp(Running):
             values, slopes = self.f.both(s.detach())
             return s, negatives.logged(values), slopes
         if self.slope is None:
-            values = self.values(s)
+            values = self.values(s, negatives)
             return values, negatives.logged(values.detach().clone()), None
         return s, negatives.logged(s.detach() * self.slope), None
 

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_HARMLESS = 0.5  # where there is no negative at all: within every range of distances and of similarities
+
 
 class Negatives(Protocol):
     """The negatives of a `(b, w)` tile."""
@@ -33,6 +35,15 @@ class Negatives(Protocol):
     def times(self) -> Tensor | None:
         """How often each entry counts as a negative, or None where none does more than once."""
         ...
+
+
+def among(values: Tensor, negatives: Negatives) -> Tensor:
+    """The values, with some negative's in place of what is none, for a function that need not be finite there, nor its
+    derivative, where it is worth nothing."""
+    inside = negatives.weighed(torch.ones_like(values, requires_grad=False)) > 0
+    least = torch.where(inside, values.detach(), torch.inf).amin(1, keepdim=True) if values.shape[1] else values
+    least = torch.where(least.isfinite(), least, least.amin() if least.numel() else 0)  # another anchor's
+    return torch.where(inside, values, torch.where(least.isfinite(), least, _HARMLESS))
 
 
 class Holes:

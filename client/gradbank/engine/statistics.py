@@ -20,7 +20,7 @@ from torch import Tensor
 from gradbank.distances import Distance
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Elementwise
-from gradbank.engine.negatives import Negatives
+from gradbank.engine.negatives import Negatives, among
 from gradbank.engine.tile import Tile
 from gradbank.reducers import Reducer
 
@@ -38,6 +38,11 @@ class EveryPair(NamedTuple):
     p: Tensor
     a2: Tensor
     n: Tensor
+
+
+def seen_by(f: Elementwise, s: Tensor, negatives: Negatives) -> Tensor:
+    """The distances as a function may see them: one of a user's own sees those of negatives only."""
+    return s if getattr(f, "__module__", "").startswith("gradbank.") else among(s, negatives)
 
 
 class Running:
@@ -59,8 +64,9 @@ class Running:
         self.row = tuple(each.detach().requires_grad_() for each in row)
         self.kept: list[Tensor] | None = None
 
-    def values(self, s: Tensor) -> Tensor:
-        made: Tensor = self.f(s, *self.row)
+    def values(self, s: Tensor, negatives: Negatives | None = None) -> Tensor:
+        """`f` of a tile; of a user's own only where there are negatives, for it need be finite nowhere else."""
+        made: Tensor = self.f(s if negatives is None else seen_by(self.f, s, negatives), *self.row)
         return made
 
     def learns(self, like: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.functions import Elementwise, Ramp
 from gradbank.engine.negatives import Masked, Negatives
-from gradbank.engine.statistics import EveryPair, Row, Running, Statistic, detached
+from gradbank.engine.statistics import EveryPair, Row, Running, Statistic, detached, seen_by
 from gradbank.engine.tile import Tile
 from gradbank.reducers import Reducer, counted
 
@@ -61,7 +61,7 @@ class Sum(Statistic):
         return _RunningSum(self.f, self.row, self.weigh, anchors, like)
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
-        losses = self.f(s, *self.row)
+        losses = self.f(seen_by(self.f, s, Masked(negatives)), *self.row)
         weight = negatives.to(losses.dtype)
         weight = weight if self.weigh is None else self.weigh(losses.detach(), weight)
         return Gathered(counted(losses, weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64))
@@ -108,7 +108,7 @@ class _RunningSum(Running):
         return negatives.weighed(torch.ones_like(losses) if self.weigh is None else self.weigh(losses, None))
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        values = self.values(tile.s)
+        values = self.values(tile.s, negatives)
         losses = values.detach()
         weight = self._weight(losses, negatives)
         count = weight.sum(1)
@@ -129,7 +129,7 @@ class _RunningSum(Running):
         return Gathered(leaf, self.count)
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
-        losses = self.values(s)
+        losses = self.values(s, negatives)
         return [(losses, self._weight(losses.detach(), negatives) * gradient.to(losses.dtype)[:, None])]
 
 

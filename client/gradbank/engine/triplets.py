@@ -7,9 +7,9 @@ from torch import Tensor
 
 from gradbank.engine.anchors import Gathered, Positives
 from gradbank.engine.each import triplets_of
-from gradbank.engine.negatives import Negatives
+from gradbank.engine.negatives import Masked, Negatives, among
 from gradbank.engine.room import room
-from gradbank.engine.statistics import EveryPair, Row, Running, Statistic, detached
+from gradbank.engine.statistics import EveryPair, Row, Running, Statistic, detached, seen_by
 from gradbank.engine.tile import Tile
 from gradbank.reducers import MeanReducer, Reducer, counted
 
@@ -53,7 +53,8 @@ class Triplets(Statistic):
 
     def dense(self, s: Tensor, negatives: Tensor, positives: Positives) -> Gathered:
         anchor = positives.anchor
-        losses = self.losses(anchor, positives.s[:, None], s.index_select(0, anchor), self.row)  # (P, M)
+        far = seen_by(self.kernel, s, Masked(negatives)).index_select(0, anchor)
+        losses = self.losses(anchor, positives.s[:, None], far, self.row)  # (P, M)
         weight = negatives.to(losses.dtype)[anchor] * positives.times[:, None]
         weight = self.reducer.weigh(losses.detach(), self.within(positives.s[:, None], s[anchor], weight))
         sums, counts = counted(losses, weight).sum(1, dtype=torch.float64), weight.sum(1, dtype=torch.float64)
@@ -94,7 +95,7 @@ class RunningTriplets(Running):
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         of_s, of_row = torch.zeros_like(tile.s), [torch.zeros_like(each) for each in self.row]
-        far = negatives.beyond(tile.s.detach())  # what is no negative may be infinite, and inf - inf is no number
+        far = among(tile.s.detach(), negatives)
         for part in torch.split(self.order, max(1, room(_AT_ONCE, far.device) // max(far.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             with torch.enable_grad():
@@ -123,7 +124,7 @@ class RunningTriplets(Running):
         return Gathered(leaf + torch.zeros_like(leaf).index_add(0, positives.anchor, change), self.count)
 
     def spread(self, s: Tensor, negatives: Negatives, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        far = negatives.beyond(s)
+        far = among(s, negatives)
         for part in torch.split(self.order, max(1, room(_AT_ONCE, s.device) // max(s.shape[1], 1))):
             anchor, times = self.positives.anchor[part], self.positives.times[part]
             losses = self.triplets.losses(anchor, self.positives.s[part, None], far.index_select(0, anchor), self.row)

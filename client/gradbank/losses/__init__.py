@@ -13,7 +13,7 @@ from gradbank.losses.contrastive import (
 from gradbank.losses.generic import EmbeddingRegularizerMixin, GenericPairLoss, WeightRegularizerMixin
 from gradbank.losses.histogram import HistogramLoss
 from gradbank.losses.instance import InstanceLoss, NPairsLoss
-from gradbank.losses.loss import Loss
+from gradbank.losses.loss import Loss, Staged
 from gradbank.losses.manifold import ManifoldLoss
 from gradbank.losses.n_pair import NPairLoss
 from gradbank.losses.norms import LargeMarginSoftmaxLoss, SphereFaceLoss
@@ -80,6 +80,7 @@ __all__ = [
     "SmoothAPLoss",
     "SoftTripleLoss",
     "SphereFaceLoss",
+    "Staged",
     "SubCenterArcFaceLoss",
     "SupConLoss",
     "ThresholdConsistentMarginLoss",

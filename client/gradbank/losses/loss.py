@@ -1,8 +1,9 @@
 """What every loss is: called with its effects or without, in any mode of torch, and with a cost of its embeddings."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class Loss(Component):
     embedding_regularizer: Regularizer | None = field(default=None, kw_only=True)
     embedding_reg_weight: float = field(default=1.0, kw_only=True)
 
+    remembers: ClassVar[bool] = False
+    """Whether a call leaves something to the next one, which `stage` keeps apart until it is committed."""
+
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with its hooks; in `torch.inference_mode` as under `no_grad`, whose tensors are as any others."""
@@ -64,8 +68,11 @@ class Loss(Component):
         return Staged(self(*args, **kwargs), lambda: None)
 
     def carried_out(self, *args: Any, **kwargs: Any) -> Tensor:
-        """`stage`, and then its effects; by one thread at a time, or what they remember would be of one of them."""
-        with lock_of(self):
+        """`stage`, and then its effects; one thread at a time, where something remembers: the next is to see them."""
+        remembering = [each for each in self.modules() if isinstance(each, Loss) and each.remembers]
+        with ExitStack() as held:
+            for each in sorted(remembering, key=id):  # in one order, or two threads would wait for each other
+                held.enter_context(lock_of(each))
             staged = self.stage(*args, **kwargs)
             staged.commit()
         return staged.loss
@@ -83,7 +90,7 @@ class Loss(Component):
         if regularizer is None:
             return loss
         cost = regularizer(rows)
-        if not isinstance(cost, Tensor):
+        if isinstance(cost, Mapping):
             raise Mismatch(f"the {name}_regularizer gives its parts: give it a reducer that makes one number of them")
         cost = cost * weight
         if isinstance(loss, Tensor):

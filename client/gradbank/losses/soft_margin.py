@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ class DynamicSoftMarginLoss(PairLoss):
     num_bins: int = 10
     momentum: float = 0.01
     distance: Distance = field(default_factory=LpDistance, kw_only=True)
+
+    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.require_distance(LpDistance, normalize_embeddings=True, p=2)

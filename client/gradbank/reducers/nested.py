@@ -97,7 +97,7 @@ class MultipleReducers(Reducer):
             raise TypeError(
                 f"reducers are given by the names of the parts of a loss, got a {type(self.reducers).__name__}"
             )
-        _check_reduces("MultipleReducers", [*dict(self.reducers.items()).values(), self.default_reducer])
+        _check_reduces("MultipleReducers", dict(self.reducers.items()).values())
 
     @property
     def needs_list(self) -> bool:

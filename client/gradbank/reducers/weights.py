@@ -73,7 +73,9 @@ class DivisorReducer(Reducer):
         return [*super().tallies(), (divisor, divisor)]
 
     def combine(self, kept: Kept) -> Ratio:
-        return Ratio(kept.sums.sum(dtype=torch.float64), self._divisor(kept))
+        total, divisor = kept.sums.sum(dtype=torch.float64), self._divisor(kept)
+        # a number is that of all anchors, and what is made of some of them is divided by it now
+        return Ratio(total, divisor) if isinstance(kept.divisor, Tensor) else Ratio(total / divisor, None)
 
     def _divisor(self, kept: Kept) -> Tensor:
         if kept.divisor is None:

@@ -113,8 +113,8 @@ class GrpcTransport:
             raise
 
     def _renew(self, old: _Connection) -> None:
-        """Goes on over another connection: Ctrl-C inside gRPC can leave a lock of its taken, for which all would wait that
-        goes over the old one."""
+        """Goes on over another connection: Ctrl-C inside gRPC can leave a lock of its taken, and all that goes over the
+        old one would wait for it."""
         self._go_on(old)
         old.left.set()
         end_beside(old.channel.close)

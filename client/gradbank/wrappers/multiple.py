@@ -66,7 +66,7 @@ class MultipleLosses(Loss):
             self.weights = self.weights.tolist()
         self._check("weights", self.weights)
         for each in self.weights.values() if isinstance(self.weights, Mapping) else self.weights:
-            if not isinstance(each, Number | Tensor):
+            if not isinstance(each, Number | Tensor | np.ndarray):
                 raise TypeError(f"weights must be numbers, got {each!r}")
 
     @property

@@ -52,20 +52,23 @@ class _RunningLogSumExp(Running):
         """What was left out of the gradient so far."""
         return 1.0 if self.slope is None else self.slope
 
-    def _values(self, s: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _values(
+        self, s: Tensor, negatives: Negatives, made: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What is backpropagated through; what is exponentiated where there is a negative, to be written to; and what
-        its shares are multiplied by before that, or None."""
+        its shares are multiplied by before that, or None. `made` is what `f` gives, where that is known."""
         if isinstance(self.f, Sloped):
             values, slopes = self.f.both(s.detach())
             return s, negatives.logged(values), slopes
         if self.slope is None:
-            values = self.values(s, negatives)
+            values = self.values(s, negatives) if made is None else made
             return values, negatives.logged(values.detach().clone()), None
         return s, negatives.logged(s.detach() * self.slope), None
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
         if self.slope is None:
-            values, share, slopes = self._values(tile.s, negatives)
+            made = None if isinstance(self.f, Sloped) else self.values_of(tile, negatives)
+            values, share, slopes = self._values(tile.s, negatives, made)
         else:  # in place, where that can be
             values, share, slopes = tile.s, negatives.logged(tile.own(self.slope, tile.s.new_zeros(()))), None
         most = torch.maximum(self.most, share.amax(1)) if share.shape[1] else self.most
@@ -76,7 +79,7 @@ class _RunningLogSumExp(Running):
         if not tile.gathers:
             return
         if self.slope is None and slopes is None:
-            self.gather(tile, values, share, decay)
+            self.gather(tile, negatives, values, share, decay)
         else:
             self.keep([tile.pull(share if slopes is None else share.mul_(slopes), few=False)], decay)
 

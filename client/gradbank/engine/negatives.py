@@ -36,11 +36,15 @@ class Negatives(Protocol):
         """How often each entry counts as a negative, or None where none does more than once."""
         ...
 
+    def inside(self, values: Tensor) -> Tensor:
+        """`(b, w)` bool: where there is a negative."""
+        ...
+
 
 def among(values: Tensor, negatives: Negatives) -> Tensor:
     """The values, with some negative's in place of what is none, for a function that need not be finite there, nor its
     derivative, where it is worth nothing."""
-    inside = negatives.weighed(torch.ones_like(values, requires_grad=False)) > 0
+    inside = negatives.inside(values)
     least = torch.where(inside, values.detach(), torch.inf).amin(1, keepdim=True) if values.shape[1] else values
     least = torch.where(least.isfinite(), least, least.amin() if least.numel() else 0)  # another anchor's
     return torch.where(inside, values, torch.where(least.isfinite(), least, _HARMLESS))
@@ -75,6 +79,11 @@ class Holes:
     def times(self) -> Tensor | None:
         return None
 
+    def inside(self, values: Tensor) -> Tensor:
+        every = torch.ones_like(values, dtype=torch.bool, requires_grad=False)
+        every.view(-1).index_fill_(0, self.flat, False)
+        return every
+
 
 class Masked:
     """The negatives are where a `(b, w)` mask is true, or as often as it counts."""
@@ -106,6 +115,9 @@ class Masked:
 
     def times(self) -> Tensor | None:
         return None if self.mask.dtype == torch.bool else self.mask
+
+    def inside(self, values: Tensor) -> Tensor:
+        return self.mask if self.mask.dtype == torch.bool else self.mask > 0
 
 
 class Weighted:
@@ -139,6 +151,9 @@ class Weighted:
 
     def times(self) -> Tensor | None:
         return None
+
+    def inside(self, values: Tensor) -> Tensor:
+        return self.weight > 0
 
 
 def is_finite(values: Tensor) -> bool:

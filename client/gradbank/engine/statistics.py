@@ -11,6 +11,7 @@ a second sweep. Either way, memory is that of a tile.
 `dense` computes the same from the whole matrix by autograd: the reference.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -40,9 +41,14 @@ class EveryPair(NamedTuple):
     n: Tensor
 
 
+def is_own(f: Elementwise) -> bool:
+    """Whether a function is a user's own, which need be finite, and have a derivative, of negatives only."""
+    return not getattr(f, "__module__", "").startswith("gradbank.")
+
+
 def seen_by(f: Elementwise, s: Tensor, negatives: Negatives) -> Tensor:
     """The distances as a function may see them: one of a user's own sees those of negatives only."""
-    return s if getattr(f, "__module__", "").startswith("gradbank.") else among(s, negatives)
+    return among(s, negatives) if is_own(f) else s
 
 
 class Running:
@@ -65,8 +71,15 @@ class Running:
         self.kept: list[Tensor] | None = None
 
     def values(self, s: Tensor, negatives: Negatives | None = None) -> Tensor:
-        """`f` of a tile; of a user's own only where there are negatives, for it need be finite nowhere else."""
+        """`f` of a tile; of a user's own, if the negatives are given, where there are some."""
         made: Tensor = self.f(s if negatives is None else seen_by(self.f, s, negatives), *self.row)
+        return made
+
+    def values_of(self, tile: Tile, negatives: Negatives) -> Tensor:
+        """The same, at once, and again with the negatives given where that is not finite, as is seldom."""
+        made = self.values(tile.s)
+        if is_own(self.f) and not math.isfinite(made.detach().sum()):
+            made = self.values(tile.s, negatives)
         return made
 
     def learns(self, like: Tensor) -> bool:
@@ -94,7 +107,13 @@ class Running:
         raise NotImplementedError
 
     def gather(
-        self, tile: Tile, values: Tensor, weight: Tensor, decay: Tensor | None = None, few: bool = False
+        self,
+        tile: Tile,
+        negatives: Negatives,
+        values: Tensor,
+        weight: Tensor,
+        decay: Tensor | None = None,
+        few: bool = False,
     ) -> None:
         """Adds what `weight` backpropagates through `values` to what is kept, which is first multiplied by `decay`.
 
@@ -102,6 +121,8 @@ class Running:
             few: whether to look for references that get no gradient at all, and leave them out.
         """
         of_s, *of_row = torch.autograd.grad(values, [tile.s, *self.row], weight)
+        if is_own(self.f) and not math.isfinite(sum(each.sum() for each in (of_s, *of_row))):  # as is seldom
+            of_s, *of_row = torch.autograd.grad(self.values(tile.s, negatives), [tile.s, *self.row], weight)
         self.keep([tile.pull(of_s, few), *of_row], decay)
 
     def keep(self, made: list[Tensor], decay: Tensor | None = None) -> None:

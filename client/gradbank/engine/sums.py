@@ -108,7 +108,7 @@ class _RunningSum(Running):
         return negatives.weighed(torch.ones_like(losses) if self.weigh is None else self.weigh(losses, None))
 
     def add(self, tile: Tile, negatives: Negatives) -> None:
-        values = self.values(tile.s, negatives)
+        values = self.values_of(tile, negatives)
         losses = values.detach()
         weight = self._weight(losses, negatives)
         count = weight.sum(1)
@@ -120,7 +120,7 @@ class _RunningSum(Running):
             total = counted(losses, weight).sum(1)
         self.total += total
         if tile.gathers:
-            self.gather(tile, values, weight, few=True)
+            self.gather(tile, negatives, values, weight, few=True)
 
     def leaf(self) -> Tensor:
         return self.total

@@ -101,7 +101,8 @@ def _measured(rows: int, dimension: int, places: peer.Places, address: str, seco
                 raise RuntimeError("the floor's echo is not what was sent")
             gradient.zero_()
         channel = open_.enter_context(grpc.insecure_channel(f"127.0.0.1:{places.bare}"))
-        steps[BARE] = _bare(GrpcSteps(channel, threading.Event(), lambda: None), embeddings, labels)
+        bare = GrpcSteps(channel, threading.Event(), interrupted=lambda: None, late=lambda: None)
+        steps[BARE] = _bare(bare, embeddings, labels)
         for name, via in WAYS.items():
             client = open_.enter_context(gradbank.connect(address, via=via))
             loss_fn = client.open(f"echo-{rows}x{dimension}-{via}", EchoLoss())

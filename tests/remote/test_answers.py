@@ -47,7 +47,7 @@ def test_an_answer_that_is_none_is_an_error_by_name(
     server.start()
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stream = GrpcSteps(channel, threading.Event(), lambda: None)
+            stream = GrpcSteps(channel, threading.Event(), lambda: None, lambda: None)
             stream.send(step_pb2.StepInput(seq=1), [], 10)
             with pytest.raises(kind, match=message):
                 answer_of(stream, 1, 10)

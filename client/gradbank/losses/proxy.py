@@ -142,7 +142,7 @@ class _Anchored:
         present = (anchors.number() > 0).sum()
         return {
             "pos_loss": anchors.per_anchor(softplus(far), divisor=present),
-            "neg_loss": anchors.per_anchor(softplus(near), divisor=float(anchors.size)),
+            "neg_loss": anchors.per_anchor(softplus(near), divisor=torch.full_like(present, anchors.size)),
         }
 
 

@@ -55,6 +55,9 @@ class ClassWeightedReducer(Reducer):
 class DivisorReducer(Reducer):
     """The sum of the losses over the divisor that the loss itself gives, as `MarginLoss` and `ProxyAnchorLoss` do.
 
+    A number is the divisor of all anchors; a tensor is that of the anchors it was made of, and those of several blocks
+    are added up.
+
     Attributes:
         divisor: with `collect_stats`, what the last call divided by.
 
@@ -75,7 +78,8 @@ class DivisorReducer(Reducer):
     def combine(self, kept: Kept) -> Ratio:
         total, divisor = kept.sums.sum(dtype=torch.float64), self._divisor(kept)
         # a number is that of all anchors, and what is made of some of them is divided by it now
-        return Ratio(total, divisor) if isinstance(kept.divisor, Tensor) else Ratio(total / divisor, None)
+        whole = not isinstance(kept.divisor, Tensor) and bool(kept.divisor)
+        return Ratio(total / divisor, None) if whole else Ratio(total, divisor)
 
     def _divisor(self, kept: Kept) -> Tensor:
         if kept.divisor is None:

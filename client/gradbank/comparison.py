@@ -23,7 +23,6 @@ from gradbank.engine import (
 )
 from gradbank.losses.base import BaseMetricLossFunction
 from gradbank.losses.loss import Loss
-from gradbank.losses.triplet import TripletLoss
 from gradbank.miners.base import Miner
 from gradbank.miners.triplets import TripletMarginMiner
 
@@ -76,7 +75,8 @@ def compared(
             given = None if indices is None or own is None else _in_queue(indices, own)
             if indices is None and loss.use_of_indices == "pairs":
                 return loss.compare_listed(embeddings, references, (a, p, n), labels)
-            if given is not None and isinstance(loss, TripletLoss):  # as pairs they would be more than were chosen
+            # as pairs they would be more than were chosen
+            if given is not None and loss.keeps_triplets(embeddings, references, labels):
                 triplets = tuple(map(torch.cat, zip((a, p, n), _as_triplets(given), strict=True)))
                 return loss.compare_listed(embeddings, references, triplets, labels)
             chosen = ListedPairs((a, p, a, n), shape, once)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradbank import component, distances, engine, losses, reducers, regularizers
+from gradbank import component, distances, engine, losses, miners, reducers, regularizers
 
 Formula = Callable[[Any], Mapping[str, Any]]
 
@@ -167,3 +167,39 @@ def test_a_regularizer_of_ones_own_may_give_a_number() -> None:
     rows, labels = batch(12)
     plain = losses.ContrastiveLoss()(rows, labels)
     torch.testing.assert_close(losses.ContrastiveLoss(embedding_regularizer=Warming())(rows, labels), plain + 1.5)
+
+
+def of_triplets() -> losses.PairLoss:
+    return declared(
+        lambda anchors: {"loss": engine.Hinge(1, 0.05)},
+        lambda anchors: {"loss": anchors.per_triplet("loss")},
+        EUCLIDEAN(),
+    )
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("mined", [False, True])
+def test_a_loss_of_triplets_keeps_those_that_are_named(queued: bool, mined: bool) -> None:
+    """And does not take all that their pairs could make."""
+    found = []
+    for made in (of_triplets(), losses.TripletMarginLoss(reducer=reducers.MeanReducer())):
+        rows, labels = batch(12)
+        miner = miners.TripletMarginMiner(type_of_triplets="semihard")
+        named = tuple(torch.tensor(each) for each in ([0, 0, 5], [1, 2, 4], [4, 9, 11]))
+        named = miner(rows, labels) if mined else named
+        loss_fn: Any = losses.CrossBatchMemory(made, 4, 40, miner=miner) if queued else made
+        values = [loss_fn(rows, labels, named) for _ in range(2)]
+        sum(values).backward()
+        found.append((torch.stack(values).detach(), rows.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_loss_of_triplets_and_pairs_takes_named_triplets_for_pairs() -> None:
+    both = declared(
+        lambda anchors: {"loss": engine.Hinge(1, 0.05)},
+        lambda anchors: {"loss": anchors.per_triplet("loss"), "near": anchors.per_positive(anchors.s)},
+        EUCLIDEAN(),
+    )
+    rows, labels = batch(12)
+    a, p, n = (torch.tensor(each) for each in ([0, 5], [1, 4], [4, 11]))
+    torch.testing.assert_close(both(rows, labels, (a, p, n)), both(rows, labels, (a, p, a, n)))

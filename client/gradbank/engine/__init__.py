@@ -25,7 +25,7 @@ from gradbank.engine.hinge import Hinge
 from gradbank.engine.indices import Indices, as_pairs, as_triplets, check_indices, named_weight
 from gradbank.engine.logsumexp import LogSumExp
 from gradbank.engine.mined import ChosenPairs, Limits, MinedPairs
-from gradbank.engine.named import listed_distances, of_triplets
+from gradbank.engine.named import is_of_triplets, listed_distances, of_triplets
 from gradbank.engine.pairs import JoinedPairs, LabelledPairs, ListedPairs, Pairs
 from gradbank.engine.precision import full_precision, widened
 from gradbank.engine.references import References
@@ -79,6 +79,7 @@ __all__ = [
     "first_not_above",
     "forced",
     "full_precision",
+    "is_of_triplets",
     "listed_distances",
     "look",
     "named_weight",

@@ -76,8 +76,7 @@ def of_triplets(
     """A loss whose statistics are all of triplets, over `(a, p, n)`: differentiable, in memory of `O(T)`."""
     a, p, n = triplets
     near, far = listed_distances(loss.distance, embeddings, references, a.repeat(2), torch.cat([p, n])).chunk(2)
-    place, nothing = slice(0, len(embeddings)), Positives.none(near)
-    anchors = Anchors(len(embeddings), labels, embeddings, nothing, references.are_anchors, place=place)
+    anchors = _without_positives(embeddings, references, labels)
     found = {}
     for name, statistic in loss.negatives(anchors).items():
         assert isinstance(statistic, Triplets)
@@ -89,3 +88,25 @@ def of_triplets(
         return loss.reducer({name: anchors.listing(part) for name, part in parts.items()}, embeddings, labels)
     values = [anchors.reduce(part, loss.reducer.of(name)).value() for name, part in parts.items()]
     return torch.stack(values).sum().to(embeddings.dtype)
+
+
+def is_of_triplets(loss: Declaration, embeddings: Tensor, references: References, labels: Tensor | None) -> bool:
+    """Whether a loss is written on triplets and on nothing else: only then can these be named one by one."""
+    anchors = _without_positives(embeddings, references, labels)
+    wanted = loss.negatives(anchors)
+    if not wanted or not all(isinstance(each, Triplets) for each in wanted.values()):
+        return False
+    none, nobody = embeddings.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=embeddings.device)
+    with torch.no_grad():
+        found = {
+            name: each.of_list(none, none, (nobody, nobody, nobody), len(embeddings))
+            for name, each in wanted.items()
+            if isinstance(each, Triplets)
+        }
+        parts = loss.terms(replace(anchors, found=found))
+    return all(part.kind == "triplet" for part in parts.values())
+
+
+def _without_positives(embeddings: Tensor, references: References, labels: Tensor | None) -> Anchors:
+    place, nothing = slice(0, len(embeddings)), Positives.none(embeddings)
+    return Anchors(len(embeddings), labels, embeddings, nothing, references.are_anchors, place=place)

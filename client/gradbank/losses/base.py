@@ -173,10 +173,15 @@ class BaseMetricLossFunction(Loss, Recorder):
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
     ) -> Any:
-        """The same over pairs, or triplets, that were named one by one."""
+        """The same over pairs, or triplets, that were named one by one: pairs `(a1, p, a2, n)` are joined on equal
+        anchors by a loss of triplets, and triplets `(a, p, n)` are pairs to a loss of pairs."""
         rows = references.whole().to(embeddings.dtype)
         rows = rows if rows.requires_grad else rows.clone()  # a queue may change before the backward pass
         return self.reducer(self.compute_loss(embeddings, labels, indices, rows, references.labels), embeddings, labels)
+
+    def keeps_triplets(self, embeddings: Tensor, references: References, labels: Tensor | None) -> bool:
+        """Whether triplets that are named are compared as they are, and not as the pairs that they are made of."""
+        return True
 
     def require_distance(self, kind: type[Distance], **settings: Any) -> None:
         """Refuses a distance that the loss's formula does not fit.

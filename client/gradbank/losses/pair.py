@@ -20,7 +20,10 @@ from gradbank.engine import (
     References,
     Statistic,
     as_pairs,
+    as_triplets,
     evaluate,
+    evaluate_triplets,
+    is_of_triplets,
     named_weight,
     widened,
 )
@@ -145,11 +148,23 @@ class PairLoss(BaseMetricLossFunction):
     def compare_listed(
         self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
     ) -> Any:
-        listed = as_pairs(indices, embeddings.device)
         shape = (len(embeddings), len(references))
+        if len(indices) == 3 and self.keeps_triplets(embeddings, references, labels):
+            a, p, n = as_triplets(indices, shape, embeddings.device)
+            return self.of_triplets(embeddings, references, (a, p, n), labels)
+        listed = as_pairs(indices, embeddings.device)
         return self.compare(
             embeddings, references, ListedPairs(listed, shape, once=not self.counts_repeats, labels=labels)
         )
+
+    def keeps_triplets(self, embeddings: Tensor, references: References, labels: Tensor | None) -> bool:
+        return is_of_triplets(self, embeddings, references, labels)
+
+    def of_triplets(
+        self, embeddings: Tensor, references: References, triplets: tuple[Tensor, Tensor, Tensor], labels: Tensor | None
+    ) -> Any:
+        """The loss of triplets `(a, p, n)`."""
+        return evaluate_triplets(self, embeddings, references, triplets, labels)
 
     def reduced(self, value: Any, embeddings: Tensor, labels: Tensor | None) -> Any:
         """A loss that is one number already, handed to the reducer."""

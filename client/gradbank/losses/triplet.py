@@ -11,7 +11,6 @@ from gradbank.component import component, foundation
 from gradbank.engine import (
     Anchors,
     Hinge,
-    Indices,
     LabelledPairs,
     Pairs,
     Part,
@@ -20,9 +19,7 @@ from gradbank.engine import (
     Separable,
     Statistic,
     Triplets,
-    as_triplets,
     check_indices,
-    evaluate_triplets,
     every_pair,
     triplets_of,
 )
@@ -40,20 +37,8 @@ class TripletLoss(PairLoss):
     if TYPE_CHECKING:
         triplets_per_anchor: int | Literal["all"]  # an argument of each subclass, at a place of its own
 
-    def compare_listed(
-        self, embeddings: Tensor, references: References, indices: Indices, labels: Tensor | None
-    ) -> Any:
-        """Triplets `(a, p, n)` as they are listed; pairs `(a1, p, a2, n)` are joined on equal anchors."""
-        if len(indices) == 4:
-            return super().compare_listed(embeddings, references, indices, labels)
-        a, p, n = as_triplets(indices, (len(embeddings), len(references)), embeddings.device)
-        return self.of_triplets(embeddings, references, (a, p, n), labels)
-
-    def of_triplets(
-        self, embeddings: Tensor, references: References, triplets: tuple[Tensor, Tensor, Tensor], labels: Tensor | None
-    ) -> Any:
-        """The loss of triplets `(a, p, n)`."""
-        return evaluate_triplets(self, embeddings, references, triplets, labels)
+    def keeps_triplets(self, embeddings: Tensor, references: References, labels: Tensor | None) -> bool:
+        return True
 
     def compare(self, embeddings: Tensor, references: References, pairs: Pairs) -> Any:
         if self.triplets_per_anchor == "all" or not isinstance(pairs, LabelledPairs):

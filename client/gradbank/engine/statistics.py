@@ -43,7 +43,7 @@ class EveryPair(NamedTuple):
 
 def is_own(f: Elementwise) -> bool:
     """Whether a function is a user's own, which need be finite, and have a derivative, of negatives only."""
-    return not getattr(f, "__module__", "").startswith("gradbank.")
+    return not (getattr(f, "__module__", None) or "").startswith("gradbank.")
 
 
 def seen_by(f: Elementwise, s: Tensor, negatives: Negatives) -> Tensor:

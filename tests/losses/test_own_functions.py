@@ -203,3 +203,31 @@ def test_a_loss_of_triplets_and_pairs_takes_named_triplets_for_pairs() -> None:
     rows, labels = batch(12)
     a, p, n = (torch.tensor(each) for each in ([0, 5], [1, 4], [4, 11]))
     torch.testing.assert_close(both(rows, labels, (a, p, n)), both(rows, labels, (a, p, a, n)))
+
+
+@pytest.mark.parametrize(
+    ("negatives", "terms", "message"),
+    [
+        (lambda a: {}, lambda a: None, r"Own.terms must give parts by name, .*, got nothing"),
+        (lambda a: {}, lambda a: {}, "got nothing"),
+        (lambda a: {}, lambda a: a.per_anchor(a.sum(a.s)), "got a Part"),
+        (lambda a: {}, lambda a: {"loss": a.sum(a.s)}, "got {'loss': Tensor}"),
+        (lambda a: {"near": torch.exp}, lambda a: {}, "Own.negatives must give statistics by name, .*'near': builtin_"),
+        (lambda a: None, lambda a: {}, "Own.negatives must give statistics by name, .*, got nothing"),
+    ],
+)
+@pytest.mark.parametrize("rows", [8, 600])
+def test_what_is_no_formula_is_told_what_one_gives(negatives: Formula, terms: Formula, message: str, rows: int) -> None:
+    with pytest.raises(TypeError, match=message):
+        declared(negatives, terms, EUCLIDEAN())(*batch(rows))
+
+
+def test_a_number_of_all_anchors_is_not_made_of_some() -> None:
+    loss_fn = declared(lambda anchors: {}, lambda anchors: {"loss": anchors.reduced(anchors.s.mean())}, EUCLIDEAN())
+    rows, labels = torch.randn(60, 4), torch.zeros(60, dtype=torch.int64)
+    assert loss_fn(rows, labels).isfinite()
+    with (
+        engine.using("tiled", engine.Bounds(positives=500)),
+        pytest.raises(ValueError, match="written on the positives of all anchors together"),
+    ):
+        loss_fn(rows, labels)

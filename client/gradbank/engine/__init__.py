@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Gathered, Part, Positives
 from gradbank.engine.counting import count
-from gradbank.engine.declaration import Declaration
+from gradbank.engine.declaration import Declaration, statistics_of
 from gradbank.engine.dense import dense, listed
 from gradbank.engine.each import every_pair, every_positive, triplets_of
 from gradbank.engine.eager import at_once, eager
@@ -175,5 +175,5 @@ def _is_small(loss: Declaration, embeddings: Tensor, references: References, pai
     nothing, place = Positives.none(embeddings), slice(0, len(embeddings))
     anchors = Anchors(len(embeddings), pairs.anchor_labels, embeddings.detach(), nothing, place=place)
     with torch.no_grad():
-        wanted = loss.negatives(anchors).values()
+        wanted = statistics_of(loss, anchors).values()
     return not any(each.makes_rows for each in wanted) or int(pairs.most_positives().sum()) * width <= most

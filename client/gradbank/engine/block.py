@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Gathered, Positives
-from gradbank.engine.declaration import Declaration
+from gradbank.engine.declaration import Declaration, statistics_of
 from gradbank.engine.indices import unflattened
 from gradbank.engine.near import distances_of
 from gradbank.engine.negatives import Holes, Masked, Negatives, Weighted
@@ -44,7 +44,7 @@ class Block:
         self.size = len(embeddings)
         self.listing = listing_of(pairs, rows, references, width) if keeps else None
         with torch.enable_grad():
-            wanted = loss.negatives(self._anchors(Positives.none(embeddings), {}))
+            wanted = statistics_of(loss, self._anchors(Positives.none(embeddings), {}))
         for name, each in wanted.items():
             each.reduced_by(loss.reducer.of(name))
             each.measured_by(loss.distance)

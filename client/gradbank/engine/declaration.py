@@ -33,3 +33,39 @@ class Declaration(Protocol):
     def terms(self, anchors: Anchors) -> Mapping[str, Part]:
         """The named parts of the loss, before they are reduced and added."""
         ...
+
+
+def statistics_of(loss: Declaration, anchors: Anchors) -> Mapping[str, Statistic]:
+    """What a loss asks of its anchors' negatives.
+
+    Raises:
+        TypeError: its `negatives` gives something else.
+    """
+    made = loss.negatives(anchors)
+    if isinstance(made, Mapping) and all(isinstance(each, Statistic) for each in made.values()):
+        return made
+    raise TypeError(
+        f"{type(loss).__name__}.negatives must give statistics by name, as in {{'near': engine.LogSumExp(...)}}, got "
+        f"{_told(made)}"
+    )
+
+
+def parts_of(loss: Declaration, anchors: Anchors) -> Mapping[str, Part]:
+    """What a loss comes to.
+
+    Raises:
+        TypeError: its `terms` gives something else.
+    """
+    made = loss.terms(anchors)
+    if isinstance(made, Mapping) and made and all(isinstance(each, Part) for each in made.values()):
+        return made
+    raise TypeError(
+        f"{type(loss).__name__}.terms must give parts by name, as in {{'loss': anchors.per_anchor(...)}}, got "
+        f"{_told(made)}"
+    )
+
+
+def _told(made: object) -> str:
+    if isinstance(made, Mapping) and made:
+        return "{" + ", ".join(f"{name!r}: {type(each).__name__}" for name, each in made.items()) + "}"
+    return "nothing" if made is None or isinstance(made, Mapping) else f"a {type(made).__name__}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradbank.engine.anchors import Anchors, Positives
-from gradbank.engine.declaration import Declaration
+from gradbank.engine.declaration import Declaration, parts_of, statistics_of
 from gradbank.engine.indices import unflattened
 from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
@@ -21,11 +21,11 @@ def dense(loss: Declaration, embeddings: Tensor, references: References, pairs: 
     """The loss of `(B, D)` embeddings; memory grows as `B * M`, or worse where a statistic says so."""
     s, anchors, negatives = _whole(loss, embeddings, references, pairs)
     found = {}
-    for name, wanted in loss.negatives(anchors).items():
+    for name, wanted in statistics_of(loss, anchors).items():
         wanted.reduced_by(loss.reducer.of(name))
         found[name] = wanted.dense(s, negatives, anchors.positives)
     anchors = replace(anchors, found=found)
-    parts = (anchors.reduce(part, loss.reducer.of(name)) for name, part in loss.terms(anchors).items())
+    parts = (anchors.reduce(part, loss.reducer.of(name)) for name, part in parts_of(loss, anchors).items())
     return Ratio.total(parts).to(embeddings.dtype)
 
 
@@ -47,10 +47,10 @@ def listed(loss: Declaration, embeddings: Tensor, references: References, pairs:
     anchors = replace(anchors, positives=p._replace(times=torch.ones_like(p.times)))
     pair = EveryPair(p.anchor, p.other, a2, n)
     found = {}
-    for name, wanted in loss.negatives(anchors).items():
+    for name, wanted in statistics_of(loss, anchors).items():
         found[name] = wanted.listed(s, pair) or wanted.dense(s, negatives, p)
     anchors = replace(anchors, found=found)
-    parts = {name: anchors.listing(part) for name, part in loss.terms(anchors).items()}
+    parts = {name: anchors.listing(part) for name, part in parts_of(loss, anchors).items()}
     return loss.reducer(parts, embeddings, anchors.labels)
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradbank.distances import Distance
 from gradbank.engine.anchors import Anchors, Positives
-from gradbank.engine.declaration import Declaration
+from gradbank.engine.declaration import Declaration, parts_of, statistics_of
 from gradbank.engine.references import References
 from gradbank.engine.room import room
 from gradbank.engine.triplets import Triplets
@@ -78,12 +78,12 @@ def of_triplets(
     near, far = listed_distances(loss.distance, embeddings, references, a.repeat(2), torch.cat([p, n])).chunk(2)
     anchors = _without_positives(embeddings, references, labels)
     found = {}
-    for name, statistic in loss.negatives(anchors).items():
+    for name, statistic in statistics_of(loss, anchors).items():
         assert isinstance(statistic, Triplets)
         statistic.reduced_by(loss.reducer.of(name))
         found[name] = statistic.of_list(near, far, triplets, len(embeddings))
     anchors = replace(anchors, found=found)
-    parts = loss.terms(anchors)
+    parts = parts_of(loss, anchors)
     if loss.reducer.needs_list:
         return loss.reducer({name: anchors.listing(part) for name, part in parts.items()}, embeddings, labels)
     values = [anchors.reduce(part, loss.reducer.of(name)).value() for name, part in parts.items()]
@@ -93,7 +93,7 @@ def of_triplets(
 def is_of_triplets(loss: Declaration, embeddings: Tensor, references: References, labels: Tensor | None) -> bool:
     """Whether a loss is written on triplets and on nothing else: only then can these be named one by one."""
     anchors = _without_positives(embeddings, references, labels)
-    wanted = loss.negatives(anchors)
+    wanted = statistics_of(loss, anchors)
     if not wanted or not all(isinstance(each, Triplets) for each in wanted.values()):
         return False
     none, nobody = embeddings.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=embeddings.device)
@@ -103,7 +103,7 @@ def is_of_triplets(loss: Declaration, embeddings: Tensor, references: References
             for name, each in wanted.items()
             if isinstance(each, Triplets)
         }
-        parts = loss.terms(replace(anchors, found=found))
+        parts = parts_of(loss, replace(anchors, found=found))
     return all(part.kind == "triplet" for part in parts.values())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradbank.engine.anchors import Anchors, Gathered, Positives
 from gradbank.engine.backward import backpropagate
 from gradbank.engine.block import Block
-from gradbank.engine.declaration import Declaration
+from gradbank.engine.declaration import Declaration, parts_of
 from gradbank.engine.gradients import Gradients
 from gradbank.engine.pairs import Pairs
 from gradbank.engine.references import References
@@ -106,16 +106,19 @@ def tiled(
     return value, into.wanted()
 
 
+_JOINED = (
+    "this loss is written on the positives of all anchors together, and there are too many of them to hold: give it "
+    "fewer rows, or labels with fewer positives each"
+)
+
+
 class _Written:
     """The loss written on what groups of blocks found: one group where all of it was kept, else each block by itself,
     once for the value and again for the gradient."""
 
     def __init__(self, loss: Declaration, embeddings: Tensor, groups: list[list[Block]]) -> None:
         if len(groups) > 1 and loss.joins_anchors:
-            raise ValueError(
-                "this loss is written on the positives of all anchors together, and there are too many of them to "
-                "hold: give it fewer rows, or labels with fewer positives each"
-            )
+            raise ValueError(_JOINED)
         self.loss, self.whole, self.groups = loss, embeddings, groups
         self.parts: dict[str, Ratio] = {}
 
@@ -151,7 +154,11 @@ class _Written:
         anchors = _joined([b.anchors(leaf, p) for b, leaf, p in zip(group, self.leaves, self.positives)])
         anchors = replace(anchors, embeddings=self.embeddings)
         reducer = self.loss.reducer
-        return {name: anchors.reduce(part, reducer.of(name)) for name, part in self.loss.terms(anchors).items()}
+        parts = parts_of(self.loss, anchors)
+        whole = any(each.kind == "already_reduced" and each.counts is None for each in parts.values())
+        if whole and len(self.groups) > 1:  # it is a number already, and that of some anchors only
+            raise ValueError(_JOINED)
+        return {name: anchors.reduce(part, reducer.of(name)) for name, part in parts.items()}
 
     def _of(
         self, group: list[Block], goal: Tensor, into: Gradients

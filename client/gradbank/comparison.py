@@ -49,6 +49,7 @@ def compared(
     """
     assert references.labels is not None
     shape = (len(embeddings), len(references))
+    given = None if indices is None or own is None else _in_queue(indices, own)
     once = not loss.counts_repeats
     pairs: Pairs = LabelledPairs(labels, references.labels, own)
     takes_interval = loss.takes_interval and indices is None
@@ -72,7 +73,6 @@ def compared(
             a, p, n = chosen
             if own is not None:
                 a, p, n = (index[p != own[a]] for index in (a, p, n))
-            given = None if indices is None or own is None else _in_queue(indices, own)
             if indices is None and loss.use_of_indices == "pairs":
                 return loss.compare_listed(embeddings, references, (a, p, n), labels)
             # as pairs they would be more than were chosen
@@ -81,8 +81,8 @@ def compared(
                 return loss.compare_listed(embeddings, references, triplets, labels)
             chosen = ListedPairs((a, p, a, n), shape, once)
         pairs = ChosenPairs(pairs, chosen)
-    if indices is not None and own is not None:
-        listed = ListedPairs(as_pairs(_in_queue(indices, own), embeddings.device), shape, once)
+    if given is not None:
+        listed = ListedPairs(as_pairs(given, embeddings.device), shape, once)
         pairs = JoinedPairs(pairs, listed, once)
     if loss.use_of_indices == "weights" and miner is None and indices is None:
         pairs = LabelledPairs(labels, references.labels, None if loss.sees_own else own)
@@ -103,7 +103,7 @@ def _in_queue(indices: Indices, own: Tensor) -> Indices:
         ValueError: an index outside the batch.
     """
     a1, p, a2, n = as_pairs(indices, own.device)
-    for kind, index in (("positive", p), ("negative", n)):
+    for kind, index in (("anchor", a1), ("positive", p), ("anchor", a2), ("negative", n)):
         check_indices(kind, index, len(own))
     return (a1, own[p], own[n]) if len(indices) == 3 else (a1, own[p], a2, own[n])
 

@@ -108,6 +108,15 @@ def test_triplets_that_are_given_are_added_to_those_that_are_mined(loss: str, gi
     torch.testing.assert_close(step(losses, miners), step(pml_losses, pml_miners))
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_pairs_beside_mined_triplets_are_of_the_batch(place: int) -> None:
+    queue = losses.CrossBatchMemory(losses.TripletMarginLoss(), 6, 12, miner=miners.TripletMarginMiner())
+    given = tuple(torch.tensor([-1 if place == each else index]) for each, index in enumerate((0, 1, 0, 5)))
+    with pytest.raises(ValueError, match=r"names (anchor|positive|negative)s -1 to -1, but must stay within 0\.\.11"):
+        queue(E, Y, given)
+    assert len(queue) == 0
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_second_view_gets_its_gradient_among_several_losses_too(symmetric: bool) -> None:
     alone = losses.SelfSupervisedLoss(losses.NTXentLoss(), symmetric=symmetric)

@@ -120,3 +120,34 @@ def test_modules_within_a_loss_can_be_tracked(make: Callable[[], nn.Module]) -> 
         make()(x, labels).backward()  # type: ignore[no-untyped-call]  # torch's
     assert x.grad is not None
     assert x.grad.equal(wanted)
+
+
+COMPILED_BACKWARD = """
+import torch
+from torch import nn
+
+from gradbank import losses
+
+torch._dynamo.config.compiled_autograd = True
+torch.manual_seed(0)
+x, labels, model = torch.randn(12, 8), torch.arange(12) % 4, nn.Linear(8, 8)
+for loss_fn in (losses.NTXentLoss(), losses.TripletMarginLoss(), losses.ArcFaceLoss(4, 8)):
+    torch._dynamo.reset()
+    (wanted,) = torch.autograd.grad(loss_fn(model(x), labels), model.weight)
+
+    @torch.compile(backend="eager")
+    def step():
+        loss = loss_fn(model(x), labels)
+        loss.backward()
+
+    model.zero_grad()
+    step()
+    torch.testing.assert_close(model.weight.grad, wanted)
+print("as they were")
+"""
+
+
+def test_a_compiled_backward_pass_is_that_of_the_loss() -> None:
+    """In a process of its own: a compiler that is loaded stays."""
+    made = subprocess.run([sys.executable, "-c", COMPILED_BACKWARD], capture_output=True, text=True, timeout=240)
+    assert made.stdout == "as they were\n", made.stderr

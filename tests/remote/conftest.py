@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
+import torch
+from torch import Tensor
 
 import gradbank
+from gradbank import losses
 from gradbank_server.service import Server
 from gradbank_server.settings import ServerSettings
 
@@ -192,3 +195,13 @@ def shm(nearby: Server) -> Iterator[gradbank.Client]:
 @pytest.fixture
 def place(shm: gradbank.Client) -> str:
     return shm.server().shared_memory_socket
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(12, 8, generator=generator), torch.arange(12) % 4) for _ in range(6)]
+
+
+def head() -> losses.ArcFaceLoss:
+    torch.manual_seed(0)
+    return losses.ArcFaceLoss(4, 8, scale=8)

@@ -1,16 +1,18 @@
 """Where gradbank differs from PML on purpose, in what is called how: rows of the table in docs/losses.md, shown."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning import reducers as pml_reducers
+from pytorch_metric_learning import regularizers as pml_regularizers
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator as PMLAccuracyCalculator
 from torch import Tensor
 
-from gradbank import losses, miners, reducers
+from gradbank import losses, miners, reducers, regularizers
 from gradbank.errors import NonFiniteError
 from gradbank.evaluation import AccuracyCalculator
 
@@ -138,3 +140,43 @@ def test_what_a_loss_is_made_of_is_declared_and_not_called(part: str) -> None:
         loss_fn(torch.randn(8, 4), torch.arange(8) // 2)
         counts.append(len(calls))
     assert counts == [0, 1]
+
+
+def test_a_queue_that_is_two_losses_is_entered_once() -> None:
+    rows, labels = torch.randn(12, 6), torch.arange(12) // 3
+    ours = losses.CrossBatchMemory(losses.NTXentLoss(), 6, memory_size=40)
+    theirs = pml.CrossBatchMemory(pml.NTXentLoss(), 6, memory_size=40)
+    losses.MultipleLosses([ours, ours])(rows, labels)
+    pml.MultipleLosses([theirs, theirs])(rows, labels)
+    assert (ours.queue_idx, theirs.queue_idx) == (12, 24)
+
+
+def test_the_cost_of_a_regularizer_is_added_to_what_a_reducer_of_ones_own_gives() -> None:
+    def tripled(module: Any) -> Any:
+        class Tripled(module.MeanReducer):  # type: ignore[misc]
+            def already_reduced_reduction(self, losses: Tensor, *rest: Any) -> Tensor:
+                return 3 * losses
+
+        return Tripled()
+
+    rows, labels = torch.randn(12, 6), torch.arange(12) // 3
+    plain = losses.ContrastiveLoss(reducer=reducers.MeanReducer())(rows, labels)
+    cost = regularizers.LpRegularizer()(rows)
+    ours = losses.ContrastiveLoss(reducer=tripled(reducers), embedding_regularizer=regularizers.LpRegularizer())
+    theirs = pml.ContrastiveLoss(reducer=tripled(pml_reducers), embedding_regularizer=pml_regularizers.LpRegularizer())
+    torch.testing.assert_close(ours(rows, labels), plain + cost)
+    torch.testing.assert_close(theirs(rows, labels), plain + 3 * cost)
+
+
+def test_weights_that_no_pair_reaches_move_on_by_momentum() -> None:
+    rows, found = torch.randn(12, 6), []
+    for module in (losses, pml):
+        loss_fn = module.MarginLoss(learn_beta=True)
+        optimizer = torch.optim.Adam(loss_fn.parameters(), lr=0.01)
+        for labels in (torch.arange(12) // 3, torch.arange(12)):  # the second of one row each
+            optimizer.zero_grad()
+            loss_fn(rows.clone().requires_grad_(), labels).backward()
+            before = loss_fn.beta.item()
+            optimizer.step()
+        found.append(loss_fn.beta.item() != before)
+    assert found == [True, False]

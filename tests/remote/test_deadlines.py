@@ -109,13 +109,18 @@ def test_ctrl_c_while_another_connection_is_taken_leaves_one_that_works(server: 
         assert client.stats(name).steps == 2
 
 
-def test_bringing_a_loss_here_is_one_call(server: Server, name: str) -> None:
+@pytest.mark.parametrize("what", ["bringing it here", "opening it anew"])
+def test_what_waits_for_the_last_step_first_is_one_call(server: Server, name: str, what: str) -> None:
     with gradbank.connect(server.address, timeout=20) as client:
         head = client.open(name, losses.ArcFaceLoss(4, D))
         optimizer = head.optimizer("SGD", lr=0.1)
         head(*batch(0)).backward()
         optimizer.step()
-        head.producer.timeout = 1
+        head.producer.timeout = client.timeout = 1
+        calls: dict[str, Callable[[], object]] = {
+            "bringing it here": head.local,
+            "opening it anew": lambda: client.open(name, losses.ArcFaceLoss(4, D)),
+        }
         turn, over = server.service.sessions[name]._turn, threading.Event()
         carried_out = Session.step
 
@@ -127,7 +132,7 @@ def test_bringing_a_loss_here_is_one_call(server: Server, name: str) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Session, "step", slowly)
-            assert 0.6 < seconds(head.local, DeadlineExceeded) < 1.5
+            assert 0.6 < seconds(calls[what], DeadlineExceeded) < 1.5
         over.set()
 
 
